@@ -1,0 +1,72 @@
+# make demo   set up, and let the embedded model write with its experts read from disk
+# make test   set up, and run every check and test
+# The rest is what these two are made of.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := $(shell find src native CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
+CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
+PYTHON_FILES := src tests training benchmarks
+
+.PHONY: demo test lint format native-test neon-test docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/expertstream inspect
+	@echo
+	$(BIN)/expertstream run --memory 24MiB --context 1024 --seed 7 --max-tokens 200 --stats "Once upon a time"
+
+test: $(VENV)/test-tools $(VENV)/installed lint native-test
+	$(BIN)/python -m pytest tests
+
+$(VENV)/created:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The package as a user gets it: a wheel, installed; tests never see the source tree.
+$(VENV)/installed: $(VENV)/created $(SOURCES)
+	$(PIP) install --quiet .
+	touch $@
+
+$(VENV)/test-tools: $(VENV)/created tests/requirements.txt
+	$(PIP) install --quiet --requirement tests/requirements.txt
+	touch $@
+
+lint: $(VENV)/test-tools $(VENV)/installed
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/mypy src/expertstream
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/test-tools
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, warnings as errors; and no weak symbol in a kernel
+# object: the linker would be free to keep the copy that was compiled for another machine.
+native-test: $(VENV)/test-tools
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DEXPERTSTREAM_PYTHON=OFF \
+	  -DEXPERTSTREAM_TESTS=ON -DEXPERTSTREAM_WERROR=ON -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_CXX_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" > build-sanitize.log 2>&1 || (cat build-sanitize.log; exit 1)
+	@rm -f build-sanitize.log
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/test_native
+	$(BIN)/python tests/check_symbols.py
+
+# The same tests for 64-bit Arm, under emulation. Debian: g++-aarch64-linux-gnu qemu-user.
+neon-test: $(VENV)/test-tools
+	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DEXPERTSTREAM_PYTHON=OFF \
+	  -DEXPERTSTREAM_TESTS=ON -DEXPERTSTREAM_WERROR=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/neon
+	qemu-aarch64 build/neon/test_native
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate_cli.py > docs/cli.md
+
+clean:
+	rm -rf build $(VENV)

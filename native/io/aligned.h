@@ -1,0 +1,26 @@
+// Page-aligned anonymous memory for slots: O_DIRECT needs the alignment, huge pages want it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace expertstream {
+
+class Arena {
+ public:
+  explicit Arena(size_t bytes);  // zeroed lazily by the kernel; throws std::bad_alloc
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+  bool huge_pages() const { return huge_; }  // asked for and not refused
+
+ private:
+  uint8_t* data_;
+  size_t size_, mapped_;
+  bool huge_;
+};
+
+}  // namespace expertstream

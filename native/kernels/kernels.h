@@ -1,0 +1,129 @@
+// The arithmetic of every instruction set, as one table of function pointers over row ranges.
+//
+// Every table computes the same values to the last bit: sums run over 16 lanes in one fixed order, products are fused
+// where `fma` is written and nowhere else, and integer dot products are exact. So a result depends neither on the
+// machine nor on how rows are divided among threads.
+//
+// All functions are re-entrant; none allocates; pointers never alias unless it says so.
+#pragma once
+
+#include <cstdint>
+
+namespace expertstream {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+// One weight matrix as it lies in memory; owns nothing.
+//
+// bits 2, 4, 8: affine, w = q·scale + bias. A row is cols·bits/8 bytes of little-endian values, least significant
+//   first (the MLX layout); scales and biases are (rows, cols/group_size) of `dtype`; cols is a multiple of group_size.
+// bits 16, 32: dense (rows, cols) of `dtype`; scales and biases are null.
+struct Matrix {
+  const uint8_t* data;
+  const uint8_t* scales;
+  const uint8_t* biases;
+  int32_t rows, cols, bits, group_size;
+  DType dtype;
+};
+
+// Activations of several tokens, ready for a matrix of one (bits, group_size).
+//
+// For quantized weights x ≈ xq·dx with one int16 xq an element and one float dx a group; the error, at most
+// max|x|/65534 a group, is that of float32 sums in size. Elements are stored in planes: within each block of 512/bits
+// elements (64 weight bytes), plane p holds elements p, p+16/bits, p+2·16/bits, …, so that unpacked weight words meet
+// them without a shuffle. Rows are padded with zeros to whole blocks, groups to a multiple of 16.
+// For dense weights `x` alone is used.
+struct Activations {
+  const float* x;     // (tokens, cols)
+  const int16_t* xq;  // (tokens, padded_cols)
+  const float* dx;    // (tokens, padded_groups)
+  const float* xsum;  // (tokens, padded_groups): dx·Σxq, what a group's bias multiplies
+  int64_t tokens, padded_cols, padded_groups;
+};
+
+static inline int64_t padded_cols(int64_t cols, int bits) {
+  return (cols + 512 / bits - 1) / (512 / bits) * (512 / bits);
+}
+static inline int64_t padded_groups(int64_t cols, int group_size) { return (cols / group_size + 15) / 16 * 16; }
+
+// Keys and values of one layer: (kv_heads, capacity, head_dim) of f32 or bf16.
+struct KVLayer {
+  void* k;
+  void* v;
+  DType dtype;
+  int64_t kv_heads, capacity, head_dim;
+};
+
+struct Kernels {
+  const char* name;
+
+  // One token: x (cols) → planes, scales and sums as described at Activations.
+  void (*quantize_activations)(const float* x, int64_t cols, int bits, int group_size, int16_t* xq, float* dx,
+                               float* xsum);
+  // y[t·ldy + r] = Σ_c w[r, c]·x[t, c] for rows [begin, end) and all tokens.
+  void (*matmul_rows)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy);
+  // y (cols) ← row `row` of w as float32.
+  void (*dequantize_row)(const Matrix& w, int64_t row, float* y);
+
+  // y ← x·rsqrt(mean(x²) + eps)·weight. y may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+  // y ← rms_norm(x)·silu(z). y may be x.
+  void (*gated_rms_norm)(const float* x, const float* z, const float* weight, int64_t n, float eps, float* y);
+  // y ← x·rsqrt(Σx² + eps)·scale. y may be x.
+  void (*l2_norm)(const float* x, int64_t n, float eps, float scale, float* y);
+  // y ← silu(gate)·up. y may be gate or up.
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+  // y ← y·sigmoid(gate).
+  void (*sigmoid_gate)(float* y, const float* gate, int64_t n);
+  // y ← y + a·x.
+  void (*axpy)(float a, const float* x, int64_t n, float* y);
+  // h ← h + (acc + gate·shared).
+  void (*add_shared)(float* h, const float* acc, const float* shared, float gate, int64_t n);
+  // x ← softmax(x).
+  void (*softmax)(float* x, int64_t n);
+  // y ← sigmoid(x); y may be x.
+  void (*sigmoid)(const float* x, int64_t n, float* y);
+  // g ← −exp(a_log)·softplus(a + dt_bias): the logarithm of what a gated-delta state keeps at one token. In float64.
+  void (*decay)(const float* a, const float* a_log, const float* dt_bias, int64_t n, float* g);
+  // Rotate-half rotary embedding of the first 2·half values of x, in place; cos, sin (half).
+  void (*rotary)(float* x, const float* cos, const float* sin, int64_t half);
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* y);  // round to nearest even
+
+  // Causal depthwise convolution and SiLU over channels [begin, end): x, y (tokens, channels), weight (kernel,
+  // channels), state (kernel−1, channels) holds the inputs before x, and is left holding the last ones. kernel ≤ 8.
+  void (*conv)(const float* x, const float* weight, float* state, int64_t tokens, int64_t channels, int64_t kernel,
+               int64_t begin, int64_t end, float* y);
+
+  // `heads` query heads (1 to 4) that share a KV head, one token: q, out (heads, head_dim); positions [0, length) are
+  // seen. scores: scratch of heads·length floats.
+  void (*attend)(const float* q, const KVLayer& kv, int64_t kv_head, int64_t heads, int64_t length, float scale,
+                 float* scores, float* out);
+
+  // Gated-delta rule, one value head. q, k (tokens, dk) with row stride ldq; v, out (tokens, dv) with row stride ldv;
+  // g (log decay), beta (tokens) with stride ldg; state (dk, dv), updated.
+  void (*delta_step)(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
+                     int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out);
+  // The same in chunked form for at most 64 tokens. scratch: kDeltaScratch floats.
+  void (*delta_chunk)(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
+                      int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out,
+                      float* scratch);
+};
+
+constexpr int64_t kDeltaChunk = 64;
+constexpr int64_t kDeltaColumns = 64;  // columns of the state that are worked on together
+constexpr int64_t kDeltaScratch = 2 * kDeltaChunk * kDeltaChunk + kDeltaChunk * (kDeltaColumns + 3);
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512_vnni;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+#endif
+
+// The tables this machine can run, slowest first.
+int available_kernels(const Kernels** tables, int capacity);
+// The fastest available table, or the one named; null if the name is unknown or the machine cannot run it.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace expertstream

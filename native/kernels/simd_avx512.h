@@ -1,0 +1,86 @@
+// 16 lanes as one AVX-512 register; the integer dot product is VNNI's.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+using F = __m512;
+using I = __m512i;
+template <int BITS>
+struct Planes {
+  __m512i v[16 / BITS];
+};
+
+inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+
+inline F f_set1(float a) { return _mm512_set1_ps(a); }
+inline F f_zero() { return _mm512_setzero_ps(); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline F f_load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void f_store(float* p, F a) { _mm512_storeu_ps(p, a); }
+inline void f_store_n(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline float f_sum(F a) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline float f_maximum(F a) { return _mm512_reduce_max_ps(a); }
+inline F f_exp2_int(F n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline F f_load_bf16(const uint8_t* p) {
+  __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+inline F f_load_f16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void f_store_bf16(uint16_t* p, F a) {
+  __m512i bits = _mm512_castps_si512(a), high = _mm512_srli_epi32(bits, 16);
+  __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+inline void f_store_i16(int16_t* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvttps_epi32(a)));
+}
+
+template <int BITS>
+inline Planes<BITS> unpack(const uint8_t* w) {
+  Planes<BITS> r;
+  __m512i words = _mm512_loadu_si512(w), mask = _mm512_set1_epi16((1 << BITS) - 1);
+#pragma GCC unroll 8
+  for (int p = 0; p < 16 / BITS; ++p) r.v[p] = _mm512_and_si512(_mm512_srli_epi16(words, p * BITS), mask);
+  return r;
+}
+template <int BITS>
+inline I dot(const Planes<BITS>& w, const int16_t* xq) {
+  __m512i r = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int p = 0; p < 16 / BITS; ++p) r = _mm512_dpwssd_epi32(r, w.v[p], _mm512_loadu_si512(xq + 32 * p));
+  return r;
+}
+inline F f_from_int(I a) { return _mm512_cvtepi32_ps(a); }
+template <int N>
+inline F f_spread(F s, int first) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  constexpr int shift = N == 1 ? 4 : N == 2 ? 3 : N == 4 ? 2 : 1;
+  return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_srli_epi32(lane, shift), _mm512_set1_epi32(first)), s);
+}
+
+}  // namespace

@@ -1,0 +1,128 @@
+// 16 lanes in plain C++: the meaning of every operation that the other simd_*.h implement.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
+// The words of one 64-byte weight block, unpacked: plane p holds 32 values.
+template <int BITS>
+struct Planes {
+  int16_t v[16 / BITS][32];
+};
+
+#define LANEWISE(expression)                          \
+  F r;                                                \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expression); \
+  return r
+
+inline F f_set1(float a) { LANEWISE(a); }
+inline F f_zero() { return f_set1(0.0f); }
+inline F f_load(const float* p) { LANEWISE(p[i]); }
+inline F f_load_n(const float* p, int64_t n) { LANEWISE(i < n ? p[i] : 0.0f); }
+inline void f_store(float* p, F a) { std::memcpy(p, a.v, 64); }
+inline void f_store_n(float* p, F a, int64_t n) { std::memcpy(p, a.v, n < 16 ? 4 * static_cast<size_t>(n) : 64); }
+inline F f_add(F a, F b) { LANEWISE(a.v[i] + b.v[i]); }
+inline F f_sub(F a, F b) { LANEWISE(a.v[i] - b.v[i]); }
+inline F f_mul(F a, F b) { LANEWISE(a.v[i] * b.v[i]); }
+inline F f_div(F a, F b) { LANEWISE(a.v[i] / b.v[i]); }
+inline F f_fma(F a, F b, F c) { LANEWISE(std::fma(a.v[i], b.v[i], c.v[i])); }
+inline F f_max(F a, F b) { LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline F f_min(F a, F b) { LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline F f_abs(F a) { LANEWISE(std::fabs(a.v[i])); }
+inline F f_round(F a) { LANEWISE(std::nearbyintf(a.v[i])); }
+inline float f_sum(F a) {
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] + a.v[i + half];
+  return a.v[0];
+}
+inline float f_maximum(F a) {
+  float m = a.v[0];
+  for (int i = 1; i < 16; ++i) m = m > a.v[i] ? m : a.v[i];
+  return m;
+}
+// 2^n for whole n in [−126, 127].
+inline F f_exp2_int(F n) {
+  F r;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
+  return r;
+}
+
+inline uint16_t half_at(const uint8_t* p, int i) { return static_cast<uint16_t>(p[2 * i] | p[2 * i + 1] << 8); }
+inline float bf16_to_f32(uint16_t h) {
+  uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline float f16_to_f32(uint16_t h) {
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+    if (mantissa) bits |= 0x400000u;  // conversions quiet a NaN
+  } else if (exponent == 0) {
+    float f = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign ? -f : f;
+  } else {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline F f_load_bf16(const uint8_t* p) { LANEWISE(bf16_to_f32(half_at(p, i))); }
+inline F f_load_f16(const uint8_t* p) { LANEWISE(f16_to_f32(half_at(p, i))); }
+// Round to nearest even; a NaN stays one.
+inline void f_store_bf16(uint16_t* p, F a) {
+  for (int i = 0; i < 16; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &a.v[i], 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+      p[i] = static_cast<uint16_t>((bits >> 16) | 0x40);
+    else
+      p[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+// Whole values in [−32768, 32767] to int16.
+inline void f_store_i16(int16_t* p, F a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(a.v[i]);
+}
+
+template <int BITS>
+inline Planes<BITS> unpack(const uint8_t* w) {
+  Planes<BITS> r;
+  for (int j = 0; j < 32; ++j) {
+    uint16_t word = static_cast<uint16_t>(w[2 * j] | w[2 * j + 1] << 8);
+    for (int p = 0; p < 16 / BITS; ++p) r.v[p][j] = static_cast<int16_t>((word >> (p * BITS)) & ((1 << BITS) - 1));
+  }
+  return r;
+}
+// Lane j: Σ over planes of words 2j and 2j+1.
+template <int BITS>
+inline I dot(const Planes<BITS>& w, const int16_t* xq) {
+  I r{};
+  for (int p = 0; p < 16 / BITS; ++p)
+    for (int j = 0; j < 32; ++j) r.v[j / 2] += w.v[p][j] * xq[32 * p + j];
+  return r;
+}
+inline F f_from_int(I a) { LANEWISE(static_cast<float>(a.v[i])); }
+// Lane i ← s[first + i/(16/N)]: the scale of each lane's group where a block holds N groups.
+template <int N>
+inline F f_spread(F s, int first) {
+  LANEWISE(s.v[first + i / (16 / N)]);
+}
+
+#undef LANEWISE
+
+}  // namespace

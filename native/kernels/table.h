@@ -1,0 +1,14 @@
+// The one list of what a table holds, in the order of struct Kernels.
+#pragma once
+
+#define KERNEL_TABLE(NAME)             \
+  {NAME,         quantize_activations, \
+   matmul_rows,  dequantize_row,       \
+   rms_norm,     gated_rms_norm,       \
+   l2_norm,      swiglu,               \
+   sigmoid_gate, axpy,                 \
+   add_shared,   softmax,              \
+   sigmoid,      decay,                \
+   rotary,       to_bf16,              \
+   conv,         attend,               \
+   delta_step,   delta_chunk}

@@ -1,0 +1,87 @@
+#include "thread_pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace expertstream {
+
+namespace {
+// Loops of one token follow each other within microseconds; a worker that sleeps between them costs more than one that
+// spins this long. After that it sleeps, so that an idle engine uses no processor.
+constexpr int kSpins = 4000;
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::take(int thread) {
+  for (;;) {
+    const int64_t begin = next_.fetch_add(grain_);
+    if (begin >= count_) return;
+    (*body_)(begin, begin + grain_ < count_ ? begin + grain_ : count_, thread);
+  }
+}
+
+void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body) {
+  if (count <= 0) return;
+  if (grain < 1) grain = 1;
+  if (workers_.empty() || count <= grain) {
+    for (int64_t begin = 0; begin < count; begin += grain)
+      body(begin, begin + grain < count ? begin + grain : count, 0);
+    return;
+  }
+  body_ = &body;
+  count_ = count;
+  grain_ = grain;
+  next_ = 0;
+  busy_ = static_cast<int>(workers_.size());
+  {
+    std::lock_guard lock(mutex_);
+    generation_.fetch_add(1);
+  }
+  wake_.notify_all();
+  take(0);
+  // Every worker must have seen this loop before its variables are used for the next.
+  for (int spins = 0; busy_.load() != 0; ++spins) {
+    if (spins < kSpins)
+      relax();
+    else
+      std::this_thread::yield();
+  }
+}
+
+void ThreadPool::work(int thread) {
+  uint64_t seen = 0;
+  for (;;) {
+    for (int spins = 0; spins < kSpins && generation_.load() == seen && !stop_; ++spins) relax();
+    if (generation_.load() == seen && !stop_) {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load() != seen || stop_; });
+    }
+    if (stop_) return;
+    seen = generation_.load();
+    take(thread);
+    busy_.fetch_sub(1);
+  }
+}
+
+}  // namespace expertstream

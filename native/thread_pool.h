@@ -1,0 +1,41 @@
+// A pool of threads that share one loop at a time. Which thread runs which part never changes a value.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace expertstream {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);  // the calling thread counts as one
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  // Runs body(begin, end, thread) over [0, count) in pieces of at most `grain`; returns when all is done. The body must
+  // not throw. Not re-entrant: one caller at a time.
+  void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body);
+
+ private:
+  void work(int thread);
+  void take(int thread);
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0, grain_ = 1;
+  const std::function<void(int64_t, int64_t, int)>* body_ = nullptr;
+};
+
+}  // namespace expertstream

@@ -1,0 +1,311 @@
+"""Makes a pack: `expertstream convert SRC DST`. docs/format.md describes what comes out.
+
+Works in DST.partial, a file at a time, each written whole and synced before the journal lists it; the folder gets its name when
+everything is there. So a conversion can be killed at any moment and goes on where it stopped, and a folder that opens is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from ..config import format_bytes
+from ..errors import ConvertError
+from ..models import find_model
+from ..ops import ExpertFormat, MatrixFormat
+from ..ops.cpu import CpuOps
+from .format import MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, TensorInfo, matrix_to_json, record_pieces
+from .pack import TRUNK
+from .quantize import BitPolicy, check_finite, dense_to_f32, quantized_format, row_blocks
+from .reader import Checkpoint, open_checkpoint
+from .safetensors import header_bytes, read_tensor
+
+__all__ = ["convert"]
+
+_JOURNAL = "journal.json"
+_COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+    "vocab.json", "merges.txt", "LICENSE", "README.md", "MODEL_CARD.md",
+)  # fmt: skip
+_DTYPE_NAMES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def convert(source: str | Path, destination: str | Path, policy: BitPolicy, threads: int, progress: Progress = lambda done, total: None) -> None:
+    """Writes a pack of `source` to `destination`, which must not exist. MLX sources keep their bits exactly; `policy` is for
+    dense ones. Peak memory is a few hundred MiB. Raises ConvertError, CheckpointError."""
+    destination = Path(destination)
+    if destination.exists():
+        raise ConvertError(f"{destination}: exists already; choose another name or remove it")
+    if not destination.parent.is_dir():
+        raise ConvertError(f"{destination.parent}: no such folder")
+    checkpoint = open_checkpoint(source)
+    if checkpoint.kind == "pack":
+        raise ConvertError(f"{source}: is a pack already")
+    _Conversion(checkpoint, destination, policy, threads, progress).run()
+
+
+class _Conversion:
+    def __init__(self, checkpoint: Checkpoint, destination: Path, policy: BitPolicy, threads: int, progress: Progress) -> None:
+        self.checkpoint, self.destination, self.policy, self.progress = checkpoint, destination, policy, progress
+        self.work = destination.with_name(destination.name + ".partial")
+        self.ops = CpuOps(threads)
+        module = find_model(checkpoint.config, str(checkpoint.path))
+        self.config = module.Config.from_json(checkpoint.config, str(checkpoint.path))
+        self.specs = module.weight_map(self.config)
+        self.layouts: list[ExpertLayout] = module.expert_layouts(self.config, checkpoint)
+        self.expert_formats = [self._expert_format(layout) for layout in self.layouts]
+        self.trunk = self._plan_trunk()
+        self.done = 0
+        self.total = sum(nbytes for _, _, nbytes in self.trunk.values()) + sum(
+            layout.num_experts * record_pieces(format)[1] for layout, format in zip(self.layouts, self.expert_formats, strict=True)
+        )
+
+    def _expert_format(self, layout: ExpertLayout) -> ExpertFormat:
+        if layout.format.gate.quantized or self.policy.bits == 16:
+            return layout.format
+        formats = [quantized_format(m, self.policy.bits, self.policy.group_size) for m in layout.format.matrices]
+        for m in formats:
+            if not m.quantized:
+                raise ConvertError(f"experts of {m.rows}×{m.cols} cannot be quantized: {m.cols} is not a multiple of 32; take --bits 16")
+        # gate and up are multiplied with the same quantized activations, so they share their groups: they have the same columns.
+        return ExpertFormat(*formats)
+
+    def _plan_trunk(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """name → dtype, shape, bytes of every tensor of the trunk file."""
+        tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        for name, spec in self.specs.items():
+            if spec.kind != "matrix":
+                info = self.checkpoint.tensor(name)
+                tensors[name] = (info.dtype, info.shape, info.nbytes)
+                continue
+            m = self._trunk_format(name)
+            if not m.quantized:
+                tensors[f"{name}.weight"] = (_DTYPE_NAMES[m.dtype], (m.rows, m.cols), m.data_bytes)
+                continue
+            groups = (m.rows, m.cols // m.group_size)
+            tensors[f"{name}.weight"] = ("U32", (m.rows, m.cols * m.bits // 32), m.data_bytes)
+            for suffix in ("scales", "biases"):
+                tensors[f"{name}.{suffix}"] = (_DTYPE_NAMES[m.dtype], groups, m.scale_bytes)
+        return tensors
+
+    def _source_format(self, module: str) -> MatrixFormat:
+        return self.checkpoint.matrix_format(module, *self.specs[module].shape)
+
+    def _trunk_format(self, module: str) -> MatrixFormat:
+        m = self._source_format(module)
+        return m if m.quantized else quantized_format(m, self.policy.trunk_bits_of(module), self.policy.group_size)
+
+    def run(self) -> None:
+        with self._errors_with_advice():
+            self.work.mkdir(exist_ok=True)
+            journal = self._open_journal()
+            self._check_space(journal)
+            if "trunk" not in journal:
+                journal["trunk"] = self._write_trunk()
+                self._save(self.work / _JOURNAL, journal)
+            else:
+                self._advance(sum(nbytes for _, _, nbytes in self.trunk.values()))
+            for layout, format in zip(self.layouts, self.expert_formats, strict=True):
+                key = str(layout.layer)
+                if key in journal["layers"]:
+                    self._advance(layout.num_experts * record_pieces(format)[1])
+                    continue
+                journal["layers"][key] = self._write_layer(layout, format)
+                self._save(self.work / _JOURNAL, journal)
+            self._finish(journal)
+
+    @contextmanager
+    def _errors_with_advice(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or self.work
+            raise ConvertError(f"{where}: {error.strerror}; mend this and run the same command again, it goes on where it stopped") from None
+
+    def _fingerprint(self) -> str:
+        """Of the source's contents as far as headers and sizes tell, and of the settings."""
+        digest = xxhash.xxh3_64(json.dumps(self.checkpoint.config, sort_keys=True).encode())
+        for name, info in sorted(self.checkpoint.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape} {info.offset} {info.file.name}".encode())
+        for file in sorted({info.file for info in self.checkpoint.tensors.values()}):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def _open_journal(self) -> dict[str, Any]:
+        """What an earlier run finished, if it was of the same source with the same settings; whatever it left half done goes."""
+        settings = {"version": PACK_VERSION, "source": self._fingerprint(), "policy": vars(self.policy)}
+        file = self.work / _JOURNAL
+        journal: dict[str, Any] = {"settings": settings, "layers": {}}
+        if file.exists():
+            try:
+                found = json.loads(file.read_text())
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) or found.get("settings") != settings:
+                raise ConvertError(f"{self.work}: was begun from another source or with other settings; remove it to begin anew")
+            journal = found
+        for leftover in self.work.glob("*.tmp"):
+            leftover.unlink()
+        self._save(file, journal)
+        return journal
+
+    def _check_space(self, journal: dict[str, Any]) -> None:
+        needed = 0 if "trunk" in journal else sum(nbytes for _, _, nbytes in self.trunk.values())
+        for layout, format in zip(self.layouts, self.expert_formats, strict=True):
+            if str(layout.layer) not in journal["layers"]:
+                needed += layout.num_experts * record_pieces(format)[1]
+        needed += 64 << 20  # headers, manifest, tokenizer
+        free = shutil.disk_usage(self.work).free
+        if free < needed:
+            raise ConvertError(f"{self.work}: {format_bytes(needed)} are needed, {format_bytes(free)} are free; make room or choose another disk")
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        self.progress(self.done, self.total)
+
+    @contextmanager
+    def _new_file(self, name: str) -> Iterator[BinaryIO]:
+        """A file that has its name only once it is whole and on the disk."""
+        temporary = self.work / f"{name}.tmp"
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        temporary.rename(self.work / name)
+
+    def _save(self, path: Path, value: dict[str, Any]) -> None:
+        with self._new_file(path.name) as file:
+            file.write(json.dumps(value, indent=1).encode())
+
+    def _write_trunk(self) -> dict[str, str]:
+        """Writes the trunk file; returns the checksum of each tensor."""
+        checksums: dict[str, str] = {}
+        with self._new_file(TRUNK) as file:
+            file.write(header_bytes(self.trunk, {"format": "pt"}, aligned=True))
+            for name, spec in self.specs.items():
+                for tensor, pieces in self._trunk_tensors(name, spec.kind):
+                    digest = xxhash.xxh3_64()
+                    for piece in pieces:
+                        file.write(piece)
+                        digest.update(piece)
+                        self._advance(len(piece))
+                    checksums[tensor] = digest.hexdigest()
+        return checksums
+
+    def _trunk_tensors(self, name: str, kind: str) -> Iterator[tuple[str, Iterator[memoryview]]]:
+        """(tensor name, its bytes in pieces) in the order of the header."""
+        if kind != "matrix":
+            yield name, self._copy(self.checkpoint.tensor(name))
+            return
+        source, target = self._source_format(name), self._trunk_format(name)
+        if source == target:
+            for suffix in ("weight", "scales", "biases") if source.quantized else ("weight",):
+                yield f"{name}.{suffix}", self._copy(self.checkpoint.tensor(f"{name}.{suffix}"))
+            return
+        # Scales and biases follow the weights in the file but come out of the same pass over the source; they are small.
+        info = self.checkpoint.tensor(f"{name}.weight")
+        kept: tuple[list[Any], list[Any]] = ([], [])
+
+        def packed() -> Iterator[memoryview]:
+            for begin, end, first, last in row_blocks(source):
+                values = dense_to_f32(read_tensor(info, first, last), source, end - begin)
+                q, scales, biases = self.ops.quantize(check_finite(values, f"{info.file}: tensor {info.name}"), target.bits, target.group_size)
+                kept[0].append(scales)
+                kept[1].append(biases)
+                yield memoryview(q).cast("B")
+
+        yield f"{name}.weight", packed()
+        for suffix, parts in zip(("scales", "biases"), kept, strict=True):
+            yield f"{name}.{suffix}", iter([memoryview(np.concatenate(parts)).cast("B")])
+
+    def _copy(self, info: TensorInfo) -> Iterator[memoryview]:
+        step = 16 << 20
+        for begin in range(0, info.nbytes, step):
+            yield memoryview(read_tensor(info, begin, min(begin + step, info.nbytes)))
+
+    def _write_layer(self, layout: ExpertLayout, format: ExpertFormat) -> dict[str, Any]:
+        """Writes one layer's experts; returns its entry of the manifest."""
+        name = f"experts-{layout.layer:05}.safetensors"
+        offsets, record_bytes = record_pieces(format)
+        shape = (layout.num_experts, record_bytes)
+        metadata = {"format": PACK_FORMAT, "layer": str(layout.layer)}
+        header = header_bytes({"experts": ("U8", shape, layout.num_experts * record_bytes)}, metadata, aligned=True)
+        checksums = []
+        files = [path.open("rb") for path in layout.files]
+        try:
+            with self._new_file(name) as out:
+                out.write(header)
+                for expert in range(layout.num_experts):
+                    record = np.zeros(record_bytes, np.uint8)
+                    for at, piece in zip(offsets, self._expert_pieces(layout, format, files, expert), strict=True):
+                        record[at : at + piece.shape[0]] = piece
+                    out.write(record.data)
+                    checksums.append(xxhash.xxh3_64_hexdigest(record.data))
+                    self._advance(record_bytes)
+        finally:
+            for file in files:
+                file.close()
+        matrices = dict(zip(("gate", "up", "down"), map(matrix_to_json, format.matrices), strict=True))
+        return {"file": name, "data_offset": len(header), "record_bytes": record_bytes, "matrices": matrices, "checksums": checksums}
+
+    def _expert_pieces(self, layout: ExpertLayout, format: ExpertFormat, files: list[BinaryIO], expert: int) -> Iterator[Any]:
+        """The nine parts of one expert in the target format, flat uint8."""
+        ranges = []
+        for r, length in enumerate(layout.lengths):
+            file = files[layout.file_index[expert, r]]
+            data = np.empty(length, np.uint8)
+            if os.preadv(file.fileno(), [data.data], int(layout.offsets[expert, r])) != length:
+                raise ConvertError(f"{file.name}: layer {layout.layer}, expert {expert}: the file ends too early")
+            os.posix_fadvise(file.fileno(), int(layout.offsets[expert, r]), length, os.POSIX_FADV_DONTNEED)
+            ranges.append(data)
+        for i, (source, target) in enumerate(zip(layout.format.matrices, format.matrices, strict=True)):
+            parts = []
+            for (r, at), size in zip(layout.pieces[3 * i : 3 * i + 3], (source.data_bytes, source.scale_bytes, source.scale_bytes), strict=True):
+                parts.append(ranges[r][at : at + size])
+            if source != target:
+                values = dense_to_f32(np.ascontiguousarray(parts[0]), source, source.rows)
+                where = f"{files[0].name}: layer {layout.layer}, expert {expert}"
+                parts = [p.view(np.uint8).ravel() for p in self.ops.quantize(check_finite(values, where), target.bits, target.group_size)]
+            yield from parts
+
+    def _finish(self, journal: dict[str, Any]) -> None:
+        """Config, tokenizer and manifest; then the folder gets its name."""
+        for name in _COPIED:
+            if (self.checkpoint.path / name).is_file():
+                shutil.copyfile(self.checkpoint.path / name, self.work / name)
+        config = {k: v for k, v in self.checkpoint.config.items() if k not in ("quantization", "quantization_config")}
+        table = {
+            name: {"bits": m.bits, "group_size": m.group_size}
+            for name, spec in self.specs.items()
+            if spec.kind == "matrix" and (m := self._trunk_format(name)).quantized
+        }
+        if table:
+            config["quantization"] = {"bits": self.policy.bits if self.policy.bits < 16 else 8, "group_size": self.policy.group_size, **table}
+        self._save(self.work / "config.json", config)
+        self._save(
+            self.work / MANIFEST,
+            {
+                "format": PACK_FORMAT,
+                "version": PACK_VERSION,
+                "convention": self.checkpoint.convention,
+                "source": {"name": self.checkpoint.path.resolve().name, "kind": self.checkpoint.kind, "fingerprint": journal["settings"]["source"]},
+                "trunk_checksums": journal["trunk"],
+                "layers": [journal["layers"][str(layout.layer)] for layout in self.layouts],
+            },
+        )
+        (self.work / _JOURNAL).unlink()
+        folder = os.open(self.work, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        self.work.rename(self.destination)

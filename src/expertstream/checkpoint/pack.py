@@ -1,0 +1,103 @@
+"""The manifest of our own packs, read and checked. docs/format.md describes the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from ..ops import ExpertFormat, MatrixFormat
+from .format import ALIGNMENT, MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, TensorInfo, record_pieces
+
+__all__ = ["TRUNK", "check_trunk", "expert_layout", "read_manifest"]
+
+TRUNK = "trunk.safetensors"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a pack folder, its top level checked. Raises CheckpointError."""
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != PACK_FORMAT:
+        raise CheckpointError(f"{file}: not the manifest of a pack")
+    if manifest.get("version") != PACK_VERSION:
+        raise CheckpointError(f"{file}: pack version {manifest.get('version')!r}; this program reads version {PACK_VERSION}")
+    if manifest.get("convention") not in ("hf", "mlx"):
+        raise CheckpointError(f"{file}: convention is hf or mlx, not {manifest.get('convention')!r}")
+    checksums = manifest.get("trunk_checksums")
+    if not isinstance(checksums, dict) or not all(_is_hash(v) for v in checksums.values()):
+        raise CheckpointError(f"{file}: trunk_checksums must give a checksum for each tensor")
+    if not isinstance(manifest.get("layers"), list):
+        raise CheckpointError(f"{file}: layers must be a list")
+    return manifest
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 16 and all(c in "0123456789abcdef" for c in value)
+
+
+def check_trunk(manifest: dict[str, Any], info: TensorInfo, data: NDArray[np.uint8]) -> None:
+    """Raises CheckpointError where a trunk tensor's bytes are not what was written."""
+    if xxhash.xxh3_64_hexdigest(data.data) != manifest["trunk_checksums"].get(info.name):
+        raise CheckpointError(f"{info.file}: tensor {info.name}: checksum mismatch; the file is damaged, convert it again")
+
+
+def expert_layout(path: Path, manifest: dict[str, Any], layer: int, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
+    """One layer's entry of the manifest, checked against the model's sizes and the file's."""
+    where = f"{path / MANIFEST}: layer {layer}"
+    layers = manifest["layers"]
+    if layer >= len(layers) or not isinstance(layers[layer], dict):
+        raise CheckpointError(f"{where}: missing")
+    entry = layers[layer]
+    try:
+        name, data_offset, record_bytes = entry["file"], entry["data_offset"], entry["record_bytes"]
+        matrices = [MatrixFormat(**entry["matrices"][part]) for part in ("gate", "up", "down")]
+        checksums = entry["checksums"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: incomplete entry: {error}") from None
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{where}: {name!r} is not a file name")
+    for m, (rows, cols) in zip(matrices, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
+        _check_matrix(where, m, rows, cols)
+    format = ExpertFormat(*matrices)
+    pieces, expected = record_pieces(format)
+    if type(data_offset) is not int or data_offset < 0 or data_offset % ALIGNMENT or record_bytes != expected:
+        raise CheckpointError(f"{where}: record_bytes {record_bytes!r} at {data_offset!r}, expected {expected} at a multiple of {ALIGNMENT}")
+    if not isinstance(checksums, list) or len(checksums) != num_experts or not all(_is_hash(c) for c in checksums):
+        raise CheckpointError(f"{where}: {num_experts} checksums are needed")
+    file = path / name
+    try:
+        size = file.stat().st_size
+    except OSError:
+        raise CheckpointError(f"{path}: missing file {name} (experts of layer {layer})") from None
+    if size < data_offset + num_experts * record_bytes:
+        raise CheckpointError(f"{file}: truncated: {size} bytes, layer {layer} needs {data_offset + num_experts * record_bytes}")
+    offsets = data_offset + np.arange(num_experts, dtype=np.int64)[:, None] * record_bytes
+    return ExpertLayout(
+        layer,
+        format,
+        (file,),
+        np.zeros((num_experts, 1), np.int64),
+        offsets,
+        (record_bytes,),
+        tuple((0, at) for at in pieces),
+        tuple(int(c, 16) for c in checksums),
+    )
+
+
+def _check_matrix(where: str, m: MatrixFormat, rows: int, cols: int) -> None:
+    numbers = all(type(n) is int for n in (m.rows, m.cols, m.bits, m.group_size))
+    affine = numbers and m.bits in (2, 4, 8) and m.group_size in (32, 64, 128) and cols % m.group_size == 0
+    dense = numbers and m.bits == (32 if m.dtype == "f32" else 16) and m.group_size == 0
+    if m.dtype not in ("f32", "f16", "bf16") or not (affine or dense):
+        raise CheckpointError(f"{where}: unknown quantization: {m}")
+    if (m.rows, m.cols) != (rows, cols):
+        raise CheckpointError(f"{where}: a matrix of shape {(m.rows, m.cols)}, expected {(rows, cols)}")

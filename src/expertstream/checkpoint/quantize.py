@@ -1,0 +1,67 @@
+"""Which bits each trunk tensor gets, and quantizing by rows so that memory stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..ops import DTYPE_BYTES, F32, MatrixFormat, from_bf16
+
+__all__ = ["BitPolicy", "dense_to_f32", "quantized_format", "row_blocks"]
+
+BLOCK_ELEMENTS = 4 << 20  # of one piece of a matrix while it is quantized: 16 MiB as float32
+
+
+@dataclass(frozen=True)
+class BitPolicy:
+    """bits of the experts, trunk_bits of the trunk's matrices; 16 leaves them as they are.
+
+    Small and sensitive matrices are never quantized: the router and the shared expert's gate decide which experts run, and
+    in_proj_a and in_proj_b how long the recurrent state remembers; together they are under 1 % of a model's bytes.
+    docs/quantization.md has the perplexities behind the defaults.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    trunk_bits: int = 8
+
+    def trunk_bits_of(self, module: str) -> int:
+        keep = (".mlp.gate", ".shared_expert_gate", ".in_proj_a", ".in_proj_b")
+        return 16 if module.endswith(keep) else self.trunk_bits
+
+
+def quantized_format(dense: MatrixFormat, bits: int, group_size: int) -> MatrixFormat:
+    """The format after quantizing to `bits`: dense stays if bits is 16, or if no group of 32 or more divides its columns."""
+    while group_size >= 32 and dense.cols % group_size:
+        group_size //= 2
+    if bits == 16 or group_size < 32:
+        return dense
+    return MatrixFormat(dense.rows, dense.cols, bits, group_size, "bf16")
+
+
+def dense_to_f32(data: Any, m: MatrixFormat, rows: int) -> F32:
+    """Flat bytes of some rows of a dense matrix → (rows, cols) float32."""
+    if m.dtype == "bf16":
+        values = from_bf16(data.view(np.uint16))
+    else:
+        values = data.view(np.float16 if m.dtype == "f16" else np.float32).astype(np.float32)
+    return values.reshape(rows, m.cols)
+
+
+def row_blocks(m: MatrixFormat) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, end row, first byte, end byte) of pieces of a dense matrix."""
+    rows = max(1, BLOCK_ELEMENTS // m.cols)
+    row_bytes = m.cols * DTYPE_BYTES[m.dtype]
+    for begin in range(0, m.rows, rows):
+        end = min(begin + rows, m.rows)
+        yield begin, end, begin * row_bytes, end * row_bytes
+
+
+def check_finite(values: F32, where: str) -> F32:
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{where}: holds values that are not finite numbers; the source is damaged")
+    return values

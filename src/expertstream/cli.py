@@ -1,0 +1,272 @@
+"""The command line: parses, calls, prints. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
+from .errors import ExpertStreamError, RequestError, UsageError
+
+if TYPE_CHECKING:
+    from .engine import LLM, GenerationResponse, GenerationStats
+
+__all__ = ["build_parser", "main"]
+
+EXIT_CODES = """\
+exit codes:
+  0 done   2 wrong arguments   3 a checkpoint that cannot be used   4 a read that failed   5 not enough memory
+  6 a prompt or request that cannot be run   7 a conversion that stopped   130 interrupted (Ctrl-C)"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=100)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = _Parser(
+        prog="expertstream",
+        description="Runs Mixture-of-Experts language models that are larger than memory, streaming their experts from the SSD.",
+        epilog=EXIT_CODES,
+        formatter_class=_formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"expertstream {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_run(commands)
+    _add_convert(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="generate text from a prompt",
+        description="Continues a prompt, or with --chat answers it. With no MODEL the small embedded model runs.",
+        epilog="environment:\n  EXPERTSTREAM_ISA, EXPERTSTREAM_THREADS   as --isa, --threads\n\n" + EXIT_CODES,
+        formatter_class=_formatter,
+    )
+    run.add_argument("arguments", nargs="*", metavar="[MODEL] PROMPT", help="a checkpoint folder, and the prompt; - reads it from standard input")
+    run.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
+    run.add_argument("--system", metavar="TEXT", help="a system prompt (with --chat)")
+    run.add_argument("--json", action="store_true", help="print one JSON object with text, tokens and counters")
+    run.add_argument("--stats", action="store_true", help="print the counters of every layer at the end")
+    run.add_argument("--quiet", action="store_true", help="print the text alone")
+    sampling = run.add_argument_group("sampling (defaults: the checkpoint's generation_config.json, else the most likely token)")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (512)")
+    sampling.add_argument("--temperature", type=float, metavar="X", help="0 takes the most likely token")
+    sampling.add_argument("--top-k", type=int, metavar="N", help="draw among the N most likely")
+    sampling.add_argument("--top-p", type=float, metavar="X", help="draw among the fewest that together have probability X")
+    sampling.add_argument("--min-p", type=float, metavar="X", help="draw among those at least X times as likely as the likeliest")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="of every token seen (1: none)")
+    sampling.add_argument("--presence-penalty", type=float, metavar="X", help="of every token in the answer (0: none)")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="X", help="for each time a token is in the answer (0: none)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    sampling.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives (with --json)")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
+    memory = run.add_argument_group("memory and reading (these change speed, never the text)")
+    memory.add_argument("--memory", metavar="SIZE", help="budget for trunk, context and experts, such as 8GiB (what is available)")
+    memory.add_argument("--residency", choices=RESIDENCIES, help="who keeps experts: our slots, or the page cache (auto)")
+    memory.add_argument("--policy", choices=POLICIES, help="which expert makes room (lru)")
+    memory.add_argument("--reader", choices=READERS, help="how experts are read (auto: io_uring if it can be used)")
+    memory.add_argument("--queue-depth", type=int, metavar="N", help="reads in flight (32)")
+    memory.add_argument("--threads", type=int, metavar="N", help="threads that compute (as many as the processor has)")
+    memory.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512_vnni or neon (the fastest there is)")
+    memory.add_argument("--context", dest="context_length", type=int, metavar="N", help="tokens of prompt and answer (8192)")
+    memory.add_argument("--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)")
+    lossy = run.add_argument_group("lossy (these change the text; the footer says so)")
+    lossy.add_argument("--experts-per-token", type=int, metavar="N", help="use fewer experts than the model was trained with")
+    memory.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16)")
+    run.set_defaults(function=_run)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="make a pack: one aligned record an expert",
+        description=(
+            "Writes a pack of the checkpoint SRC to the new folder DST. Needs little memory, and can be stopped at any moment:\n"
+            "the same command goes on where it stopped. MLX checkpoints keep their bits exactly."
+        ),
+        epilog=EXIT_CODES,
+        formatter_class=_formatter,
+    )
+    convert.add_argument("source", metavar="SRC", type=Path)
+    convert.add_argument("destination", metavar="DST", type=Path)
+    convert.add_argument("--bits", type=int, choices=(2, 4, 8, 16), default=4, help="of the experts; 16 leaves them (4)")
+    convert.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="values that share a scale (64)")
+    convert.add_argument("--trunk-bits", type=int, choices=(4, 8, 16), default=8, help="of the trunk's matrices; 16 leaves them (8)")
+    convert.add_argument("--threads", type=int, metavar="N", help="threads that quantize")
+    convert.set_defaults(function=_convert)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint is and what of it fits this machine",
+        description="Reads the headers of a checkpoint: architecture, parameters, bits, bytes, and what fits in memory.",
+        epilog=EXIT_CODES,
+        formatter_class=_formatter,
+    )
+    inspect.add_argument("path", metavar="PATH", type=Path, nargs="?", help="a checkpoint folder (the embedded model)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(function=_inspect)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. Every error that is the user's to mend is one line on standard error."""
+    try:
+        options = build_parser().parse_args(arguments)
+        return int(options.function(options))
+    except ExpertStreamError as error:
+        print(f"expertstream: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("expertstream: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; nothing is left to say it to.
+        sys.stderr.close()
+        return 141
+
+
+_ENGINE_OPTIONS = (
+    "memory", "residency", "policy", "reader", "queue_depth", "threads", "isa", "context_length", "verify", "kv_dtype", "experts_per_token",
+)  # fmt: skip
+_SAMPLING_OPTIONS = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "logprobs", "stop",
+)  # fmt: skip
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .engine import LLM
+
+    model, prompt = _model_and_prompt(options.arguments)
+    if options.system is not None and not options.chat:
+        raise UsageError("--system needs --chat")
+    if options.logprobs is not None and not options.json:
+        raise UsageError("--logprobs needs --json")
+    if not prompt:
+        raise RequestError("the prompt is empty")
+    with LLM(model, **{name: getattr(options, name) for name in _ENGINE_OPTIONS}) as llm:
+        if not (options.quiet or options.json):
+            print(f"[{llm.describe()}]", file=sys.stderr)
+        if options.chat:
+            messages = [{"role": "system", "content": options.system}] if options.system is not None else []
+            prompt = llm.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+        return _stream(llm, prompt, options)
+
+
+def _model_and_prompt(arguments: list[str]) -> tuple[str | None, str]:
+    """[MODEL] PROMPT; "-" for a prompt is standard input."""
+    if not 1 <= len(arguments) <= 2:
+        raise UsageError('give a prompt, or a checkpoint folder and a prompt: expertstream run [MODEL] "PROMPT"')
+    model, prompt = (None, arguments[0]) if len(arguments) == 1 else (arguments[0], arguments[1])
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the prompt is not valid UTF-8: byte {error.start} of standard input") from None
+    elif any("\udc80" <= c <= "\udcff" for c in prompt):  # how Python passes on bytes that are not UTF-8
+        raise RequestError("the prompt is not valid UTF-8")
+    return model, prompt
+
+
+def _stream(llm: LLM, prompt: str, options: argparse.Namespace) -> int:
+    params = llm.sampling_params(**{name: getattr(options, name) for name in _SAMPLING_OPTIONS})
+    pieces: list[GenerationResponse] = []
+    interrupted = False
+    try:
+        for response in llm.generate(prompt, params):
+            pieces.append(response)
+            if not options.json:
+                print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    if options.json:
+        print(json.dumps(_as_json(llm, prompt, pieces, interrupted), ensure_ascii=False))
+    else:
+        print()
+        if pieces and not options.quiet:
+            _print_stats(llm, pieces[-1].stats, options.stats, interrupted)
+    return 130 if interrupted else 0
+
+
+def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
+    logprobs = [p.logprob for p in pieces if p.logprob is not None]
+    return {
+        "model": str(llm.path),
+        "prompt": prompt,
+        "text": "".join(p.text for p in pieces),
+        "tokens": [p.token for p in pieces],
+        "finish_reason": "interrupted" if interrupted else pieces[-1].finish_reason if pieces else None,
+        "logprobs": [{"token": p.token, "logprob": p.logprob, "top_logprobs": p.top_logprobs} for p in logprobs] if logprobs else None,
+        "stats": pieces[-1].stats.to_json() if pieces else None,
+        "memory": vars(llm.plan) | {"residency": llm.plan.residency},
+        "reader": {"name": llm.reader_name, "o_direct": llm.experts.store.direct, "registered_buffers": llm.experts.reader.registered_buffers},
+    }
+
+
+def _print_stats(llm: LLM, stats: GenerationStats, per_layer: bool, interrupted: bool) -> None:
+    e = stats.decode_experts
+    parts = [
+        f"prompt {stats.prompt_tokens} tokens in {stats.ttft_seconds:.2f} s ({stats.prefill_tps:.1f} tokens/s)",
+        f"generated {stats.generated_tokens} ({stats.decode_tps:.1f} tokens/s)",
+        f"hit rate {e.hit_rate:.1%} ({e.hits} hits, {e.misses} misses, {e.evictions} evictions)",
+        f"read {format_bytes(stats.prefill_experts.bytes_read)} + {format_bytes(e.bytes_read)}, up to {e.max_in_flight} reads in flight",
+        f"waited {e.stall_seconds:.2f} s",
+        f"seed {stats.seed}",
+    ]
+    if stats.lossy:
+        parts.append(f"LOSSY: {stats.lossy}")
+    if interrupted:
+        parts.append("interrupted")
+    out = sys.stderr
+    print(f"[{'; '.join(parts)}]", file=out)
+    if per_layer:
+        print("layer     hits   misses  evictions   bytes read   waited s   in flight", file=out)
+        for i, c in enumerate(stats.layers):
+            print(f"{i:5} {c.hits:8} {c.misses:8} {c.evictions:10} {format_bytes(c.bytes_read):>12} {c.stall_seconds:10.3f} {c.max_in_flight:11}", file=out)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from .checkpoint.convert import convert
+    from .checkpoint.quantize import BitPolicy
+    from .config import EngineConfig
+
+    threads = EngineConfig.from_options({"threads": options.threads}).thread_count
+    policy = BitPolicy(options.bits, options.group_size, options.trunk_bits)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("converting", total=None)
+            convert(options.source, options.destination, policy, threads, lambda done, total: bar.update(task, completed=done, total=total))
+    except KeyboardInterrupt:
+        print("expertstream: interrupted; the same command goes on where this stopped", file=sys.stderr)
+        return 130
+    print(f"{options.destination}: done")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .checkpoint.summary import summarize, summary_text
+    from .engine import embedded_model
+
+    summary = summarize(options.path or embedded_model())
+    print(json.dumps(summary, indent=1) if options.json else summary_text(summary))
+    return 0

@@ -1,0 +1,115 @@
+"""Settings of an engine, checked once. The only module that reads environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+__all__ = ["EngineConfig", "format_bytes", "parse_bytes"]
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+RESIDENCIES = ("auto", "slots", "os")
+READERS = ("auto", "uring", "pread")
+POLICIES = ("lru", "lfu")
+KV_DTYPES = ("bf16", "f32")
+VERIFY = ("first", "always", "never")
+
+
+def parse_bytes(text: str | int) -> int:
+    """"8GiB", "500M", 1024 → bytes. K, M, G, T are powers of 1000; Ki, Mi, Gi, Ti of 1024. Raises UsageError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; write for example 8GiB or 500M")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as people read them, in powers of 1024: 1536 → "1.5 KiB"."""
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if abs(count) < 1024 or unit == "TiB":
+            break
+    return f"{count:.1f} {unit}" if abs(count) < 100 else f"{count:.0f} {unit}"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is run; what is not set is found out from the machine and the checkpoint.
+
+    Of these only `experts_per_token` and `kv_dtype` change what is computed; the rest decides where bytes lie.
+    """
+
+    memory_bytes: int | None = None  # trunk + state + slots; None: what is available now
+    residency: str = "auto"
+    policy: str = "lru"
+    reader: str = "auto"
+    queue_depth: int = 32
+    split_bytes: int = 1 << 20
+    threads: int = 0  # 0: as many as this process may use
+    isa: str = ""  # "": the fastest this machine has
+    ops: str = "cpu"
+    context_length: int = 0  # 0: 8,192, or what the model was trained for if that is less
+    kv_dtype: str = "bf16"
+    prefill_chunk: int = 2048
+    experts_per_token: int = 0  # 0: as trained. Fewer is lossy.
+    verify: str = "first"  # checksums of a pack's records: at the first read of each, at every read, or never
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("residency", RESIDENCIES),
+            ("policy", POLICIES),
+            ("reader", READERS),
+            ("kv_dtype", KV_DTYPES),
+            ("verify", VERIFY),
+            ("ops", ("cpu", "reference")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name, least, most in (
+            ("queue_depth", 1, 1024),
+            ("split_bytes", 4096, 1 << 30),
+            ("threads", 0, 1024),
+            ("context_length", 0, 1 << 30),
+            ("prefill_chunk", 1, 65536),
+            ("experts_per_token", 0, 65536),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise UsageError(f"{name} is from {least} to {most}, not {getattr(self, name)}")
+        if self.split_bytes % 4096:
+            raise UsageError(f"split_bytes is a multiple of 4096, not {self.split_bytes}")
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise UsageError("memory is more than nothing")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> EngineConfig:
+        """Options as given by a caller; what is missing or None comes from EXPERTSTREAM_ISA and EXPERTSTREAM_THREADS, then
+        the defaults. `memory` may be a text such as "8GiB"."""
+        environ = os.environ if environ is None else environ
+        values = {k: v for k, v in options.items() if v is not None}
+        if "memory" in values:
+            values["memory_bytes"] = parse_bytes(values.pop("memory"))
+        if "isa" not in values and environ.get("EXPERTSTREAM_ISA"):
+            values["isa"] = environ["EXPERTSTREAM_ISA"]
+        if "threads" not in values and environ.get("EXPERTSTREAM_THREADS"):
+            text = environ["EXPERTSTREAM_THREADS"]
+            if not text.isdecimal() or int(text) == 0:
+                raise UsageError(f"EXPERTSTREAM_THREADS is a number of threads, not {text!r}")
+            values["threads"] = int(text)
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UsageError(f"unknown option {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)} and memory")
+        return cls(**values)
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))

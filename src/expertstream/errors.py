@@ -1,0 +1,59 @@
+"""Every error a user can meet. Each is one line that says what is wrong and what to do; each has an exit code.
+
+Exit codes of the command line: 0 done, 2 wrong arguments, 3 a checkpoint that cannot be used, 4 a read that failed,
+5 not enough memory, 6 a prompt or request that cannot be run, 7 a conversion that stopped, 130 interrupted (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConvertError",
+    "ExpertStreamError",
+    "ReadError",
+    "RequestError",
+    "UsageError",
+]
+
+
+class ExpertStreamError(Exception):
+    """Base of all errors that are answers, not bugs."""
+
+    exit_code = 1
+
+
+class UsageError(ExpertStreamError):
+    """An option or a setting that cannot be."""
+
+    exit_code = 2
+
+
+class CheckpointError(ExpertStreamError):
+    """A checkpoint that is damaged, incomplete or of a kind that is not supported."""
+
+    exit_code = 3
+
+
+class ReadError(ExpertStreamError):
+    """Expert bytes that could not be read, or are not what the checkpoint says they are."""
+
+    exit_code = 4
+
+
+class BudgetError(ExpertStreamError):
+    """A memory budget below what the model needs."""
+
+    exit_code = 5
+
+
+class RequestError(ExpertStreamError):
+    """A prompt or a request that cannot be run: empty, too long, no chat template."""
+
+    exit_code = 6
+
+
+class ConvertError(ExpertStreamError):
+    """A conversion that could not go on: no disk space, other settings than it was begun with."""
+
+    exit_code = 7

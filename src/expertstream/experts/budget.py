@@ -1,0 +1,85 @@
+"""How a memory budget is divided: trunk, state, scratch, and slots with what is left. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import format_bytes
+from ..errors import BudgetError
+
+__all__ = ["MemoryPlan", "default_budget", "plan_memory"]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part, and the slots: ring_slots of them pass experts through, the others keep them."""
+
+    budget_bytes: int
+    trunk_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+    slot_bytes: int
+    slots: int
+    ring_slots: int
+    total_experts: int
+    residency: str  # slots or os
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.trunk_bytes + self.state_bytes + self.scratch_bytes + self.slots_bytes
+
+
+def default_budget(available_bytes: int) -> int:
+    """What to take when nobody says: all that is available but a twelfth, and at least 48 MiB, for what is not counted."""
+    return max(0, available_bytes - max(available_bytes // 12, 48 << 20))
+
+
+def plan_memory(
+    *,
+    memory_bytes: int | None,
+    available_bytes: int,
+    trunk_bytes: int,
+    state_bytes: int,
+    scratch_bytes: int,
+    slot_bytes: int,
+    layers: int,
+    num_experts: int,
+    top_k: int,
+    residency: str,
+    direct: bool,
+) -> MemoryPlan:
+    """Divides memory_bytes, or default_budget(available_bytes). Raises BudgetError below the floor (everything but the slots,
+    and one layer's top-k), with the number that would do, and for more than is available."""
+    budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
+    fixed = trunk_bytes + state_bytes + scratch_bytes
+    floor = fixed + top_k * slot_bytes
+    if budget < floor:
+        said = "--memory" if memory_bytes is not None else "what is available"
+        raise BudgetError(
+            f"{said} is {format_bytes(budget)}, but this model needs at least {_round_up(floor)}: trunk {format_bytes(trunk_bytes)}, "
+            f"context {format_bytes(state_bytes)}, scratch {format_bytes(scratch_bytes)}, {top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
+        )
+    total = layers * num_experts
+    slots = min((budget - fixed) // slot_bytes, total + max(top_k, 16))
+    if residency == "auto":
+        # Without O_DIRECT the page cache holds a copy of whatever our slots hold: then let it be the only one.
+        residency = "slots" if direct or slots >= total else "os"
+    ring = min(slots, max(top_k, min(16, slots // 8)))
+    if residency == "os":
+        slots = ring = min(slots, max(top_k, 16))
+    plan = MemoryPlan(budget, trunk_bytes, state_bytes, scratch_bytes, slot_bytes, slots, ring, total, residency)
+    if plan.used_bytes > available_bytes:
+        raise BudgetError(
+            f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, but only {format_bytes(available_bytes)} is available; "
+            f"give at most --memory {format_bytes(available_bytes)}, or free some memory"
+        )
+    return plan
+
+
+def _round_up(count: int) -> str:
+    """A size that may be given back as it is printed: whole MiB, rounded up."""
+    return f"{-(-count // (1 << 20))} MiB"

@@ -1,0 +1,298 @@
+"""Experts in memory: one arena of slots. Hands out a layer's experts as they become ready; counts what it costs.
+
+Slots come in two kinds. Cached slots hold experts from token to token, an equal share for each layer, so that one token's
+walk through all layers cannot flush what the next one needs. Ring slots hold the rest for as long as one layer computes.
+With residency "os" there are ring slots only, and the page cache keeps what it likes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .. import _native
+from ..errors import ReadError
+from ..ops import I64, ExpertBlock
+from .policy import make_policy
+from .stats import ExpertStats
+from .store import ExpertStore, plan_read
+
+__all__ = ["ExpertCache", "Fetch", "Part"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Experts that are ready: positions in the ids asked for, ascending, and where they lie."""
+
+    positions: list[int]
+    block: ExpertBlock
+
+
+@dataclass
+class _Load:
+    """An expert on its way into a slot."""
+
+    position: int
+    expert: int
+    slot: int
+    cached: bool  # stays resident when it has arrived
+    pending: int  # reads still to come
+    cached_bytes: int = 0
+    bytes: int = 0
+
+
+class ExpertCache:
+    """Not thread-safe: one forward pass at a time."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: int,
+        ring_slots: int,
+        policy: str,
+        reader: Any,
+        residency: str,
+        verify: str,
+    ) -> None:
+        """slots: all of them, ring_slots of which belong to the ring. reader: a _native.Reader."""
+        self.store, self.reader, self.residency = store, reader, residency
+        self.arena = _native.Arena(slots * store.slot_bytes)
+        reader.register_memory(self.arena)
+        layers = len(store.layouts)
+        self.stats = ExpertStats(layers)
+        self.ring = ring_slots
+        share, extra = divmod(slots - ring_slots, layers)
+        self.quotas = [min(share + (i < extra), store.layouts[i].num_experts) for i in range(layers)]
+        self._free_ring = list(range(ring_slots))[::-1]
+        self._free = list(range(ring_slots, slots))[::-1]
+        self._resident: list[dict[int, int]] = [{} for _ in range(layers)]
+        self._owned = [0] * layers  # cached slots of each layer, resident or being read into
+        self._policies = [make_policy(policy) for _ in range(layers)]
+        self._offsets = np.zeros((slots, 9), np.int64)
+        self._loads: dict[int, _Load] = {}  # by tag
+        self._next_tag = 0
+        self._verify = verify
+        self._verified: list[set[int]] = [set() for _ in range(layers)]
+
+    @property
+    def resident(self) -> int:
+        """Experts in cached slots."""
+        return sum(map(len, self._resident))
+
+    def fetch(self, layer: int, experts: list[int]) -> Fetch:
+        """Begins to bring the experts (ascending, distinct) of one layer; use as a context manager and iterate."""
+        return Fetch(self, layer, experts)
+
+    def close(self) -> None:
+        self.drain()
+        self.store.close()
+
+    # What follows serves Fetch.
+
+    def lookup(self, layer: int, expert: int) -> int | None:
+        """The slot of a resident expert, which counts as a use of it."""
+        slot = self._resident[layer].get(expert)
+        if slot is not None:
+            self._policies[layer].touch(expert)
+            self.stats.layers[layer].hits += 1
+        return slot
+
+    def take_slot(self, layer: int, keep: set[int], evict: bool) -> tuple[int, bool] | None:
+        """A slot for a miss and whether it is a cached one: the layer's share first, then the ring; None if all are in use.
+        With `evict`, a resident expert that is not in `keep` makes room."""
+        if self._owned[layer] < self.quotas[layer]:
+            self._owned[layer] += 1
+            return self._free.pop(), True
+        if evict:
+            victim = self._policies[layer].evict(keep)
+            if victim is not None:
+                self.stats.layers[layer].evictions += 1
+                return self._resident[layer].pop(victim), True
+        if self._free_ring:
+            return self._free_ring.pop(), False
+        return None
+
+    def give_back(self, layer: int, load: _Load) -> None:
+        """The slot of a load that is done with (ring) or did not arrive (cached)."""
+        if not load.cached:
+            self._free_ring.append(load.slot)
+        elif self._resident[layer].get(load.expert) != load.slot:
+            self._owned[layer] -= 1
+            self._free.append(load.slot)
+
+    def block(self, layer: int, slots: list[int]) -> ExpertBlock:
+        return ExpertBlock(self.store.layouts[layer].format, self.arena, self._offsets[slots])
+
+    def start(self, layer: int, loads: list[_Load]) -> None:
+        """Issues every read of these experts at once."""
+        if not loads:
+            return
+        self.store.check_unchanged(layer)
+        requests, dests = [], []
+        for load in loads:
+            base = load.slot * self.store.slot_bytes
+            plan = plan_read(self.store.layouts[layer], load.expert)
+            self._offsets[load.slot] = plan.pieces
+            self._offsets[load.slot] += base
+            for read in plan.reads:
+                file = self.store.file(layer, read.file)
+                requests.append((self._next_tag, file.fd, file.direct, read.offset, read.length, read.needed))
+                dests.append(base + read.dest)
+                self._loads[self._next_tag] = load
+                self._next_tag += 1
+            load.pending = len(plan.reads)
+        self.reader.submit(self.arena, np.array(requests, np.int64), np.array(dests, np.int64))
+
+    def wait(self, layer: int, at_least: int) -> list[_Load]:
+        """Experts that have arrived, checked; blocks until at least `at_least` reads are done."""
+        begin = time.perf_counter()
+        completions = self.reader.wait(at_least)
+        counters = self.stats.layers[layer]
+        counters.stall_seconds += time.perf_counter() - begin
+        arrived = []
+        for tag, error, count, cached_count in completions:
+            load = self._loads.pop(tag)
+            load.pending -= 1
+            load.bytes += count
+            load.cached_bytes += cached_count
+            counters.bytes_read += count
+            if error:
+                reason = "the file ends too early" if error == _native.SHORT_READ else os.strerror(error)
+                raise ReadError(f"{self._where(layer, load.expert)}: read failed: {reason}")
+            if load.pending == 0:
+                self._check(layer, load)
+                if self.residency == "os" and load.cached_bytes == load.bytes:
+                    counters.hits += 1
+                else:
+                    counters.misses += 1
+                if load.cached:
+                    self._resident[layer][load.expert] = load.slot
+                    self._policies[layer].insert(load.expert)
+                arrived.append(load)
+        counters.max_in_flight = max(counters.max_in_flight, self.reader.take_peak())
+        return arrived
+
+    def drain(self) -> None:
+        """Waits for every read in flight; what they bring is forgotten."""
+        while self.reader.pending:
+            for tag, *_ in self.reader.wait(self.reader.pending):
+                self._loads.pop(tag, None)
+        self._loads.clear()
+
+    def _where(self, layer: int, expert: int) -> str:
+        layout = self.store.layouts[layer]
+        files = ", ".join(str(layout.files[i]) for i in sorted(set(layout.file_index[expert])))
+        return f"{files}: layer {layer}, expert {expert}"
+
+    def _check(self, layer: int, load: _Load) -> None:
+        layout = self.store.layouts[layer]
+        if layout.checksums is None or self._verify == "never" or (self._verify == "first" and load.expert in self._verified[layer]):
+            return
+        begin = load.slot * self.store.slot_bytes
+        record = self.arena.view()[begin : begin + layout.lengths[0]]
+        if xxhash.xxh3_64_intdigest(record.data) != layout.checksums[load.expert]:
+            raise ReadError(f"{self._where(layer, load.expert)}: checksum mismatch; the file is damaged, convert it again")
+        self._verified[layer].add(load.expert)
+
+
+@dataclass
+class Fetch:
+    """The experts of one layer, on their way. Iterating yields Parts: if `ordered`, in ascending order; else those that are
+    resident first, then the others as they arrive. Leaving the context gives the ring slots back."""
+
+    cache: ExpertCache
+    layer: int
+    experts: list[int]
+    ordered: bool = False
+    _slots: dict[int, int] = field(default_factory=dict)  # position → slot, ready
+    _loads: list[_Load] = field(default_factory=list)
+    _issued: int = 0  # ordered: positions looked at so far
+
+    def __post_init__(self) -> None:
+        # All at once if the ring could hold them all; else in order, through as many slots as there are.
+        self.ordered = len(self.experts) > self.cache.ring
+        try:
+            self._issue()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def __enter__(self) -> Fetch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._abandon()
+        else:
+            self._release(self._loads)
+
+    def __iter__(self) -> Iterator[Part]:
+        return self._in_order() if self.ordered else self._as_ready()
+
+    def _issue(self) -> None:
+        """Looks up the next experts and starts the reads of those that are missing, as far as there are slots."""
+        keep, loads = set(self.experts), []
+        while self._issued < len(self.experts):
+            position, expert = self._issued, self.experts[self._issued]
+            slot = self.cache.lookup(self.layer, expert)
+            if slot is not None:
+                self._slots[position] = slot
+            else:
+                # A long prompt touches nearly every expert once: it must not flush what decoding keeps.
+                taken = self.cache.take_slot(self.layer, keep, evict=not self.ordered)
+                if taken is None:
+                    break
+                load = _Load(position, expert, *taken, pending=1)
+                loads.append(load)
+                self._loads.append(load)
+            self._issued += 1
+        self.cache.start(self.layer, loads)
+
+    def _part(self, positions: list[int]) -> Part:
+        return Part(positions, self.cache.block(self.layer, [self._slots[p] for p in positions]))
+
+    def _wait(self) -> None:
+        for load in self.cache.wait(self.layer, 1):
+            self._slots[load.position] = load.slot
+
+    def _as_ready(self) -> Iterator[Part]:
+        done: set[int] = set()
+        while len(done) < len(self.experts):
+            ready = sorted(self._slots.keys() - done)
+            if ready:
+                done.update(ready)
+                yield self._part(ready)
+            else:
+                self._wait()
+
+    def _in_order(self) -> Iterator[Part]:
+        position = 0
+        while position < len(self.experts):
+            ready = []
+            while position in self._slots:
+                ready.append(position)
+                position += 1
+            if not ready:
+                self._wait()
+                continue
+            yield self._part(ready)
+            finished = [load for load in self._loads if load.position < position]
+            self._loads = [load for load in self._loads if load.position >= position]
+            self._release(finished)
+            self._issue()
+
+    def _release(self, loads: list[_Load]) -> None:
+        for load in loads:
+            self.cache.give_back(self.layer, load)
+
+    def _abandon(self) -> None:
+        """After an error: nothing may write into a slot that is given to somebody else."""
+        self.cache.drain()
+        self._release(self._loads)

@@ -1,0 +1,57 @@
+"""What the experts cost: counted where it happens, per layer, never estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+__all__ = ["ExpertStats", "LayerStats"]
+
+
+@dataclass
+class LayerStats:
+    """One layer's counters. A hit is an expert that was resident when it was asked for; with `--residency os`, one whose bytes
+    the page cache gave without waiting."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bytes_read: int = 0  # asked of the file system; with `--residency os` this includes what the page cache gave
+    stall_seconds: float = 0.0  # spent waiting for reads, nothing else to do
+    max_in_flight: int = 0  # reads that the kernel had at once
+
+    def add(self, other: LayerStats) -> None:
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, theirs) if f.name == "max_in_flight" else mine + theirs)
+
+    def since(self, earlier: LayerStats) -> LayerStats:
+        """What was counted after `earlier`, a copy of these counters; max_in_flight is not a sum and stays."""
+        return LayerStats(
+            **{
+                f.name: getattr(self, f.name) - (0 if f.name == "max_in_flight" else getattr(earlier, f.name))
+                for f in fields(self)
+            }
+        )
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+
+class ExpertStats:
+    def __init__(self, layers: int) -> None:
+        self.layers = [LayerStats() for _ in range(layers)]
+
+    def total(self) -> LayerStats:
+        total = LayerStats()
+        for layer in self.layers:
+            total.add(layer)
+        return total
+
+    def copy(self) -> ExpertStats:
+        return self.since(ExpertStats(len(self.layers)))
+
+    def since(self, earlier: ExpertStats) -> ExpertStats:
+        result = ExpertStats(0)
+        result.layers = [now.since(then) for now, then in zip(self.layers, earlier.layers, strict=True)]
+        return result

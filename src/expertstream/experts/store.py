@@ -1,0 +1,120 @@
+"""Experts on disk: which bytes of which files one expert is, and where they go. Plans reads; native/io does them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.format import ALIGNMENT, ExpertLayout, align
+from ..errors import ReadError
+
+__all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read"]
+
+
+@dataclass(frozen=True)
+class SlotRead:
+    """One read: `length` bytes at `offset` of a file to `dest` in the slot, all multiples of 4,096; `needed` of them matter."""
+
+    file: int  # index into the layout's files
+    offset: int
+    length: int
+    needed: int
+    dest: int
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    reads: tuple[SlotRead, ...]
+    pieces: tuple[int, ...]  # nine offsets in the slot: data, scales, biases of gate, up, down
+
+
+def plan_read(layout: ExpertLayout, expert: int) -> ReadPlan:
+    """The reads that bring one expert into a slot. Ranges that do not begin at a multiple of 4,096 are read from the one
+    before, so that any file can be read with O_DIRECT; their parts then lie at odd offsets in the slot."""
+    reads, starts, dest = [], [], 0
+    for r, length in enumerate(layout.lengths):
+        offset = int(layout.offsets[expert, r])
+        begin = offset // ALIGNMENT * ALIGNMENT
+        needed = offset - begin + length
+        reads.append(SlotRead(int(layout.file_index[expert, r]), begin, align(needed), needed, dest))
+        starts.append(dest + offset - begin)
+        dest += align(needed)
+    return ReadPlan(tuple(reads), tuple(starts[r] + at for r, at in layout.pieces))
+
+
+def slot_bytes(layout: ExpertLayout) -> int:
+    """Room for any expert of a layer."""
+    total = 0
+    for r, length in enumerate(layout.lengths):
+        total += align(length) + (0 if not (layout.offsets[:, r] % ALIGNMENT).any() else ALIGNMENT)
+    return total
+
+
+@dataclass
+class OpenFile:
+    """A file held open, and what it was when it was opened."""
+
+    path: Path
+    fd: int
+    direct: bool
+    signature: tuple[int, int, int, int]  # device, inode, size, modification time
+
+
+def _signature(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class ExpertStore:
+    """The expert files of a model, open for reading. `direct`: with O_DIRECT where the file system takes it."""
+
+    def __init__(self, layouts: list[ExpertLayout], direct: bool) -> None:
+        self.layouts = layouts
+        self.slot_bytes = max(slot_bytes(layout) for layout in layouts)
+        self._files: dict[Path, OpenFile] = {}
+        try:
+            for layout in layouts:
+                for path in layout.files:
+                    if path not in self._files:
+                        self._files[path] = _open(path, direct)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read with O_DIRECT."""
+        return all(file.direct for file in self._files.values())
+
+    def file(self, layer: int, index: int) -> OpenFile:
+        return self._files[self.layouts[layer].files[index]]
+
+    def check_unchanged(self, layer: int) -> None:
+        """Raises ReadError if a file of this layer was replaced, overwritten or removed since it was opened."""
+        for path in self.layouts[layer].files:
+            try:
+                now = _signature(os.stat(path))
+            except OSError:
+                raise ReadError(f"{path}: layer {layer}: removed while open; load the model again") from None
+            if now != self._files[path].signature:
+                raise ReadError(f"{path}: layer {layer}: replaced or changed while open; load the model again")
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file.fd)
+        self._files.clear()
+
+
+def _open(path: Path, direct: bool) -> OpenFile:
+    try:
+        if direct:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError:
+                # Some file systems refuse O_DIRECT; `direct` says so, and the start-up line prints it.
+                direct = False
+        if not direct:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be opened: {error.strerror}") from None
+    return OpenFile(path, fd, direct, _signature(os.fstat(fd)))

@@ -1,0 +1,371 @@
+"""Qwen3.5-MoE, text part: gated-delta and gated full-attention layers, each followed by a sparse MoE block.
+
+The arithmetic is that of `transformers.models.qwen3_5_moe`, which the tests compare with. x is (T, H) float32, T tokens;
+h is the residual stream. Only the experts come from disk; everything else is the trunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.format import ExpertLayout, WeightSpec
+from ..checkpoint.reader import Checkpoint
+from ..errors import CheckpointError, RequestError
+from ..experts.cache import ExpertCache
+from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
+from ..layers import Embedding, Linear, RMSNorm, Rotary
+from ..ops import F32, I64, Ops
+
+__all__ = ["Config", "Model", "expert_layouts", "weight_map"]
+
+LINEAR, FULL = "linear_attention", "full_attention"
+CHUNKED_FROM = 16  # tokens from which the chunked gated-delta form is the faster one
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hugging Face's keys, from config.json; nothing is assumed that it does not say."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rotary_dims: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any], where: str) -> Config:
+        """Raises CheckpointError for a missing or impossible value."""
+        text = config.get("text_config", config)
+
+        def get(name: str, kind: type = int) -> Any:
+            value = text.get(name)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise CheckpointError(f"{where}: config.json: {name} must be {kind.__name__}, not {value!r}")
+            if kind is not bool and value <= 0:
+                raise CheckpointError(f"{where}: config.json: {name} must be more than 0, not {value!r}")
+            return value
+
+        rope = text.get("rope_parameters") or text
+        theta, factor = rope.get("rope_theta"), rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+        if rope.get("rope_type", "default") != "default" or not isinstance(theta, int | float) or not isinstance(factor, int | float):
+            raise CheckpointError(f"{where}: config.json: rope_parameters {rope.get('rope_type')!r} with rope_theta {theta!r} are not supported")
+        if text.get("hidden_act", "silu") != "silu" or text.get("attention_bias", False) or not text.get("attn_output_gate", True):
+            raise CheckpointError(f"{where}: config.json: hidden_act must be silu, attention_bias false and attn_output_gate true")
+        layers = get("num_hidden_layers")
+        kinds = text.get("layer_types")
+        if kinds is None:
+            interval = get("full_attention_interval")
+            kinds = [FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers)]
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {LINEAR, FULL}:
+            raise CheckpointError(f"{where}: config.json: layer_types must name {LINEAR} or {FULL} for each of {layers} layers")
+        names = (
+            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
+            "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts",
+            "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "max_position_embeddings",
+        )  # fmt: skip
+        values = {name: get(name) for name in names}
+        tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        result = cls(
+            **values,
+            num_hidden_layers=layers,
+            layer_types=tuple(kinds),
+            rms_norm_eps=float(get("rms_norm_eps", float)),
+            rope_theta=float(theta),
+            rotary_dims=int(values["head_dim"] * factor),
+            tie_word_embeddings=tied,
+        )
+        if (
+            result.num_experts_per_tok > result.num_experts
+            or result.num_attention_heads % result.num_key_value_heads
+            or result.linear_num_value_heads % result.linear_num_key_heads
+            or not 2 <= result.linear_conv_kernel_dim <= 8
+            or result.rotary_dims % 2
+        ):
+            raise CheckpointError(f"{where}: config.json: sizes that do not go together: {result}")
+        return result
+
+    @property
+    def key_dim(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.key_dim + self.value_dim
+
+    def make_cache(self, capacity: int, kv_dtype: str) -> KVCache:
+        layers: list[AttentionState | DeltaState] = [
+            attention_state(self.num_key_value_heads, capacity, self.head_dim, kv_dtype)
+            if kind == FULL
+            else delta_state(
+                self.linear_conv_kernel_dim, self.conv_channels, self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+            )
+            for kind in self.layer_types
+        ]
+        return KVCache(layers, capacity)
+
+    def state_bytes(self, capacity: int, kv_dtype: str) -> int:
+        """What make_cache() will take."""
+        full = self.layer_types.count(FULL)
+        kv = 2 * self.num_key_value_heads * self.head_dim * capacity * (2 if kv_dtype == "bf16" else 4)
+        delta = (self.linear_conv_kernel_dim - 1) * self.conv_channels + self.value_dim * self.linear_key_head_dim
+        return full * kv + (len(self.layer_types) - full) * delta * 4
+
+    def scratch_bytes(self, tokens: int, capacity: int, threads: int) -> int:
+        """Activations that live at once while `tokens` tokens go through a layer, from above."""
+        attention = self.num_attention_heads * self.head_dim * 5 + 2 * self.num_key_value_heads * self.head_dim
+        delta = 3 * self.conv_channels + 4 * self.value_dim
+        # Experts: gathered inputs, gate and up, int16 copies of both, and outputs; at most top_k pairs a token.
+        moe = (self.num_experts_per_tok + 1) * (4 * self.hidden_size + 4 * self.moe_intermediate_size) + 4 * self.shared_expert_intermediate_size
+        return 4 * (tokens * (4 * self.hidden_size + max(attention, delta, moe)) + 4 * threads * capacity + 2 * self.vocab_size)
+
+
+def weight_map(config: Config) -> dict[str, WeightSpec]:
+    """Every trunk tensor by canonical name; a matrix by its module, whose tensor is `.weight` (and `.scales`, `.biases`)."""
+    c, h = config, config.hidden_size
+    specs: dict[str, WeightSpec] = {"model.embed_tokens": WeightSpec("matrix", (c.vocab_size, h))}
+
+    def matrix(name: str, rows: int, cols: int) -> None:
+        specs[name] = WeightSpec("matrix", (rows, cols))
+
+    for i, kind in enumerate(c.layer_types):
+        layer = f"model.layers.{i}"
+        specs[f"{layer}.input_layernorm.weight"] = WeightSpec("norm", (h,))
+        if kind == LINEAR:
+            mixer = f"{layer}.linear_attn"
+            matrix(f"{mixer}.in_proj_qkv", c.conv_channels, h)
+            matrix(f"{mixer}.in_proj_z", c.value_dim, h)
+            matrix(f"{mixer}.in_proj_b", c.linear_num_value_heads, h)
+            matrix(f"{mixer}.in_proj_a", c.linear_num_value_heads, h)
+            specs[f"{mixer}.conv1d.weight"] = WeightSpec("conv", (c.conv_channels, 1, c.linear_conv_kernel_dim))
+            specs[f"{mixer}.A_log"] = WeightSpec("vector", (c.linear_num_value_heads,))
+            specs[f"{mixer}.dt_bias"] = WeightSpec("vector", (c.linear_num_value_heads,))
+            specs[f"{mixer}.norm.weight"] = WeightSpec("vector", (c.linear_value_head_dim,))  # this one has no +1
+            matrix(f"{mixer}.out_proj", h, c.value_dim)
+        else:
+            mixer, kv = f"{layer}.self_attn", c.num_key_value_heads * c.head_dim
+            matrix(f"{mixer}.q_proj", 2 * c.num_attention_heads * c.head_dim, h)  # rows by head: query, gate
+            matrix(f"{mixer}.k_proj", kv, h)
+            matrix(f"{mixer}.v_proj", kv, h)
+            matrix(f"{mixer}.o_proj", h, c.num_attention_heads * c.head_dim)
+            specs[f"{mixer}.q_norm.weight"] = WeightSpec("norm", (c.head_dim,))
+            specs[f"{mixer}.k_norm.weight"] = WeightSpec("norm", (c.head_dim,))
+        specs[f"{layer}.post_attention_layernorm.weight"] = WeightSpec("norm", (h,))
+        matrix(f"{layer}.mlp.gate", c.num_experts, h)
+        matrix(f"{layer}.mlp.shared_expert.gate_proj", c.shared_expert_intermediate_size, h)
+        matrix(f"{layer}.mlp.shared_expert.up_proj", c.shared_expert_intermediate_size, h)
+        matrix(f"{layer}.mlp.shared_expert.down_proj", h, c.shared_expert_intermediate_size)
+        matrix(f"{layer}.mlp.shared_expert_gate", 1, h)
+    specs["model.norm.weight"] = WeightSpec("norm", (h,))
+    if not c.tie_word_embeddings:
+        matrix("lm_head", c.vocab_size, h)
+    return specs
+
+
+def expert_layouts(config: Config, checkpoint: Checkpoint) -> list[ExpertLayout]:
+    c = config
+    return [checkpoint.experts(i, c.num_experts, c.moe_intermediate_size, c.hidden_size) for i in range(c.num_hidden_layers)]
+
+
+class Weights:
+    """The trunk, loaded by name as weight_map() lists it."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, ops: Ops) -> None:
+        self.config, self.checkpoint, self.ops = config, checkpoint, ops
+        self.specs = weight_map(config)
+
+    def linear(self, module: str) -> Linear:
+        return Linear(self.checkpoint.weight(module, self.specs[module]), self.ops)
+
+    def vector(self, name: str) -> F32:
+        return self.checkpoint.vector(name, self.specs[name])
+
+    def norm(self, module: str) -> RMSNorm:
+        return RMSNorm(self.vector(f"{module}.weight"), self.config.rms_norm_eps, self.ops)
+
+
+class GatedDeltaNet:
+    """Linear attention with a gated delta rule (Yang et al., Gated Delta Networks, 2024)."""
+
+    def __init__(self, w: Weights, name: str) -> None:
+        self.c, self.ops = w.config, w.ops
+        self.in_proj_qkv, self.in_proj_z = w.linear(f"{name}.in_proj_qkv"), w.linear(f"{name}.in_proj_z")
+        self.in_proj_b, self.in_proj_a = w.linear(f"{name}.in_proj_b"), w.linear(f"{name}.in_proj_a")
+        self.out_proj = w.linear(f"{name}.out_proj")
+        self.conv_weight = w.vector(f"{name}.conv1d.weight")  # (kernel, channels)
+        self.a_log, self.dt_bias = w.vector(f"{name}.A_log"), w.vector(f"{name}.dt_bias")
+        self.norm_weight = w.vector(f"{name}.norm.weight")
+
+    def __call__(self, x: F32, state: DeltaState) -> F32:
+        c, ops, T = self.c, self.ops, x.shape[0]
+        # Project, mix each channel with its own past, and split.
+        qkv = ops.conv(self.in_proj_qkv(x), self.conv_weight, state.conv_state)
+        heads = (T, c.linear_num_key_heads, c.linear_key_head_dim)
+        q = qkv[:, : c.key_dim].reshape(heads)
+        k = qkv[:, c.key_dim : 2 * c.key_dim].reshape(heads)
+        v = qkv[:, 2 * c.key_dim :].reshape(T, c.linear_num_value_heads, c.linear_value_head_dim)
+        # Keys and queries have unit length; queries also carry the 1/√d.
+        q = ops.l2_norm(np.ascontiguousarray(q), 1e-6, c.linear_key_head_dim**-0.5)
+        k = ops.l2_norm(np.ascontiguousarray(k), 1e-6, 1.0)
+        # How much of the state each head keeps, and how strongly it writes.
+        g, beta = ops.gates(self.in_proj_a(x), self.in_proj_b(x), self.a_log, self.dt_bias)
+        out = ops.gated_delta(q, k, np.ascontiguousarray(v), g, beta, state.recurrent_state, chunked=T >= CHUNKED_FROM)
+        z = self.in_proj_z(x).reshape(v.shape)
+        out = ops.gated_rms_norm(out, z, self.norm_weight, c.rms_norm_eps)
+        return self.out_proj(out.reshape(T, c.value_dim))
+
+
+class Attention:
+    """Grouped-query attention with normed, partly rotated queries and keys, and an output gate."""
+
+    def __init__(self, w: Weights, name: str) -> None:
+        self.c, self.ops = w.config, w.ops
+        self.q_proj, self.k_proj = w.linear(f"{name}.q_proj"), w.linear(f"{name}.k_proj")
+        self.v_proj, self.o_proj = w.linear(f"{name}.v_proj"), w.linear(f"{name}.o_proj")
+        self.q_norm, self.k_norm = w.norm(f"{name}.q_norm"), w.norm(f"{name}.k_norm")
+
+    def __call__(self, x: F32, state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
+        c, ops, T = self.c, self.ops, x.shape[0]
+        q_gate = self.q_proj(x).reshape(T, c.num_attention_heads, 2, c.head_dim)
+        q = self.q_norm(np.ascontiguousarray(q_gate[:, :, 0]))  # (T, heads, head_dim)
+        gate = np.ascontiguousarray(q_gate[:, :, 1])
+        k = self.k_norm(self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim))
+        v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
+        ops.rotary(q, cos, sin)
+        ops.rotary(k, cos, sin)
+        out = ops.attention(q, k, v, gate, state.keys, state.values, position)
+        return self.o_proj(out.reshape(T, -1))
+
+
+class SharedExpert:
+    """The expert that every token uses; part of the trunk."""
+
+    def __init__(self, w: Weights, name: str) -> None:
+        self.ops = w.ops
+        self.gate_proj, self.up_proj, self.down_proj = (w.linear(f"{name}.{p}_proj") for p in ("gate", "up", "down"))
+
+    def __call__(self, x: F32) -> F32:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class SparseMoeBlock:
+    """Σ wᵢ·expertᵢ(x) over the top-k of a softmax router, plus a gated shared expert.
+
+    Outputs are summed in ascending order of expert number, whatever order they became ready in.
+    """
+
+    def __init__(self, w: Weights, layer: int, top_k: int, experts: ExpertCache) -> None:
+        name = f"model.layers.{layer}.mlp"
+        self.layer, self.top_k, self.experts, self.ops = layer, top_k, experts, w.ops
+        self.gate = w.linear(f"{name}.gate")
+        self.shared_expert = SharedExpert(w, f"{name}.shared_expert")
+        self.shared_expert_gate = w.linear(f"{name}.shared_expert_gate")
+
+    def __call__(self, x: F32, h: F32) -> None:
+        """Adds the block's output for x (T, H) to h (T, H), in place."""
+        ops = self.ops
+        routing_weights, selected_experts = ops.route(self.gate(x), self.top_k)  # (T, top_k)
+        # Pairs of (token, expert), grouped by expert.
+        order = np.argsort(selected_experts, axis=None, kind="stable")
+        pair_token, weights = order // self.top_k, routing_weights.ravel()[order]
+        ids, counts = np.unique(selected_experts, return_counts=True)
+        pair_start = np.concatenate([[0], np.cumsum(counts)])
+        acc = np.zeros_like(x)
+        # The reads of all missing experts are under way before anything is computed.
+        with self.experts.fetch(self.layer, ids.tolist()) as fetch:
+            shared = self.shared_expert(x)
+            y = None if fetch.ordered else np.empty((order.shape[0], x.shape[1]), np.float32)
+            for part in fetch:
+                first, last = part.positions[0], part.positions[-1] + 1
+                starts = pair_start[part.positions]
+                lengths = pair_start[np.array(part.positions) + 1] - starts
+                if last - first == len(part.positions):  # neighbours: one run of pairs
+                    pairs: Any = slice(pair_start[first], pair_start[last])
+                else:
+                    pairs = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+                outputs = ops.experts(x, part.block, np.concatenate([[0], np.cumsum(lengths)]), np.ascontiguousarray(pair_token[pairs]))
+                if y is None:
+                    ops.accumulate(acc, outputs, np.ascontiguousarray(pair_token[pairs]), np.ascontiguousarray(weights[pairs]))
+                else:
+                    y[pairs] = outputs
+            if y is not None:
+                ops.accumulate(acc, y, pair_token, weights)
+        ops.add_shared(h, acc, shared, self.shared_expert_gate(x))
+
+
+class DecoderLayer:
+    def __init__(self, w: Weights, layer: int, top_k: int, experts: ExpertCache) -> None:
+        name = f"model.layers.{layer}"
+        self.input_layernorm = w.norm(f"{name}.input_layernorm")
+        self.post_attention_layernorm = w.norm(f"{name}.post_attention_layernorm")
+        full = w.config.layer_types[layer] == FULL
+        self.self_attn = Attention(w, f"{name}.self_attn") if full else None
+        self.linear_attn = None if full else GatedDeltaNet(w, f"{name}.linear_attn")
+        self.mlp = SparseMoeBlock(w, layer, top_k, experts)
+
+    def __call__(self, h: F32, state: AttentionState | DeltaState, position: int, cos: F32, sin: F32) -> None:
+        x = self.input_layernorm(h)
+        if self.self_attn is not None:
+            assert isinstance(state, AttentionState)
+            h += self.self_attn(x, state, position, cos, sin)
+        else:
+            assert isinstance(state, DeltaState) and self.linear_attn is not None
+            h += self.linear_attn(x, state)
+        self.mlp(self.post_attention_layernorm(h), h)
+
+
+class Model:
+    """Tokens → logits. Holds the trunk; experts come through `experts`."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, ops: Ops, experts: ExpertCache, top_k: int = 0) -> None:
+        """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy."""
+        w = Weights(config, checkpoint, ops)
+        self.config = config
+        self.top_k = top_k or config.num_experts_per_tok
+        self.embed_tokens = Embedding(checkpoint.weight("model.embed_tokens", w.specs["model.embed_tokens"]), ops)
+        self.layers = [DecoderLayer(w, i, self.top_k, experts) for i in range(config.num_hidden_layers)]
+        self.norm = w.norm("model.norm")
+        self.lm_head = self.embed_tokens.as_linear if config.tie_word_embeddings else w.linear("lm_head")
+        self.rotary = Rotary(config.rotary_dims, config.rope_theta)
+
+    def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False) -> F32:
+        """tokens (T,) → logits (1, vocab) of the last one, or (T, vocab); the cache moves on by T.
+
+        Raises RequestError if the cache has no room, or holds half a token after an error.
+        """
+        T, position = tokens.shape[0], cache.position
+        if position + T > cache.capacity:
+            raise RequestError(f"{position + T} tokens do not fit a context of {cache.capacity}; make --context at least {position + T}")
+        if not cache.valid:
+            raise RequestError("this session stopped in the middle of a token; reset it")
+        cache.valid = False
+        h = self.embed_tokens(tokens)
+        cos, sin = self.rotary(position, T)
+        for layer, state in zip(self.layers, cache.layers, strict=True):
+            layer(h, state, position, cos, sin)
+        cache.position += T
+        cache.valid = True
+        last = h if all_logits else h[-1:]
+        return self.lm_head(self.norm(np.ascontiguousarray(last)))

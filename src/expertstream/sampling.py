@@ -1,0 +1,139 @@
+"""From logits to a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .errors import UsageError
+from .ops import F32
+
+__all__ = ["Sampler", "SamplingParams"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    Order: penalties, temperature, top_k, top_p, min_p, then one draw. temperature 0 takes the most likely token.
+    repetition_penalty divides positive and multiplies negative logits of every token seen in prompt or answer (Keskar et al., CTRL,
+    2019); presence_penalty and frequency_penalty are OpenAI's, over the answer. logprobs: how many alternatives to report with
+    each token, from the untouched distribution; None for no log-probabilities.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: another one each time
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("presence_penalty", -10, 10),
+            ("frequency_penalty", -10, 10),
+            ("repetition_penalty", 0.01, 100),
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise UsageError(f"{name} is from {low} to {high}, not {value}")
+        if self.top_k < 0 or self.max_tokens < 1 or (self.logprobs is not None and not 0 <= self.logprobs <= 100):
+            raise UsageError("top_k is at least 0, max_tokens at least 1, logprobs from 0 to 100")
+        if any(not s for s in self.stop):
+            raise UsageError("a stop string is not empty")
+
+    @classmethod
+    def from_defaults(cls, generation_config: Mapping[str, Any], **given: Any) -> SamplingParams:
+        """A checkpoint's generation_config.json, overridden by what is given and not None."""
+        defaults: dict[str, Any] = {}
+        if generation_config.get("do_sample", "temperature" in generation_config):
+            defaults["temperature"] = 1.0
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+                if isinstance(generation_config.get(name), int | float):
+                    defaults[name] = generation_config[name]
+        return cls(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token; logprob and alternatives (token, logprob; most likely first) where asked for."""
+
+    token: int
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """One text's draws. With the same seed, logits and parameters it makes the same choices on every run."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int]) -> None:
+        if params.seed is None:
+            params = replace(params, seed=int(np.random.SeedSequence().generate_state(1)[0]))
+        self.params = params
+        self._rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._seen = set(prompt)
+        self._counts: dict[int, int] = {}
+
+    def __call__(self, logits: F32) -> Choice:
+        """logits (vocab,), finite."""
+        p = self.params
+        adjusted = self._penalize(logits)
+        token = int(adjusted.argmax()) if p.temperature == 0 else self._draw(adjusted)
+        self._seen.add(token)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if p.logprobs is None:
+            return Choice(token, None, ())
+        shifted = logits.astype(np.float64) - float(logits.max())
+        log_probs = shifted - math.log(float(np.exp(shifted).sum()))
+        best = np.argsort(-log_probs, kind="stable")[: p.logprobs]
+        return Choice(token, float(log_probs[token]), tuple((int(i), float(log_probs[i])) for i in best))
+
+    def _penalize(self, logits: F32) -> F32:
+        p = self.params
+        if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
+            return logits
+        logits = logits.copy()
+        if p.repetition_penalty != 1 and self._seen:
+            seen = np.fromiter(self._seen, np.int64)
+            values = logits[seen]
+            logits[seen] = np.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+        for token, count in self._counts.items():
+            logits[token] -= p.presence_penalty + p.frequency_penalty * count
+        return logits
+
+    def _draw(self, logits: F32) -> int:
+        p = self.params
+        # Most likely first; among equals the lower number, so that a seed means one text.
+        if 0 < p.top_k < logits.shape[0]:
+            order = np.argpartition(-logits, p.top_k - 1)[: p.top_k]
+            order = np.sort(order)
+            order = order[np.argsort(-logits[order], kind="stable")]
+        elif p.top_p < 1:
+            order = np.argsort(-logits, kind="stable")
+        else:
+            order = np.arange(logits.shape[0])
+        scaled = logits[order].astype(np.float64) / p.temperature
+        probs = np.exp(scaled - scaled.max())
+        probs /= probs.sum()
+        if p.top_p < 1:
+            # The fewest tokens whose probabilities reach top_p, at least one.
+            keep = int(np.searchsorted(np.cumsum(probs), p.top_p)) + 1
+            order, probs = order[:keep], probs[:keep]
+        if p.min_p > 0:
+            likely = probs >= p.min_p * probs.max()
+            order, probs = order[likely], probs[likely]
+        cumulative = np.cumsum(probs)
+        at = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
+        return int(order[min(at, order.shape[0] - 1)])

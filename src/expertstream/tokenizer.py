@@ -1,0 +1,119 @@
+"""Text to tokens and back, by the checkpoint's own tokenizer.json and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as _Tokenizer
+
+from .checkpoint.reader import read_json
+from .errors import CheckpointError, RequestError
+from .ops import I64
+
+__all__ = ["Detokenizer", "Tokenizer"]
+
+
+class Tokenizer:
+    """Raises CheckpointError for a folder without a usable tokenizer."""
+
+    def __init__(self, path: Path) -> None:
+        file = path / "tokenizer.json"
+        if not file.exists():
+            raise CheckpointError(f"{path}: missing tokenizer: no tokenizer.json")
+        try:
+            self._tokenizer = _Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
+        self.path = path
+        self._config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+        self.eos_ids = self._eos_ids()
+
+    def _eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those of config.json, generation_config.json and the tokenizer's own."""
+        ids: set[int] = set()
+        for name in ("config.json", "generation_config.json"):
+            if (self.path / name).exists():
+                config = read_json(self.path / name)
+                for holder in (config, config.get("text_config") or {}):
+                    value = holder.get("eos_token_id")
+                    ids |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+        token = self._config.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found = self._tokenizer.token_to_id(token)
+            ids |= set() if found is None else {found}
+        return frozenset(ids)
+
+    def encode(self, text: str) -> I64:
+        """Raises RequestError for text that is not Unicode."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RequestError("the prompt is not valid UTF-8") from None
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
+        """The messages ({"role", "content"}) as one prompt that asks for an answer. Runs in a sandbox: a template sees what it is
+        given and nothing else. Raises RequestError if there is no template or it refuses the messages."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        environment.globals["raise_exception"] = _refuse
+        values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "eos_token": "", "bos_token": ""}
+        try:
+            return environment.from_string(self._template()).render(**{**values, **variables})
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"{self.path}: the chat template failed: {error}") from None
+
+    def _template(self) -> str:
+        file = self.path / "chat_template.jinja"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise RequestError(f"{self.path}: missing chat template; give a raw prompt, without --chat")
+        return template
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+class Detokenizer:
+    """Tokens to text piece by piece, never splitting a character: bytes that do not yet make one wait for the next token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._begin, self._end = 0, 0  # _ids[_begin:_end] is shown already and gives the context for what follows
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, maybe empty."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        if text.endswith("\ufffd") and len(self._ids) - self._end < 8:
+            return ""
+        return self._emit(text)
+
+    def flush(self) -> str:
+        """What is left at the end, bytes that never made a character as U+FFFD."""
+        return self._emit(self._tokenizer.decode(self._ids[self._begin :])) if self._end < len(self._ids) else ""
+
+    def _emit(self, text: str) -> str:
+        shown = len(self._tokenizer.decode(self._ids[self._begin : self._end]))
+        self._begin, self._end = self._end, len(self._ids)
+        return text[shown:]
