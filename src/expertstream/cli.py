@@ -28,11 +28,27 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class _Intermixed(_Parser):
+    """Takes options between positional arguments too: run MODEL --memory 8GiB PROMPT."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=100)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; docs/cli.md is made from it."""
     from . import __version__
 
     parser = _Parser(
@@ -42,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_formatter,
     )
     parser.add_argument("--version", action="version", version=f"expertstream {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Intermixed)
     _add_run(commands)
     _add_convert(commands)
     _add_inspect(commands)
@@ -52,48 +68,75 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_run(commands: Any) -> None:
     run = commands.add_parser(
         "run",
+        usage="expertstream run [OPTIONS] [MODEL] PROMPT",
         help="generate text from a prompt",
         description="Continues a prompt, or with --chat answers it. With no MODEL the small embedded model runs.",
         epilog="environment:\n  EXPERTSTREAM_ISA, EXPERTSTREAM_THREADS   as --isa, --threads\n\n" + EXIT_CODES,
         formatter_class=_formatter,
     )
-    run.add_argument("arguments", nargs="*", metavar="[MODEL] PROMPT", help="a checkpoint folder, and the prompt; - reads it from standard input")
+    run.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="[MODEL] PROMPT",
+        help="a checkpoint folder, and the prompt; - reads it from standard input",
+    )
     run.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
     run.add_argument("--system", metavar="TEXT", help="a system prompt (with --chat)")
     run.add_argument("--json", action="store_true", help="print one JSON object with text, tokens and counters")
     run.add_argument("--stats", action="store_true", help="print the counters of every layer at the end")
     run.add_argument("--quiet", action="store_true", help="print the text alone")
-    sampling = run.add_argument_group("sampling (defaults: the checkpoint's generation_config.json, else the most likely token)")
+    sampling = run.add_argument_group(
+        "sampling (defaults: the checkpoint's generation_config.json, else the most likely token)"
+    )
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (512)")
     sampling.add_argument("--temperature", type=float, metavar="X", help="0 takes the most likely token")
     sampling.add_argument("--top-k", type=int, metavar="N", help="draw among the N most likely")
-    sampling.add_argument("--top-p", type=float, metavar="X", help="draw among the fewest that together have probability X")
-    sampling.add_argument("--min-p", type=float, metavar="X", help="draw among those at least X times as likely as the likeliest")
+    sampling.add_argument(
+        "--top-p", type=float, metavar="X", help="draw among the fewest that together have probability X"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, metavar="X", help="draw among those at least X times as likely as the likeliest"
+    )
     sampling.add_argument("--repetition-penalty", type=float, metavar="X", help="of every token seen (1: none)")
     sampling.add_argument("--presence-penalty", type=float, metavar="X", help="of every token in the answer (0: none)")
-    sampling.add_argument("--frequency-penalty", type=float, metavar="X", help="for each time a token is in the answer (0: none)")
+    sampling.add_argument(
+        "--frequency-penalty", type=float, metavar="X", help="for each time a token is in the answer (0: none)"
+    )
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    sampling.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives (with --json)")
+    sampling.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives (with --json)"
+    )
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
     memory = run.add_argument_group("memory and reading (these change speed, never the text)")
-    memory.add_argument("--memory", metavar="SIZE", help="budget for trunk, context and experts, such as 8GiB (what is available)")
-    memory.add_argument("--residency", choices=RESIDENCIES, help="who keeps experts: our slots, or the page cache (auto)")
+    memory.add_argument(
+        "--memory", metavar="SIZE", help="budget for trunk, context and experts, such as 8GiB (what is available)"
+    )
+    memory.add_argument(
+        "--residency", choices=RESIDENCIES, help="who keeps experts: our slots, or the page cache (auto)"
+    )
     memory.add_argument("--policy", choices=POLICIES, help="which expert makes room (lru)")
     memory.add_argument("--reader", choices=READERS, help="how experts are read (auto: io_uring if it can be used)")
     memory.add_argument("--queue-depth", type=int, metavar="N", help="reads in flight (32)")
     memory.add_argument("--threads", type=int, metavar="N", help="threads that compute (as many as the processor has)")
     memory.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512_vnni or neon (the fastest there is)")
-    memory.add_argument("--context", dest="context_length", type=int, metavar="N", help="tokens of prompt and answer (8192)")
-    memory.add_argument("--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)")
-    lossy = run.add_argument_group("lossy (these change the text; the footer says so)")
-    lossy.add_argument("--experts-per-token", type=int, metavar="N", help="use fewer experts than the model was trained with")
-    memory.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16)")
+    memory.add_argument(
+        "--context", dest="context_length", type=int, metavar="N", help="tokens of prompt and answer (8192)"
+    )
+    memory.add_argument(
+        "--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)"
+    )
+    values = run.add_argument_group("precision (these change the text; what is lossy is said in the footer)")
+    values.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16)")
+    values.add_argument(
+        "--experts-per-token", type=int, metavar="N", help="lossy: use fewer experts than the model was trained with"
+    )
     run.set_defaults(function=_run)
 
 
 def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
+        usage="expertstream convert [OPTIONS] SRC DST",
         help="make a pack: one aligned record an expert",
         description=(
             "Writes a pack of the checkpoint SRC to the new folder DST. Needs little memory, and can be stopped at any moment:\n"
@@ -104,9 +147,15 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument("source", metavar="SRC", type=Path)
     convert.add_argument("destination", metavar="DST", type=Path)
-    convert.add_argument("--bits", type=int, choices=(2, 4, 8, 16), default=4, help="of the experts; 16 leaves them (4)")
-    convert.add_argument("--group-size", type=int, choices=(32, 64, 128), default=64, help="values that share a scale (64)")
-    convert.add_argument("--trunk-bits", type=int, choices=(4, 8, 16), default=8, help="of the trunk's matrices; 16 leaves them (8)")
+    convert.add_argument(
+        "--bits", type=int, choices=(2, 4, 8, 16), default=4, help="of the experts; 16 leaves them (4)"
+    )
+    convert.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), default=64, help="values that share a scale (64)"
+    )
+    convert.add_argument(
+        "--trunk-bits", type=int, choices=(4, 8, 16), default=8, help="of the trunk's matrices; 16 leaves them (8)"
+    )
     convert.add_argument("--threads", type=int, metavar="N", help="threads that quantize")
     convert.set_defaults(function=_convert)
 
@@ -114,6 +163,7 @@ def _add_convert(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
+        usage="expertstream inspect [OPTIONS] [PATH]",
         help="say what a checkpoint is and what of it fits this machine",
         description="Reads the headers of a checkpoint: architecture, parameters, bits, bytes, and what fits in memory.",
         epilog=EXIT_CODES,
@@ -212,10 +262,16 @@ def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], interrupte
         "text": "".join(p.text for p in pieces),
         "tokens": [p.token for p in pieces],
         "finish_reason": "interrupted" if interrupted else pieces[-1].finish_reason if pieces else None,
-        "logprobs": [{"token": p.token, "logprob": p.logprob, "top_logprobs": p.top_logprobs} for p in logprobs] if logprobs else None,
+        "logprobs": [{"token": p.token, "logprob": p.logprob, "top_logprobs": p.top_logprobs} for p in logprobs]
+        if logprobs
+        else None,
         "stats": pieces[-1].stats.to_json() if pieces else None,
         "memory": vars(llm.plan) | {"residency": llm.plan.residency},
-        "reader": {"name": llm.reader_name, "o_direct": llm.experts.store.direct, "registered_buffers": llm.experts.reader.registered_buffers},
+        "reader": {
+            "name": llm.reader_name,
+            "o_direct": llm.experts.store.direct,
+            "registered_buffers": llm.experts.reader.registered_buffers,
+        },
     }
 
 
@@ -238,7 +294,11 @@ def _print_stats(llm: LLM, stats: GenerationStats, per_layer: bool, interrupted:
     if per_layer:
         print("layer     hits   misses  evictions   bytes read   waited s   in flight", file=out)
         for i, c in enumerate(stats.layers):
-            print(f"{i:5} {c.hits:8} {c.misses:8} {c.evictions:10} {format_bytes(c.bytes_read):>12} {c.stall_seconds:10.3f} {c.max_in_flight:11}", file=out)
+            print(
+                f"{i:5} {c.hits:8} {c.misses:8} {c.evictions:10} {format_bytes(c.bytes_read):>12} "
+                f"{c.stall_seconds:10.3f} {c.max_in_flight:11}",
+                file=out,
+            )
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -251,11 +311,23 @@ def _convert(options: argparse.Namespace) -> int:
 
     threads = EngineConfig.from_options({"threads": options.threads}).thread_count
     policy = BitPolicy(options.bits, options.group_size, options.trunk_bits)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("converting", total=None)
-            convert(options.source, options.destination, policy, threads, lambda done, total: bar.update(task, completed=done, total=total))
+            convert(
+                options.source,
+                options.destination,
+                policy,
+                threads,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
     except KeyboardInterrupt:
         print("expertstream: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return 130

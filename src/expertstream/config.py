@@ -12,7 +12,17 @@ from .errors import UsageError
 
 __all__ = ["EngineConfig", "format_bytes", "parse_bytes"]
 
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_UNITS = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "t": 1000**4,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
 
 RESIDENCIES = ("auto", "slots", "os")
 READERS = ("auto", "uring", "pread")
@@ -22,7 +32,7 @@ VERIFY = ("first", "always", "never")
 
 
 def parse_bytes(text: str | int) -> int:
-    """"8GiB", "500M", 1024 → bytes. K, M, G, T are powers of 1000; Ki, Mi, Gi, Ti of 1024. Raises UsageError."""
+    """ "8GiB", "500M", 1024 → bytes. K, M, G, T are powers of 1000; Ki, Mi, Gi, Ti of 1024. Raises UsageError."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
@@ -107,7 +117,9 @@ class EngineConfig:
             values["threads"] = int(text)
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
-            raise UsageError(f"unknown option {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)} and memory")
+            raise UsageError(
+                f"unknown option {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)} and memory"
+            )
         return cls(**values)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from .config import EngineConfig, format_bytes
-from .errors import BudgetError, RequestError, UsageError
+from .errors import BudgetError, CheckpointError, RequestError, UsageError
 from .experts.budget import MemoryPlan, plan_memory
 from .experts.cache import ExpertCache
 from .experts.stats import ExpertStats, LayerStats
@@ -111,11 +111,16 @@ class LLM:
         c, trained = self.config, self.model_config.num_experts_per_tok
         self.top_k = c.experts_per_token or trained
         if self.top_k > trained:
-            raise UsageError(f"experts_per_token is at most what the model was trained with, {trained}, not {self.top_k}")
+            raise UsageError(
+                f"experts_per_token is at most what the model was trained with, {trained}, not {self.top_k}"
+            )
         self.lossy = f"{self.top_k} of {trained} experts a token" if self.top_k < trained else ""
         self.context_length = c.context_length or min(DEFAULT_CONTEXT, self.model_config.max_position_embeddings)
         if self.context_length > self.model_config.max_position_embeddings:
-            raise UsageError(f"a context of {self.context_length} is more than the {self.model_config.max_position_embeddings} this model was trained for")
+            raise UsageError(
+                f"a context of {self.context_length} is more than the "
+                f"{self.model_config.max_position_embeddings} this model was trained for"
+            )
         layouts = model_module.expert_layouts(self.model_config, self.checkpoint)
         store = ExpertStore(layouts, direct=c.residency != "os")
         try:
@@ -124,7 +129,9 @@ class LLM:
                 store.close()
                 store = ExpertStore(layouts, direct=False)
             self.reader_name, reader = _make_reader(c)
-            self.experts = ExpertCache(store, self.plan.slots, self.plan.ring_slots, c.policy, reader, self.plan.residency, c.verify)
+            self.experts = ExpertCache(
+                store, self.plan.slots, self.plan.ring_slots, c.policy, reader, self.plan.residency, c.verify
+            )
             self.ops = make_ops(c.ops, c.thread_count, c.isa)
             self.model = model_module.Model(self.model_config, self.checkpoint, self.ops, self.experts, self.top_k)
         except BaseException:
@@ -168,7 +175,11 @@ class LLM:
         """One line on how memory is divided and how experts are read."""
         p, cached = self.plan, self.plan.slots - self.plan.ring_slots
         file_kind = "O_DIRECT" if self.experts.store.direct else "buffered"
-        experts = f"{min(cached, p.total_experts)} of {p.total_experts} experts cached" if p.residency == "slots" else "experts left to the page cache"
+        experts = (
+            f"{min(cached, p.total_experts)} of {p.total_experts} experts cached"
+            if p.residency == "slots"
+            else "experts left to the page cache"
+        )
         return (
             f"memory {format_bytes(p.budget_bytes)}: trunk {format_bytes(p.trunk_bytes)}, context {format_bytes(p.state_bytes)}, "
             f"scratch {format_bytes(p.scratch_bytes)}, slots {format_bytes(p.slots_bytes)} ({experts}); "
@@ -192,7 +203,9 @@ class LLM:
         params = params or self.sampling_params(**given)
         return self.session().generate(self.tokenizer.encode(prompt), params)
 
-    def chat(self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **given: Any) -> Iterator[GenerationResponse]:
+    def chat(
+        self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **given: Any
+    ) -> Iterator[GenerationResponse]:
         """Answers messages ({"role": "user", "content": "…"}), by the checkpoint's chat template."""
         return self.generate(self.tokenizer.apply_chat_template(messages), params, **given)
 
@@ -202,7 +215,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -213,25 +228,39 @@ class Session:
         self.llm = llm
         self.cache = llm.model_config.make_cache(llm.context_length, llm.config.kv_dtype)
 
-    def generate(self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None = None) -> Iterator[GenerationResponse]:
+    def generate(
+        self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None = None
+    ) -> Iterator[GenerationResponse]:
         """Appends tokens (T,) to the text and continues it. Raises RequestError before any work if they cannot fit."""
         if tokens.shape[0] == 0:
             raise RequestError("the prompt is empty")
+        vocabulary = self.llm.model_config.vocab_size
+        if int(tokens.max()) >= vocabulary:
+            raise CheckpointError(
+                f"{self.llm.path}: tokenizer.json gives token {tokens.max()}, the model knows {vocabulary}: it is another model's"
+            )
         room = self.cache.capacity - self.cache.position
         if tokens.shape[0] + 1 > room:
             needed = self.cache.position + tokens.shape[0] + 1
-            raise RequestError(f"the prompt has {tokens.shape[0]} tokens, but the context has room for {max(room - 1, 0)}; make --context at least {needed}")
+            raise RequestError(
+                f"the prompt has {tokens.shape[0]} tokens, but the context has room for {max(room - 1, 0)}; "
+                f"make --context at least {needed}"
+            )
         # The last token's own state is never needed, so an answer may be one longer than the room.
         limited = replace(params, max_tokens=min(params.max_tokens, room - tokens.shape[0] + 1))
         return self._pieces(tokens, limited, progress)
 
-    def _pieces(self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None) -> Iterator[GenerationResponse]:
+    def _pieces(
+        self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None
+    ) -> Iterator[GenerationResponse]:
         llm = self.llm
         sampler = Sampler(params, tokens.tolist())
         stats = GenerationStats(prompt_tokens=int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy)
         detokenizer, stops = Detokenizer(llm.tokenizer), StopStrings(params.stop)
         with _counting(llm.experts.stats, stats) as count:
-            for step in stream_generate(llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress):
+            for step in stream_generate(
+                llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+            ):
                 stats.generated_tokens += 1
                 if stats.generated_tokens == 1:
                     stats.ttft_seconds = step.seconds

@@ -30,7 +30,9 @@ class Step:
     seconds: float
 
 
-def prefill(model: CausalModel, cache: KVCache, tokens: I64, chunk: int, progress: Callable[[int], None] | None = None) -> F32:
+def prefill(
+    model: CausalModel, cache: KVCache, tokens: I64, chunk: int, progress: Callable[[int], None] | None = None
+) -> F32:
     """Runs all tokens through the model, `chunk` at a time; returns the logits (vocab,) after the last. progress: tokens done."""
     logits = None
     for begin in range(0, tokens.shape[0], chunk):
@@ -38,7 +40,8 @@ def prefill(model: CausalModel, cache: KVCache, tokens: I64, chunk: int, progres
         if progress is not None:
             progress(min(begin + chunk, tokens.shape[0]))
     assert logits is not None
-    return logits[0]
+    last: F32 = logits[0]
+    return last
 
 
 def stream_generate(
@@ -58,7 +61,9 @@ def stream_generate(
     logits = prefill(model, cache, tokens, chunk, progress)
     for count in range(1, sampler.params.max_tokens + 1):
         if not np.isfinite(logits).all():
-            raise ReadError(f"the model gave logits that are not numbers at position {cache.position}; the checkpoint may be damaged")
+            raise ReadError(
+                f"the model gave logits that are not numbers at position {cache.position}; the checkpoint may be damaged"
+            )
         choice = sampler(logits)
         now = time.perf_counter()
         yield Step(choice, now - begin)

@@ -60,4 +60,6 @@ def attention_state(kv_heads: int, capacity: int, head_dim: int, dtype: str) -> 
 
 
 def delta_state(kernel: int, channels: int, value_heads: int, key_dim: int, value_dim: int) -> DeltaState:
-    return DeltaState(np.zeros((kernel - 1, channels), np.float32), np.zeros((value_heads, key_dim, value_dim), np.float32))
+    return DeltaState(
+        np.zeros((kernel - 1, channels), np.float32), np.zeros((value_heads, key_dim, value_dim), np.float32)
+    )

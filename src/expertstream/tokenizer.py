@@ -71,7 +71,13 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
         environment.globals["raise_exception"] = _refuse
-        values = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "eos_token": "", "bos_token": ""}
+        values = {
+            "messages": list(messages),
+            "add_generation_prompt": True,
+            "tools": None,
+            "eos_token": "",
+            "bos_token": "",
+        }
         try:
             return environment.from_string(self._template()).render(**{**values, **variables})
         except (TemplateError, TypeError, ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +40,13 @@ _DTYPE_NAMES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def convert(source: str | Path, destination: str | Path, policy: BitPolicy, threads: int, progress: Progress = lambda done, total: None) -> None:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    policy: BitPolicy,
+    threads: int,
+    progress: Progress = lambda done, total: None,
+) -> None:
     """Writes a pack of `source` to `destination`, which must not exist. MLX sources keep their bits exactly; `policy` is for
     dense ones. Peak memory is a few hundred MiB. Raises ConvertError, CheckpointError."""
     destination = Path(destination)
@@ -55,7 +61,9 @@ def convert(source: str | Path, destination: str | Path, policy: BitPolicy, thre
 
 
 class _Conversion:
-    def __init__(self, checkpoint: Checkpoint, destination: Path, policy: BitPolicy, threads: int, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, destination: Path, policy: BitPolicy, threads: int, progress: Progress
+    ) -> None:
         self.checkpoint, self.destination, self.policy, self.progress = checkpoint, destination, policy, progress
         self.work = destination.with_name(destination.name + ".partial")
         self.ops = CpuOps(threads)
@@ -67,7 +75,8 @@ class _Conversion:
         self.trunk = self._plan_trunk()
         self.done = 0
         self.total = sum(nbytes for _, _, nbytes in self.trunk.values()) + sum(
-            layout.num_experts * record_pieces(format)[1] for layout, format in zip(self.layouts, self.expert_formats, strict=True)
+            layout.num_experts * record_pieces(format)[1]
+            for layout, format in zip(self.layouts, self.expert_formats, strict=True)
         )
 
     def _expert_format(self, layout: ExpertLayout) -> ExpertFormat:
@@ -76,7 +85,9 @@ class _Conversion:
         formats = [quantized_format(m, self.policy.bits, self.policy.group_size) for m in layout.format.matrices]
         for m in formats:
             if not m.quantized:
-                raise ConvertError(f"experts of {m.rows}×{m.cols} cannot be quantized: {m.cols} is not a multiple of 32; take --bits 16")
+                raise ConvertError(
+                    f"experts of {m.rows}×{m.cols} cannot be quantized: {m.cols} is not a multiple of 32; take --bits 16"
+                )
         # gate and up are multiplied with the same quantized activations, so they share their groups: they have the same columns.
         return ExpertFormat(*formats)
 
@@ -130,7 +141,9 @@ class _Conversion:
             yield
         except OSError as error:
             where = error.filename or self.work
-            raise ConvertError(f"{where}: {error.strerror}; mend this and run the same command again, it goes on where it stopped") from None
+            raise ConvertError(
+                f"{where}: {error.strerror}; mend this and run the same command again, it goes on where it stopped"
+            ) from None
 
     def _fingerprint(self) -> str:
         """Of the source's contents as far as headers and sizes tell, and of the settings."""
@@ -152,7 +165,9 @@ class _Conversion:
             except ValueError:
                 found = None
             if not isinstance(found, dict) or found.get("settings") != settings:
-                raise ConvertError(f"{self.work}: was begun from another source or with other settings; remove it to begin anew")
+                raise ConvertError(
+                    f"{self.work}: was begun from another source or with other settings; remove it to begin anew"
+                )
             journal = found
         for leftover in self.work.glob("*.tmp"):
             leftover.unlink()
@@ -167,7 +182,9 @@ class _Conversion:
         needed += 64 << 20  # headers, manifest, tokenizer
         free = shutil.disk_usage(self.work).free
         if free < needed:
-            raise ConvertError(f"{self.work}: {format_bytes(needed)} are needed, {format_bytes(free)} are free; make room or choose another disk")
+            raise ConvertError(
+                f"{self.work}: {format_bytes(needed)} are needed, {format_bytes(free)} are free; make room or choose another disk"
+            )
 
     def _advance(self, count: int) -> None:
         self.done += count
@@ -220,7 +237,9 @@ class _Conversion:
         def packed() -> Iterator[memoryview]:
             for begin, end, first, last in row_blocks(source):
                 values = dense_to_f32(read_tensor(info, first, last), source, end - begin)
-                q, scales, biases = self.ops.quantize(check_finite(values, f"{info.file}: tensor {info.name}"), target.bits, target.group_size)
+                q, scales, biases = self.ops.quantize(
+                    check_finite(values, f"{info.file}: tensor {info.name}"), target.bits, target.group_size
+                )
                 kept[0].append(scales)
                 kept[1].append(biases)
                 yield memoryview(q).cast("B")
@@ -257,9 +276,17 @@ class _Conversion:
             for file in files:
                 file.close()
         matrices = dict(zip(("gate", "up", "down"), map(matrix_to_json, format.matrices), strict=True))
-        return {"file": name, "data_offset": len(header), "record_bytes": record_bytes, "matrices": matrices, "checksums": checksums}
+        return {
+            "file": name,
+            "data_offset": len(header),
+            "record_bytes": record_bytes,
+            "matrices": matrices,
+            "checksums": checksums,
+        }
 
-    def _expert_pieces(self, layout: ExpertLayout, format: ExpertFormat, files: list[BinaryIO], expert: int) -> Iterator[Any]:
+    def _expert_pieces(
+        self, layout: ExpertLayout, format: ExpertFormat, files: Sequence[BinaryIO], expert: int
+    ) -> Iterator[Any]:
         """The nine parts of one expert in the target format, flat uint8."""
         ranges = []
         for r, length in enumerate(layout.lengths):
@@ -271,12 +298,19 @@ class _Conversion:
             ranges.append(data)
         for i, (source, target) in enumerate(zip(layout.format.matrices, format.matrices, strict=True)):
             parts = []
-            for (r, at), size in zip(layout.pieces[3 * i : 3 * i + 3], (source.data_bytes, source.scale_bytes, source.scale_bytes), strict=True):
+            for (r, at), size in zip(
+                layout.pieces[3 * i : 3 * i + 3],
+                (source.data_bytes, source.scale_bytes, source.scale_bytes),
+                strict=True,
+            ):
                 parts.append(ranges[r][at : at + size])
             if source != target:
                 values = dense_to_f32(np.ascontiguousarray(parts[0]), source, source.rows)
                 where = f"{files[0].name}: layer {layout.layer}, expert {expert}"
-                parts = [p.view(np.uint8).ravel() for p in self.ops.quantize(check_finite(values, where), target.bits, target.group_size)]
+                parts = [
+                    p.view(np.uint8).ravel()
+                    for p in self.ops.quantize(check_finite(values, where), target.bits, target.group_size)
+                ]
             yield from parts
 
     def _finish(self, journal: dict[str, Any]) -> None:
@@ -291,7 +325,11 @@ class _Conversion:
             if spec.kind == "matrix" and (m := self._trunk_format(name)).quantized
         }
         if table:
-            config["quantization"] = {"bits": self.policy.bits if self.policy.bits < 16 else 8, "group_size": self.policy.group_size, **table}
+            config["quantization"] = {
+                "bits": self.policy.bits if self.policy.bits < 16 else 8,
+                "group_size": self.policy.group_size,
+                **table,
+            }
         self._save(self.work / "config.json", config)
         self._save(
             self.work / MANIFEST,
@@ -299,7 +337,11 @@ class _Conversion:
                 "format": PACK_FORMAT,
                 "version": PACK_VERSION,
                 "convention": self.checkpoint.convention,
-                "source": {"name": self.checkpoint.path.resolve().name, "kind": self.checkpoint.kind, "fingerprint": journal["settings"]["source"]},
+                "source": {
+                    "name": self.checkpoint.path.resolve().name,
+                    "kind": self.checkpoint.kind,
+                    "fingerprint": journal["settings"]["source"],
+                },
                 "trunk_checksums": journal["trunk"],
                 "layers": [journal["layers"][str(layout.layer)] for layout in self.layouts],
             },

@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from ..ops import ExpertFormat, MatrixFormat
 
-__all__ = ["ALIGNMENT", "MANIFEST", "PACK_FORMAT", "PACK_VERSION", "ExpertLayout", "TensorInfo", "WeightSpec", "align", "record_pieces"]
+__all__ = [
+    "ALIGNMENT",
+    "MANIFEST",
+    "PACK_FORMAT",
+    "PACK_VERSION",
+    "ExpertLayout",
+    "TensorInfo",
+    "WeightSpec",
+    "align",
+    "record_pieces",
+]
 
 ALIGNMENT = 4096  # O_DIRECT's unit: offsets, lengths and destinations of reads
 PIECE_ALIGNMENT = 64  # of the parts of a record: a cache line

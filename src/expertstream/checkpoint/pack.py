@@ -29,7 +29,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != PACK_FORMAT:
         raise CheckpointError(f"{file}: not the manifest of a pack")
     if manifest.get("version") != PACK_VERSION:
-        raise CheckpointError(f"{file}: pack version {manifest.get('version')!r}; this program reads version {PACK_VERSION}")
+        raise CheckpointError(
+            f"{file}: pack version {manifest.get('version')!r}; this program reads version {PACK_VERSION}"
+        )
     if manifest.get("convention") not in ("hf", "mlx"):
         raise CheckpointError(f"{file}: convention is hf or mlx, not {manifest.get('convention')!r}")
     checksums = manifest.get("trunk_checksums")
@@ -47,10 +49,14 @@ def _is_hash(value: Any) -> bool:
 def check_trunk(manifest: dict[str, Any], info: TensorInfo, data: NDArray[np.uint8]) -> None:
     """Raises CheckpointError where a trunk tensor's bytes are not what was written."""
     if xxhash.xxh3_64_hexdigest(data.data) != manifest["trunk_checksums"].get(info.name):
-        raise CheckpointError(f"{info.file}: tensor {info.name}: checksum mismatch; the file is damaged, convert it again")
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name}: checksum mismatch; the file is damaged, convert it again"
+        )
 
 
-def expert_layout(path: Path, manifest: dict[str, Any], layer: int, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
+def expert_layout(
+    path: Path, manifest: dict[str, Any], layer: int, num_experts: int, inner: int, hidden: int
+) -> ExpertLayout:
     """One layer's entry of the manifest, checked against the model's sizes and the file's."""
     where = f"{path / MANIFEST}: layer {layer}"
     layers = manifest["layers"]
@@ -70,7 +76,9 @@ def expert_layout(path: Path, manifest: dict[str, Any], layer: int, num_experts:
     format = ExpertFormat(*matrices)
     pieces, expected = record_pieces(format)
     if type(data_offset) is not int or data_offset < 0 or data_offset % ALIGNMENT or record_bytes != expected:
-        raise CheckpointError(f"{where}: record_bytes {record_bytes!r} at {data_offset!r}, expected {expected} at a multiple of {ALIGNMENT}")
+        raise CheckpointError(
+            f"{where}: record_bytes {record_bytes!r} at {data_offset!r}, expected {expected} at a multiple of {ALIGNMENT}"
+        )
     if not isinstance(checksums, list) or len(checksums) != num_experts or not all(_is_hash(c) for c in checksums):
         raise CheckpointError(f"{where}: {num_experts} checksums are needed")
     file = path / name
@@ -79,7 +87,9 @@ def expert_layout(path: Path, manifest: dict[str, Any], layer: int, num_experts:
     except OSError:
         raise CheckpointError(f"{path}: missing file {name} (experts of layer {layer})") from None
     if size < data_offset + num_experts * record_bytes:
-        raise CheckpointError(f"{file}: truncated: {size} bytes, layer {layer} needs {data_offset + num_experts * record_bytes}")
+        raise CheckpointError(
+            f"{file}: truncated: {size} bytes, layer {layer} needs {data_offset + num_experts * record_bytes}"
+        )
     offsets = data_offset + np.arange(num_experts, dtype=np.int64)[:, None] * record_bytes
     return ExpertLayout(
         layer,

@@ -24,7 +24,11 @@ from .safetensors import read_header, read_tensor
 
 __all__ = ["Checkpoint", "open_checkpoint", "read_json"]
 
-_PREFIXES = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head."))
+_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
 _SKIPPED = re.compile(r"(?:model\.|language_model\.)?(visual|vision_tower|mtp)\.")
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
@@ -74,7 +78,9 @@ class Checkpoint:
 
     def _float(self, info: TensorInfo) -> str:
         if info.dtype not in _FLOATS:
-            raise CheckpointError(f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected one of {', '.join(_FLOATS)}")
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
+            )
         return _FLOATS[info.dtype]
 
     def matrix_format(self, module: str, rows: int, cols: int, stack: int = 0) -> MatrixFormat:
@@ -88,16 +94,21 @@ class Checkpoint:
         bits, group = self.quantization.get(module) or self.quantization.get("") or (0, 0)
         if bits not in (2, 4, 8) or group not in (32, 64, 128):
             raise CheckpointError(
-                f"{self.path}: {module} is quantized with {bits} bits in groups of {group}; 2, 4 and 8 bits in groups of 32, 64 and 128 can be read"
+                f"{self.path}: {module} is quantized with {bits} bits in groups of {group}; "
+                "2, 4 and 8 bits in groups of 32, 64 and 128 can be read"
             )
         if info.dtype != "U32" or cols % group:
-            raise CheckpointError(f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected U32 for {bits}-bit weights")
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected U32 for {bits}-bit weights"
+            )
         scales, biases = self.tensor(f"{module}.scales"), self.tensor(f"{module}.biases")
         self._check_shape(info, (*lead, rows, cols * bits // 32))
         for part in (scales, biases):
             self._check_shape(part, (*lead, rows, cols // group))
         if scales.dtype != biases.dtype:
-            raise CheckpointError(f"{biases.file}: tensor {biases.name} has dtype {biases.dtype}, its scales {scales.dtype}")
+            raise CheckpointError(
+                f"{biases.file}: tensor {biases.name} has dtype {biases.dtype}, its scales {scales.dtype}"
+            )
         return MatrixFormat(rows, cols, bits, group, self._float(scales))
 
     def read(self, info: TensorInfo) -> Any:
@@ -146,7 +157,14 @@ class Checkpoint:
             return self._separate_experts(layer, f"{prefix}.experts", num_experts, inner, hidden)
         return self._fused_experts(layer, f"{prefix}.experts", num_experts, inner, hidden)
 
-    def _layout(self, layer: int, format: ExpertFormat, parts: list[list[TensorInfo]], lengths: list[int], pieces: list[tuple[int, int]]) -> ExpertLayout:
+    def _layout(
+        self,
+        layer: int,
+        format: ExpertFormat,
+        parts: list[list[TensorInfo]],
+        lengths: list[int],
+        pieces: list[tuple[int, int]],
+    ) -> ExpertLayout:
         """parts: R lists, each of one stacked tensor or of one tensor an expert."""
         num_experts = max(len(p) for p in parts)
         if num_experts == 1:
@@ -165,7 +183,8 @@ class Checkpoint:
     def _stacked_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
         shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
         formats = [self.matrix_format(f"{prefix}.{name}", *shape, stack=num_experts) for name, shape in shapes.items()]
-        parts, lengths, pieces = [], [], []
+        parts: list[list[TensorInfo]] = []
+        lengths, pieces = [], []
         for name, m in zip(shapes, formats, strict=True):
             for suffix, size in (("weight", m.data_bytes), ("scales", m.scale_bytes), ("biases", m.scale_bytes)):
                 if size:
@@ -178,11 +197,14 @@ class Checkpoint:
 
     def _separate_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
         shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        formats, parts, lengths, pieces = [], [], [], []
+        parts: list[list[TensorInfo]] = []
+        formats, lengths, pieces = [], [], []
         for name, shape in shapes.items():
             per_expert = [self.matrix_format(f"{prefix}.{e}.{name}", *shape) for e in range(num_experts)]
             if len(set(per_expert)) > 1 or per_expert[0].quantized:
-                raise CheckpointError(f"{self.path}: layer {layer}: {name} of the experts must be dense and of one dtype")
+                raise CheckpointError(
+                    f"{self.path}: layer {layer}: {name} of the experts must be dense and of one dtype"
+                )
             formats.append(per_expert[0])
             pieces += [(len(parts), 0)] * 3
             parts.append([self.tensor(f"{prefix}.{e}.{name}.weight") for e in range(num_experts)])
@@ -199,7 +221,9 @@ class Checkpoint:
             formats.append(MatrixFormat(rows, cols, 32 if dtype == "f32" else 16, 0, dtype))
         half = formats[0].data_bytes
         pieces = [(0, 0)] * 3 + [(0, half)] * 3 + [(1, 0)] * 3
-        return self._layout(layer, ExpertFormat(*formats), [[gate_up], [down]], [2 * half, formats[2].data_bytes], pieces)
+        return self._layout(
+            layer, ExpertFormat(*formats), [[gate_up], [down]], [2 * half, formats[2].data_bytes], pieces
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -234,12 +258,16 @@ def _files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
+        ):
             raise CheckpointError(f"{index}: weight_map must give a file name for each tensor")
         files = sorted({path / name for name in weight_map.values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise CheckpointError(f"{path}: missing shard {missing[0]} ({len(missing)} of {len(files)} are missing); download it again")
+            raise CheckpointError(
+                f"{path}: missing shard {missing[0]} ({len(missing)} of {len(files)} are missing); download it again"
+            )
         return files
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -268,5 +296,5 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, in
         bits, group = entry.get("bits", table.get("bits")), entry.get("group_size", table.get("group_size"))
         if entry.get("mode", "affine") != "affine" or type(bits) is not int or type(group) is not int:
             raise CheckpointError(f"{path}: unknown quantization of {module or 'the model'} in config.json: {entry}")
-        found[canonical(module)] = (bits, group)
+        found[canonical(f"{module}.").removesuffix(".")] = (bits, group)
     return found

@@ -101,7 +101,9 @@ def read_tensor(info: TensorInfo, begin: int = 0, end: int | None = None) -> NDA
     return out
 
 
-def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str], aligned: bool) -> bytes:
+def header_bytes(
+    tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str], aligned: bool
+) -> bytes:
     """The start of a file that holds `tensors` (name → dtype, shape, nbytes) one after another. With `aligned` the data begins
     at a multiple of 4,096 (the header is padded with spaces, as the format allows)."""
     header: dict[str, Any] = {"__metadata__": metadata}

@@ -57,8 +57,11 @@ def summarize(path: str | Path) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "parameters_total": trunk_parameters + experts * expert_parameters,
-        "parameters_active": trunk_parameters + config.num_hidden_layers * config.num_experts_per_tok * expert_parameters,
-        "expert_format": _format_name(format.gate) if format.gate == format.up else f"{_format_name(format.gate)}, {_format_name(format.up)}",
+        "parameters_active": trunk_parameters
+        + config.num_hidden_layers * config.num_experts_per_tok * expert_parameters,
+        "expert_format": _format_name(format.gate)
+        if format.gate == format.up
+        else f"{_format_name(format.gate)}, {_format_name(format.up)}",
         "trunk_formats_bytes": trunk_formats,
         "trunk_bytes": trunk_bytes,
         "bytes_per_expert": bytes_per_expert,
@@ -95,10 +98,22 @@ def summary_text(s: dict[str, Any]) -> str:
         ("trunk", f"{format_bytes(s['trunk_bytes'])} ({trunk})"),
         ("one expert", format_bytes(s["bytes_per_expert"])),
         ("all experts", format_bytes(s["experts_bytes"])),
-        ("read a token", f"{format_bytes(s['bytes_per_token'])}, of which experts {format_bytes(s['routed_bytes_per_token'])}"),
-        ("context", f"{format_bytes(s['context_bytes_per_8192_tokens'])} for 8,192 tokens; trained for {s['max_position_embeddings']:,}"),
+        (
+            "read a token",
+            f"{format_bytes(s['bytes_per_token'])}, of which experts {format_bytes(s['routed_bytes_per_token'])}",
+        ),
+        (
+            "context",
+            f"{format_bytes(s['context_bytes_per_8192_tokens'])} for 8,192 tokens; trained for {s['max_position_embeddings']:,}",
+        ),
         ("skipped", skipped or "nothing"),
-        ("this machine", f"{format_bytes(machine['memory_available_bytes'])} available of {format_bytes(machine['memory_limit_bytes'])}"),
-        ("", f"at least {format_bytes(machine['floor_bytes'])} are needed; {machine['share_of_experts_that_fit']:.0%} of the experts fit"),
+        (
+            "this machine",
+            f"{format_bytes(machine['memory_available_bytes'])} available of {format_bytes(machine['memory_limit_bytes'])}",
+        ),
+        (
+            "",
+            f"at least {format_bytes(machine['floor_bytes'])} are needed; {machine['share_of_experts_that_fit']:.0%} of the experts fit",
+        ),
     ]
     return "\n".join(f"{name:<13} {value}" for name, value in rows)

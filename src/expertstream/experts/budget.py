@@ -61,7 +61,8 @@ def plan_memory(
         said = "--memory" if memory_bytes is not None else "what is available"
         raise BudgetError(
             f"{said} is {format_bytes(budget)}, but this model needs at least {_round_up(floor)}: trunk {format_bytes(trunk_bytes)}, "
-            f"context {format_bytes(state_bytes)}, scratch {format_bytes(scratch_bytes)}, {top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
+            f"context {format_bytes(state_bytes)}, scratch {format_bytes(scratch_bytes)}, "
+            f"{top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
         )
     total = layers * num_experts
     slots = min((budget - fixed) // slot_bytes, total + max(top_k, 16))
@@ -74,7 +75,8 @@ def plan_memory(
     plan = MemoryPlan(budget, trunk_bytes, state_bytes, scratch_bytes, slot_bytes, slots, ring, total, residency)
     if plan.used_bytes > available_bytes:
         raise BudgetError(
-            f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, but only {format_bytes(available_bytes)} is available; "
+            f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "
+            f"but only {format_bytes(available_bytes)} is available; "
             f"give at most --memory {format_bytes(available_bytes)}, or free some memory"
         )
     return plan

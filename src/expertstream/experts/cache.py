@@ -19,7 +19,7 @@ import xxhash
 
 from .. import _native
 from ..errors import ReadError
-from ..ops import I64, ExpertBlock
+from ..ops import ExpertBlock
 from .policy import make_policy
 from .stats import ExpertStats
 from .store import ExpertStore, plan_read
@@ -193,12 +193,18 @@ class ExpertCache:
 
     def _check(self, layer: int, load: _Load) -> None:
         layout = self.store.layouts[layer]
-        if layout.checksums is None or self._verify == "never" or (self._verify == "first" and load.expert in self._verified[layer]):
+        if (
+            layout.checksums is None
+            or self._verify == "never"
+            or (self._verify == "first" and load.expert in self._verified[layer])
+        ):
             return
         begin = load.slot * self.store.slot_bytes
         record = self.arena.view()[begin : begin + layout.lengths[0]]
         if xxhash.xxh3_64_intdigest(record.data) != layout.checksums[load.expert]:
-            raise ReadError(f"{self._where(layer, load.expert)}: checksum mismatch; the file is damaged, convert it again")
+            raise ReadError(
+                f"{self._where(layer, load.expert)}: checksum mismatch; the file is damaged, convert it again"
+            )
         self._verified[layer].add(load.expert)
 
 
@@ -227,7 +233,9 @@ class Fetch:
     def __enter__(self) -> Fetch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._abandon()
         else:

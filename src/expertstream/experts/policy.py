@@ -13,6 +13,8 @@ __all__ = ["LFU", "LRU", "Policy", "make_policy"]
 
 
 class Policy(Protocol):
+    """What a cache asks of one layer's policy."""
+
     def touch(self, expert: int) -> None:
         """A resident expert was used."""
 
@@ -76,5 +78,5 @@ class LFU:
 
 
 def make_policy(name: str) -> Policy:
-    """"lru" or "lfu"."""
+    """ "lru" or "lfu"."""
     return LRU() if name == "lru" else LFU()

@@ -39,6 +39,8 @@ class LayerStats:
 
 
 class ExpertStats:
+    """One LayerStats a layer; copies and differences make them counters of a span."""
+
     def __init__(self, layers: int) -> None:
         self.layers = [LayerStats() for _ in range(layers)]
 

@@ -13,6 +13,7 @@ __all__ = ["find_model", "supported_models"]
 
 
 def supported_models() -> list[str]:
+    """The model types that can be run, as config.json names them."""
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
 
 
@@ -21,5 +22,7 @@ def find_model(config: dict[str, Any], where: str) -> ModuleType:
     model_type = config.get("model_type")
     name = str(model_type).removesuffix("_text")
     if name not in supported_models():
-        raise CheckpointError(f"{where}: unsupported model_type {model_type!r}; supported: {', '.join(supported_models())}")
+        raise CheckpointError(
+            f"{where}: unsupported model_type {model_type!r}; supported: {', '.join(supported_models())}"
+        )
     return import_module(f".{name}", __package__)

@@ -56,27 +56,44 @@ class Config:
         """Raises CheckpointError for a missing or impossible value."""
         text = config.get("text_config", config)
 
-        def get(name: str, kind: type = int) -> Any:
+        def get(name: str, kind: type[int] | type[float] = int) -> Any:
             value = text.get(name)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise CheckpointError(f"{where}: config.json: {name} must be {kind.__name__}, not {value!r}")
-            if kind is not bool and value <= 0:
+            if value <= 0:
                 raise CheckpointError(f"{where}: config.json: {name} must be more than 0, not {value!r}")
             return value
 
         rope = text.get("rope_parameters") or text
-        theta, factor = rope.get("rope_theta"), rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
-        if rope.get("rope_type", "default") != "default" or not isinstance(theta, int | float) or not isinstance(factor, int | float):
-            raise CheckpointError(f"{where}: config.json: rope_parameters {rope.get('rope_type')!r} with rope_theta {theta!r} are not supported")
-        if text.get("hidden_act", "silu") != "silu" or text.get("attention_bias", False) or not text.get("attn_output_gate", True):
-            raise CheckpointError(f"{where}: config.json: hidden_act must be silu, attention_bias false and attn_output_gate true")
+        theta, factor = (
+            rope.get("rope_theta"),
+            rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)),
+        )
+        if (
+            rope.get("rope_type", "default") != "default"
+            or not isinstance(theta, int | float)
+            or not isinstance(factor, int | float)
+        ):
+            raise CheckpointError(
+                f"{where}: config.json: rope_parameters {rope.get('rope_type')!r} with rope_theta {theta!r} are not supported"
+            )
+        if (
+            text.get("hidden_act", "silu") != "silu"
+            or text.get("attention_bias", False)
+            or not text.get("attn_output_gate", True)
+        ):
+            raise CheckpointError(
+                f"{where}: config.json: hidden_act must be silu, attention_bias false and attn_output_gate true"
+            )
         layers = get("num_hidden_layers")
         kinds = text.get("layer_types")
         if kinds is None:
             interval = get("full_attention_interval")
             kinds = [FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers)]
         if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {LINEAR, FULL}:
-            raise CheckpointError(f"{where}: config.json: layer_types must name {LINEAR} or {FULL} for each of {layers} layers")
+            raise CheckpointError(
+                f"{where}: config.json: layer_types must name {LINEAR} or {FULL} for each of {layers} layers"
+            )
         names = (
             "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
             "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts",
@@ -120,7 +137,11 @@ class Config:
             attention_state(self.num_key_value_heads, capacity, self.head_dim, kv_dtype)
             if kind == FULL
             else delta_state(
-                self.linear_conv_kernel_dim, self.conv_channels, self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+                self.linear_conv_kernel_dim,
+                self.conv_channels,
+                self.linear_num_value_heads,
+                self.linear_key_head_dim,
+                self.linear_value_head_dim,
             )
             for kind in self.layer_types
         ]
@@ -138,8 +159,12 @@ class Config:
         attention = self.num_attention_heads * self.head_dim * 5 + 2 * self.num_key_value_heads * self.head_dim
         delta = 3 * self.conv_channels + 4 * self.value_dim
         # Experts: gathered inputs, gate and up, int16 copies of both, and outputs; at most top_k pairs a token.
-        moe = (self.num_experts_per_tok + 1) * (4 * self.hidden_size + 4 * self.moe_intermediate_size) + 4 * self.shared_expert_intermediate_size
-        return 4 * (tokens * (4 * self.hidden_size + max(attention, delta, moe)) + 4 * threads * capacity + 2 * self.vocab_size)
+        moe = (self.num_experts_per_tok + 1) * (
+            4 * self.hidden_size + 4 * self.moe_intermediate_size
+        ) + 4 * self.shared_expert_intermediate_size
+        return 4 * (
+            tokens * (4 * self.hidden_size + max(attention, delta, moe)) + 4 * threads * capacity + 2 * self.vocab_size
+        )
 
 
 def weight_map(config: Config) -> dict[str, WeightSpec]:
@@ -185,8 +210,11 @@ def weight_map(config: Config) -> dict[str, WeightSpec]:
 
 
 def expert_layouts(config: Config, checkpoint: Checkpoint) -> list[ExpertLayout]:
+    """Where each layer's routed experts lie. Raises CheckpointError."""
     c = config
-    return [checkpoint.experts(i, c.num_experts, c.moe_intermediate_size, c.hidden_size) for i in range(c.num_hidden_layers)]
+    return [
+        checkpoint.experts(i, c.num_experts, c.moe_intermediate_size, c.hidden_size) for i in range(c.num_hidden_layers)
+    ]
 
 
 class Weights:
@@ -305,9 +333,13 @@ class SparseMoeBlock:
                     pairs: Any = slice(pair_start[first], pair_start[last])
                 else:
                     pairs = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
-                outputs = ops.experts(x, part.block, np.concatenate([[0], np.cumsum(lengths)]), np.ascontiguousarray(pair_token[pairs]))
+                outputs = ops.experts(
+                    x, part.block, np.concatenate([[0], np.cumsum(lengths)]), np.ascontiguousarray(pair_token[pairs])
+                )
                 if y is None:
-                    ops.accumulate(acc, outputs, np.ascontiguousarray(pair_token[pairs]), np.ascontiguousarray(weights[pairs]))
+                    ops.accumulate(
+                        acc, outputs, np.ascontiguousarray(pair_token[pairs]), np.ascontiguousarray(weights[pairs])
+                    )
                 else:
                     y[pairs] = outputs
             if y is not None:
@@ -357,7 +389,9 @@ class Model:
         """
         T, position = tokens.shape[0], cache.position
         if position + T > cache.capacity:
-            raise RequestError(f"{position + T} tokens do not fit a context of {cache.capacity}; make --context at least {position + T}")
+            raise RequestError(
+                f"{position + T} tokens do not fit a context of {cache.capacity}; make --context at least {position + T}"
+            )
         if not cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset it")
         cache.valid = False

@@ -11,7 +11,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ExpertBlock", "ExpertFormat", "F32", "I64", "MatrixFormat", "Ops", "Weight", "from_bf16", "make_ops", "to_bf16"]
+__all__ = [
+    "F32",
+    "I64",
+    "ExpertBlock",
+    "ExpertFormat",
+    "MatrixFormat",
+    "Ops",
+    "Weight",
+    "from_bf16",
+    "make_ops",
+    "to_bf16",
+]
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -91,6 +102,8 @@ class ExpertBlock:
 
 
 class Ops(Protocol):
+    """The contract. An implementation keeps no state but threads and buffers; calls come one at a time."""
+
     def bind(self, weight: Weight) -> Weight:
         """Prepares a weight for linear() and embed(); returns it."""
 
@@ -144,6 +157,7 @@ class Ops(Protocol):
 
 
 def from_bf16(bits: NDArray[np.uint16]) -> F32:
+    """bfloat16 bits → float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -155,7 +169,7 @@ def to_bf16(x: F32) -> NDArray[np.uint16]:
 
 
 def make_ops(name: str, threads: int, isa: str) -> Ops:
-    """"cpu" or "reference". Raises UsageError for an instruction set that this machine does not have."""
+    """ "cpu" or "reference". Raises UsageError for an instruction set that this machine does not have."""
     if name == "reference":
         from .reference import ReferenceOps
 

@@ -16,7 +16,8 @@ def _values(raw: Any, dtype: str) -> F32:
     raw = np.ascontiguousarray(raw)
     if dtype == "bf16":
         return from_bf16(raw.view(np.uint16))
-    return raw.view(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
+    values: F32 = raw.view(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
+    return values
 
 
 def dequantize(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> F32:
@@ -40,6 +41,8 @@ def _silu(x: F32) -> F32:
 
 
 class ReferenceOps:
+    """The contract of `ops.Ops`, where every method is described."""
+
     def bind(self, weight: Weight) -> Weight:
         weight.handle = dequantize(weight.format, weight.data, weight.scales, weight.biases)
         return weight
@@ -123,7 +126,10 @@ class ReferenceOps:
             matrices = []
             for i, m in enumerate(block.format.matrices):
                 data, scales, biases = (
-                    memory[at : at + size] for at, size in zip(offsets[3 * i :], (m.data_bytes, m.scale_bytes, m.scale_bytes))
+                    memory[at : at + size]
+                    for at, size in zip(
+                        offsets[3 * i : 3 * i + 3], (m.data_bytes, m.scale_bytes, m.scale_bytes), strict=True
+                    )
                 )
                 matrices.append(dequantize(m, data, scales, biases))
             gate, up, down = matrices
@@ -132,7 +138,7 @@ class ReferenceOps:
         return y
 
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
-        for token, weight, row in zip(pair_token, weights, y):
+        for token, weight, row in zip(pair_token, weights, y, strict=True):
             acc[token] += weight * row
 
     def add_shared(self, h: F32, acc: F32, shared: F32, gate_logit: F32) -> None:
