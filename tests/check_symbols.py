@@ -21,7 +21,9 @@ def compile_flags() -> dict[str, list[str]]:
     """Source → its own options, from CMakeLists.txt, so that there is one list."""
     text = (ROOT / "CMakeLists.txt").read_text()
     found = {}
-    for name, options in re.findall(r'set_source_files_properties\((\S+) PROPERTIES COMPILE_OPTIONS\s+"([^"]*)"\)', text):
+    for name, options in re.findall(
+        r'set_source_files_properties\((\S+) PROPERTIES COMPILE_OPTIONS\s+"([^"]*)"\)', text
+    ):
         found[name] = options.split(";")
     return found
 
@@ -36,7 +38,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for source in sources:
             target = Path(folder) / (Path(source).stem + ".o")
-            command = ["c++", "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", *flags.get(source, []), "-c", source, "-o", str(target)]
+            command = [
+                "c++",
+                "-std=c++20",
+                "-O3",
+                "-ffp-contract=off",
+                "-fPIC",
+                *flags.get(source, []),
+                "-c",
+                source,
+                "-o",
+                str(target),
+            ]
             subprocess.run(command, cwd=ROOT, check=True)
             symbols = subprocess.run(["nm", str(target)], check=True, capture_output=True, text=True).stdout
             weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line)]

@@ -193,15 +193,23 @@ def save_mlx(folder: Path, pack: Path, config: dict[str, Any], default: tuple[in
     tensors: dict[str, torch.Tensor] = {}
     table: dict[str, Any] = {"bits": default[0], "group_size": default[1]}
 
-    def put(module: str, m: Any, data: np.ndarray, scales: np.ndarray, biases: np.ndarray, lead: tuple[int, ...] = ()) -> None:
+    def put(
+        module: str, m: Any, data: np.ndarray, scales: np.ndarray, biases: np.ndarray, lead: tuple[int, ...] = ()
+    ) -> None:
         name = f"language_model.{module}"
         kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
         if not m.quantized:
-            tensors[f"{name}.weight"] = torch.from_numpy(data.copy()).view(kinds[m.dtype]).reshape(*lead, m.rows, m.cols)
+            tensors[f"{name}.weight"] = (
+                torch.from_numpy(data.copy()).view(kinds[m.dtype]).reshape(*lead, m.rows, m.cols)
+            )
             return
-        tensors[f"{name}.weight"] = torch.from_numpy(data.copy()).view(torch.uint32).reshape(*lead, m.rows, m.cols * m.bits // 32)
+        tensors[f"{name}.weight"] = (
+            torch.from_numpy(data.copy()).view(torch.uint32).reshape(*lead, m.rows, m.cols * m.bits // 32)
+        )
         for suffix, values in (("scales", scales), ("biases", biases)):
-            tensors[f"{name}.{suffix}"] = torch.from_numpy(values.copy()).view(kinds[m.dtype]).reshape(*lead, m.rows, m.cols // m.group_size)
+            tensors[f"{name}.{suffix}"] = (
+                torch.from_numpy(values.copy()).view(kinds[m.dtype]).reshape(*lead, m.rows, m.cols // m.group_size)
+            )
         if (m.bits, m.group_size) != default:
             table[name] = {"bits": m.bits, "group_size": m.group_size}
 
@@ -213,14 +221,24 @@ def save_mlx(folder: Path, pack: Path, config: dict[str, Any], default: tuple[in
         values = torch.from_numpy(checkpoint.vector(name, spec))
         tensors[f"language_model.{name}"] = values.T[:, :, None].contiguous() if spec.kind == "conv" else values
     for layout in qwen3_5_moe.expert_layouts(c, checkpoint):
-        raw = [np.fromfile(layout.files[0], np.uint8, layout.lengths[0], offset=int(layout.offsets[e, 0])) for e in range(layout.num_experts)]
+        raw = [
+            np.fromfile(layout.files[0], np.uint8, layout.lengths[0], offset=int(layout.offsets[e, 0]))
+            for e in range(layout.num_experts)
+        ]
         for i, (part, m) in enumerate(zip(("gate", "up", "down"), layout.format.matrices, strict=True)):
             stacked = []
-            for (_, at), n in zip(layout.pieces[3 * i : 3 * i + 3], (m.data_bytes, m.scale_bytes, m.scale_bytes), strict=True):
+            for (_, at), n in zip(
+                layout.pieces[3 * i : 3 * i + 3], (m.data_bytes, m.scale_bytes, m.scale_bytes), strict=True
+            ):
                 stacked.append(np.concatenate([record[at : at + n] for record in raw]))
             put(f"model.layers.{layout.layer}.mlp.switch_mlp.{part}_proj", m, *stacked, lead=(layout.num_experts,))
     tensors["vision_tower.patch_embed.weight"] = torch.zeros(4, 4)
-    full_config = {"model_type": "qwen3_5_moe", "text_config": config, "quantization": table, "quantization_config": table}
+    full_config = {
+        "model_type": "qwen3_5_moe",
+        "text_config": config,
+        "quantization": table,
+        "quantization_config": table,
+    }
     full_config["tie_word_embeddings"] = config["tie_word_embeddings"]
     if shards == 1:
         return save(folder, full_config, tensors)

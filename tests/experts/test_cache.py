@@ -57,14 +57,26 @@ def test_placement_never_changes_the_logits(pack_folder: Path, expected: np.ndar
     assert np.array_equal(logits_of(pack_folder, memory=memory, queue_depth=4, **options), expected)
 
 
-@pytest.mark.parametrize("options", [{"queue_depth": 1}, {"split_bytes": 4096}, {"verify": "never"}, {"verify": "always"}, {"queue_depth": 64}])
-def test_how_reads_are_cut_never_changes_the_logits(pack_folder: Path, expected: np.ndarray, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"queue_depth": 1}, {"split_bytes": 4096}, {"verify": "never"}, {"verify": "always"}, {"queue_depth": 64}],
+)
+def test_how_reads_are_cut_never_changes_the_logits(
+    pack_folder: Path, expected: np.ndarray, options: dict[str, Any]
+) -> None:
     assert np.array_equal(logits_of(pack_folder, memory=budget_for(pack_folder, 5), **options), expected)
 
 
 def test_every_expert_is_read_at_most_once_a_layer_and_chunk(pack_folder: Path) -> None:
     """A prompt touches nearly all experts, the cache holds a few: still one read each in every chunk."""
-    with LLM(pack_folder, memory=budget_for(pack_folder, 8), context_length=256, prefill_chunk=64, reader="pread", split_bytes=1 << 20) as llm:
+    with LLM(
+        pack_folder,
+        memory=budget_for(pack_folder, 8),
+        context_length=256,
+        prefill_chunk=64,
+        reader="pread",
+        split_bytes=1 << 20,
+    ) as llm:
         reads: Counter[tuple[int, int]] = Counter()
         start = llm.experts.start
 
@@ -110,7 +122,9 @@ def test_counters_add_up(pack_folder: Path) -> None:
 
 
 def test_all_misses_of_a_layer_are_in_flight_together(pack_folder: Path) -> None:
-    with LLM(pack_folder, memory=budget_for(pack_folder, 24), context_length=256, split_bytes=4096, queue_depth=16) as llm:
+    with LLM(
+        pack_folder, memory=budget_for(pack_folder, 24), context_length=256, split_bytes=4096, queue_depth=16
+    ) as llm:
         llm.model(np.array([5]), llm.session().cache)
         # Three experts of one layer, each cut into pieces of 4 KiB.
         pieces = 3 * llm.plan.slot_bytes // 4096
@@ -133,13 +147,17 @@ def test_the_page_cache_is_counted_when_it_serves(pack_folder: Path) -> None:
 
 @pytest.mark.parametrize("reader", ["uring", "pread"])
 @pytest.mark.parametrize(("value", "message"), [(errno.EIO, "Input/output error"), (0, "the file ends too early")])
-def test_a_failed_read_stops_with_file_layer_and_expert(pack_folder: Path, expected: np.ndarray, faults: None, reader: str, value: int, message: str) -> None:
+def test_a_failed_read_stops_with_file_layer_and_expert(
+    pack_folder: Path, expected: np.ndarray, faults: None, reader: str, value: int, message: str
+) -> None:
     """In the middle of decoding, below the reader; afterwards everything works again."""
     with LLM(pack_folder, memory=budget_for(pack_folder, 6), context_length=256, reader=reader) as llm:
         cache = llm.session().cache
         llm.model(TOKENS[:30], cache)
         _native.set_fault(2, 1, value)
-        with pytest.raises(ReadError, match=rf"experts-0000\d\.safetensors: layer \d, expert \d+: read failed: {message}"):
+        with pytest.raises(
+            ReadError, match=rf"experts-0000\d\.safetensors: layer \d, expert \d+: read failed: {message}"
+        ):
             for t in range(30, 40):
                 llm.model(TOKENS[t : t + 1], cache)
         assert not cache.valid
@@ -152,9 +170,13 @@ def test_a_failed_read_stops_with_file_layer_and_expert(pack_folder: Path, expec
 
 
 @pytest.mark.parametrize("reader", ["uring", "pread"])
-def test_partial_and_interrupted_reads_go_on(pack_folder: Path, expected: np.ndarray, faults: None, reader: str) -> None:
+def test_partial_and_interrupted_reads_go_on(
+    pack_folder: Path, expected: np.ndarray, faults: None, reader: str
+) -> None:
     _native.set_fault(0, 50, -1)
-    assert np.array_equal(logits_of(pack_folder, memory=budget_for(pack_folder, 6), reader=reader, split_bytes=1 << 20), expected)
+    assert np.array_equal(
+        logits_of(pack_folder, memory=budget_for(pack_folder, 6), reader=reader, split_bytes=1 << 20), expected
+    )
     _native.set_fault(3, 5, errno.EINTR)
     assert np.array_equal(logits_of(pack_folder, memory=budget_for(pack_folder, 6), reader=reader), expected)
 
@@ -177,7 +199,10 @@ def test_a_damaged_record_is_found_at_its_first_read(pack_folder: Path, tmp_path
         file = folder / f"experts-{layer:05}.safetensors"
         for at in range(4096 + 100, file.stat().st_size, 4096):
             flip_byte(file, at)
-    with LLM(folder, memory="64MiB", context_length=256) as llm, pytest.raises(ReadError, match=r"layer 0, expert \d+: checksum mismatch"):
+    with (
+        LLM(folder, memory="64MiB", context_length=256) as llm,
+        pytest.raises(ReadError, match=r"layer 0, expert \d+: checksum mismatch"),
+    ):
         llm.model(TOKENS[:1], llm.session().cache)
     with LLM(folder, memory="64MiB", context_length=256, verify="never") as llm:
         llm.model(TOKENS[:1], llm.session().cache)
@@ -198,11 +223,15 @@ def test_a_file_that_changes_while_open_stops_the_request(pack_folder: Path, tmp
             os.truncate(file, 8192)
         else:
             file.unlink()
-        with pytest.raises(ReadError, match=r"experts-00002\.safetensors: layer 2: (replaced or changed|removed) while open"):
+        with pytest.raises(
+            ReadError, match=r"experts-00002\.safetensors: layer 2: (replaced or changed|removed) while open"
+        ):
             llm.model(TOKENS[4:12], llm.session().cache)
 
 
-def test_without_o_direct_reads_are_buffered_and_said_to_be(pack_folder: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_o_direct_reads_are_buffered_and_said_to_be(
+    pack_folder: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.open
 
     def refusing(path: Any, flags: int, *rest: Any, **more: Any) -> int:

@@ -9,7 +9,9 @@ from expertstream.experts.policy import LFU, LRU, Policy, make_policy
 
 @pytest.mark.parametrize("name", ["lru", "lfu"])
 @given(uses=st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=3), max_size=60), capacity=st.integers(3, 8))
-def test_a_policy_forgets_what_it_evicts_and_never_what_is_in_use(name: str, uses: list[set[int]], capacity: int) -> None:
+def test_a_policy_forgets_what_it_evicts_and_never_what_is_in_use(
+    name: str, uses: list[set[int]], capacity: int
+) -> None:
     policy: Policy = make_policy(name)
     resident: set[int] = set()
     for wanted in uses:

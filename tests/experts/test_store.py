@@ -24,10 +24,10 @@ def layout(offsets: list[list[int]], lengths: list[int]) -> ExpertLayout:
 @given(st.data(), st.lists(st.integers(1, 20000), min_size=1, max_size=9))
 def test_reads_are_aligned_and_cover_every_range(data: st.DataObject, lengths: list[int]) -> None:
     offsets = [[data.draw(st.integers(0, 1 << 40)) for _ in lengths] for _ in range(3)]
-    l = layout(offsets, lengths)
-    room = slot_bytes(l)
+    made = layout(offsets, lengths)
+    room = slot_bytes(made)
     for expert in range(3):
-        plan = plan_read(l, expert)
+        plan = plan_read(made, expert)
         end = 0
         for read, offset, length, start in zip(plan.reads, offsets[expert], lengths, plan.pieces, strict=False):
             assert read.offset % ALIGNMENT == read.length % ALIGNMENT == read.dest % ALIGNMENT == 0
@@ -42,5 +42,10 @@ def test_reads_are_aligned_and_cover_every_range(data: st.DataObject, lengths: l
 def test_an_aligned_record_is_one_read_of_exactly_its_bytes() -> None:
     plan = plan_read(layout([[8192], [8192 + 12288]], [12288]), 1)
     assert len(plan.reads) == 1
-    assert (plan.reads[0].offset, plan.reads[0].length, plan.reads[0].needed, plan.reads[0].dest) == (20480, 12288, 12288, 0)
+    assert (plan.reads[0].offset, plan.reads[0].length, plan.reads[0].needed, plan.reads[0].dest) == (
+        20480,
+        12288,
+        12288,
+        0,
+    )
     assert slot_bytes(layout([[8192]], [12288])) == 12288

@@ -1,0 +1,212 @@
+"""Each kind of checkpoint runs where it lies; each way one can be broken is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from expertstream import LLM, CheckpointError, RequestError
+from expertstream.checkpoint.reader import open_checkpoint
+from expertstream.checkpoint.summary import summarize
+
+from .. import oracle
+from ..conftest import SMALL
+
+TOKENS = oracle.random_tokens(SMALL, 40)
+
+
+def logits(folder: Path, **options: Any) -> np.ndarray:
+    with LLM(folder, memory="64MiB", context_length=256, **options) as llm:
+        return oracle.our_logits(llm, TOKENS)
+
+
+def test_both_name_families_are_one_model(hf_folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf_folder / "model.safetensors")
+    renamed = {
+        k.replace("model.", "model.language_model.", 1) if k.startswith("model.") else k: v for k, v in tensors.items()
+    }
+    renamed |= {
+        "model.visual.blocks.0.weight": torch.zeros(2),
+        "mtp.fc.weight": torch.zeros(2),
+        "mtp.norm.weight": torch.zeros(2),
+    }
+    folder = oracle.save(tmp_path / "other", {"model_type": "qwen3_5_moe", "text_config": SMALL}, renamed)
+    assert np.array_equal(logits(folder), logits(hf_folder))
+    assert summarize(folder)["skipped_tensors"] == {"vision": 1, "MTP": 2}
+
+
+def test_experts_may_be_separate_tensors(hf_folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf_folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("experts.gate_up_proj")]:
+        prefix = name.removesuffix("gate_up_proj")
+        gate_up, down = tensors.pop(name), tensors.pop(prefix + "down_proj")
+        for e in range(SMALL["num_experts"]):
+            gate, up = gate_up[e].chunk(2)
+            tensors |= {
+                f"{prefix}{e}.gate_proj.weight": gate,
+                f"{prefix}{e}.up_proj.weight": up,
+                f"{prefix}{e}.down_proj.weight": down[e],
+            }
+    assert np.array_equal(logits(oracle.save(tmp_path / "x", SMALL, tensors)), logits(hf_folder))
+
+
+def test_mlx_checkpoints_give_the_packs_bits(pack_folder: Path, mlx_folder: Path, tmp_path: Path) -> None:
+    expected = logits(pack_folder)
+    assert open_checkpoint(mlx_folder).kind == "mlx"
+    for residency in ("slots", "os"):
+        assert np.array_equal(logits(mlx_folder, residency=residency), expected)
+    # Overrides decide the bits: the trunk is 8-bit, the default 4.
+    overrides = [
+        v for v in json.loads((mlx_folder / "config.json").read_text())["quantization"].values() if isinstance(v, dict)
+    ]
+    assert {"bits": 8, "group_size": 64} in overrides
+    sharded = oracle.save_mlx(tmp_path / "sharded", pack_folder, SMALL, (4, 64), shards=3)
+    assert np.array_equal(logits(sharded), expected)
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+
+
+GATE = "model.layers.1.mlp.gate.weight"
+SCALES = "language_model.model.layers.0.mlp.switch_mlp.up_proj.scales"
+BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "no config": ("hf", lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config not JSON": ("hf", lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "config a list": ("hf", lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
+    "other model": ("hf", lambda f: edit_config(f, lambda c: c.update(model_type="llama")), "unsupported model_type 'llama'; supported: qwen3_5_moe"),
+    "no weights": ("hf", lambda f: (f / "model.safetensors").unlink(), "no \\*.safetensors"),
+    "truncated": ("hf", lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5000]), "out of range"),
+    "missing tensor": ("hf", lambda f: edit_tensors(f, lambda t: t.pop(GATE)), f"missing tensor {GATE}"),
+    "missing experts": ("hf", lambda f: edit_tensors(f, lambda t: t.pop("model.layers.2.mlp.experts.down_proj")), "missing tensor model.layers.2.mlp.experts.down_proj"),
+    "wrong shape": ("hf", lambda f: edit_tensors(f, lambda t: t.update({GATE: t[GATE][:5]})), r"model.layers.1.mlp.gate.weight has shape \(5, 128\), expected \(24, 128\)"),
+    "wrong dtype": ("hf", lambda f: edit_tensors(f, lambda t: t.update({GATE: t[GATE].to(torch.int32)})), "has dtype I32, expected one of BF16, F16, F32"),
+    "expert shape": ("hf", lambda f: edit_config(f, lambda c: c.update(num_experts=25)), "has shape"),
+    "GPTQ": ("hf", lambda f: edit_config(f, lambda c: c.update(quantization_config={"quant_method": "gptq"})), "quantization 'gptq' is not supported"),
+    "unknown mode": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(mode="mxfp4")), "unknown quantization 'mxfp4'"),
+    "3 bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(bits=3)), "quantized with 3 bits"),
+    "no bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].pop("bits")), "unknown quantization of the model"),
+    "no table": ("mlx", lambda f: edit_config(f, lambda c: (c.pop("quantization"), c.pop("quantization_config"))), "quantized with 0 bits"),
+    "scales of another dtype": ("mlx", lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES].float()})), "has dtype BF16, its scales F32"),
+    "tokenizer": ("hf", lambda f: (f / "tokenizer.json").unlink(), "missing tokenizer: no tokenizer.json"),
+    "tokenizer broken": ("hf", lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
+    "no manifest entry": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"].pop()), "expertstream.json: layer 3: missing"),
+    "other version": ("pack", lambda f: edit_manifest(f, lambda m: m.update(version=99)), "pack version 99"),
+    "other format": ("pack", lambda f: edit_manifest(f, lambda m: m.update(format="x")), "not the manifest of a pack"),
+    "manifest not JSON": ("pack", lambda f: (f / "expertstream.json").write_text("nope"), "cannot be read as JSON"),
+    "record length": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1].update(record_bytes=4096)), "layer 1: record_bytes 4096"),
+    "path in manifest": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1].update(file="../x")), "'../x' is not a file name"),
+    "checksums": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1]["checksums"].pop()), "layer 1: 24 checksums are needed"),
+    "matrix": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][0]["matrices"]["up"].update(bits=5)), "layer 0: unknown quantization"),
+    "no expert file": ("pack", lambda f: (f / "experts-00002.safetensors").unlink(), "missing file experts-00002.safetensors"),
+    "short expert file": ("pack", lambda f: truncate(f / "experts-00002.safetensors"), "experts-00002.safetensors: truncated"),
+    "damaged trunk": ("pack", lambda f: flip(f / "trunk.safetensors", -5000), "trunk.safetensors: tensor .*: checksum mismatch"),
+}  # fmt: skip
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((folder / "expertstream.json").read_text())
+    change(manifest)
+    (folder / "expertstream.json").write_text(json.dumps(manifest))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_what_is_broken_is_named(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
+    kind, break_it, message = BROKEN[name]
+    folder = Path(shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / "broken"))
+    break_it(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        LLM(folder, memory="64MiB", context_length=256)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_shards_and_index(hf_folder: Path, pack_folder: Path, tmp_path: Path) -> None:
+    sharded = oracle.save_mlx(tmp_path / "s", pack_folder, SMALL, (4, 64), shards=3)
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing shard model-00002-of-00003.safetensors \(1 of 3 are missing\)"):
+        open_checkpoint(sharded)
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    with pytest.raises(CheckpointError, match="weight_map must give a file name"):
+        open_checkpoint(sharded)
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"2 \*.safetensors files but no model.safetensors.index.json"):
+        open_checkpoint(sharded)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+        open_checkpoint(hf_folder / "config.json")
+
+
+def test_a_missing_template_is_a_request_error(hf_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hf_folder, tmp_path / "x"))
+    (folder / "chat_template.jinja").unlink()
+    with (
+        LLM(folder, memory="64MiB", context_length=256) as llm,
+        pytest.raises(RequestError, match="missing chat template"),
+    ):
+        llm.chat([{"role": "user", "content": "hi"}])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 1 << 65) | st.text(max_size=20) | st.sampled_from(["expertstream-pack", "hf", "0123456789abcdef"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["gate", "up", "down", "rows", "cols", "bits", "group_size", "dtype"]), inner, max_size=6),
+    max_leaves=20,
+)  # fmt: skip
+PATHS = [
+    ("format",), ("version",), ("convention",), ("trunk_checksums",), ("layers",), ("layers", 0), ("layers", 0, "file"),
+    ("layers", 0, "data_offset"), ("layers", 0, "record_bytes"), ("layers", 0, "matrices"), ("layers", 0, "matrices", "gate"),
+    ("layers", 0, "matrices", "gate", "rows"), ("layers", 0, "matrices", "gate", "bits"), ("layers", 0, "matrices", "gate", "dtype"),
+    ("layers", 0, "checksums"), ("layers", 0, "checksums", 0),
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(PATHS), value=json_values)
+def test_any_manifest_is_read_or_refused(pack_folder: Path, tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
+    from expertstream.models.qwen3_5_moe import Config, expert_layouts
+
+    folder = tmp_path / "fuzzed"
+    if not folder.exists():
+        shutil.copytree(pack_folder, folder)
+    manifest = json.loads((pack_folder / "expertstream.json").read_text())
+    at = manifest
+    for key in path[:-1]:
+        at = at[key]
+    original, at[path[-1]] = at[path[-1]], value
+    (folder / "expertstream.json").write_text(json.dumps(manifest))
+    try:
+        checkpoint = open_checkpoint(folder)
+        expert_layouts(Config.from_json(checkpoint.config, ""), checkpoint)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        # What is accepted is what was written, or another well-formed value of the same kind.
+        assert type(value) is type(original)

@@ -1,0 +1,219 @@
+"""The command line as a user meets it: separate processes, real output, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from expertstream import cli
+
+SMALL = ["--memory", "40MiB", "--context", "256"]
+
+
+def run(
+    *arguments: str, stdin: bytes | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    command = [str(Path(sys.executable).parent / "expertstream"), *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, env={**os.environ, **(env or {})}, timeout=120)
+
+
+def test_run_prints_text_and_a_footer() -> None:
+    result = run("run", *SMALL, "--max-tokens", "12", "--seed", "1", "Once upon a time")
+    assert result.returncode == 0 and len(result.stdout.decode()) > 20
+    err = result.stderr.decode()
+    for part in (
+        "[memory 40.0 MiB: trunk",
+        "experts cached",
+        "residency slots",
+        "hit rate",
+        "evictions",
+        "reads in flight",
+        "tokens/s",
+        "waited",
+        "seed 1",
+    ):
+        assert part in err
+    quiet = run("run", *SMALL, "--max-tokens", "12", "--seed", "1", "--quiet", "Once upon a time")
+    assert quiet.stdout == result.stdout and quiet.stderr == b""
+
+
+def test_stats_are_printed_for_each_layer() -> None:
+    err = run("run", *SMALL, "--max-tokens", "4", "--stats", "Once").stderr.decode().splitlines()
+    header = next(i for i, line in enumerate(err) if line.startswith("layer "))
+    assert len(err) - header - 1 == 12
+    # Four tokens a layer and the prompt's, four experts each at most.
+    assert all(sum(map(int, line.split()[1:3])) >= 12 for line in err[header + 1 :])
+
+
+def test_json_output() -> None:
+    out = json.loads(
+        run("run", *SMALL, "--json", "--max-tokens", "5", "--temperature", "0", "--logprobs", "2", "Once").stdout
+    )
+    assert len(out["tokens"]) == 5 and len(out["logprobs"]) == 5 and out["finish_reason"] == "length"
+    assert out["memory"]["budget_bytes"] == 40 << 20 and out["stats"]["decode_experts"]["hits"] >= 0
+    assert len(out["stats"]["layers"]) == 12
+    assert out["reader"]["name"] in ("io_uring", "pread")
+
+
+def test_the_prompt_may_come_from_standard_input() -> None:
+    a = run("run", *SMALL, "--temperature", "0", "--max-tokens", "5", "--quiet", "-", stdin=b"Once upon a time")
+    b = run("run", *SMALL, "--temperature", "0", "--max-tokens", "5", "--quiet", "Once upon a time")
+    assert a.returncode == 0 and a.stdout == b.stdout
+
+
+def test_chat_and_system_prompt() -> None:
+    result = run("run", *SMALL, "--chat", "--system", "Be brief.", "--json", "--max-tokens", "5", "Hello")
+    prompt = json.loads(result.stdout)["prompt"]
+    assert (
+        prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_lossy_runs_say_so() -> None:
+    assert (
+        "LOSSY: 2 of 4 experts a token"
+        in run("run", *SMALL, "--experts-per-token", "2", "--max-tokens", "3", "Once").stderr.decode()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "the following arguments are required: COMMAND"),
+        (["dance"], 2, "invalid choice: 'dance'"),
+        (["run"], 2, "give a prompt"),
+        (["run", "a", "b", "c"], 2, "give a prompt"),
+        (["run", "--temperature", "hot", "x"], 2, "invalid float value: 'hot'"),
+        (["run", "--temperature", "-1", "x"], 2, "temperature is from 0 to 100"),
+        (["run", "--memory", "lots", "x"], 2, "'lots' is not a size"),
+        (["run", "--isa", "sse9", *SMALL, "x"], 2, "no instruction set 'sse9'; it has scalar"),
+        (["run", "--system", "x", "y"], 2, "--system needs --chat"),
+        (["run", "--logprobs", "1", "y"], 2, "--logprobs needs --json"),
+        (["run", "--experts-per-token", "9", "x"], 2, "at most what the model was trained with, 4"),
+        (["run", "--context", "9999999", "x"], 2, "more than the 8192"),
+        (["run", "/no/such/model", "x"], 3, "/no/such/model: no such folder"),
+        (["inspect", "/no/such/model"], 3, "/no/such/model: no such folder"),
+        (["run", "--memory", "1MiB", "x"], 5, "this model needs at least"),
+        (["run", ""], 6, "the prompt is empty"),
+        (["run", *SMALL, "word " * 300], 6, "make --context at least"),
+        (["convert", "/no/such/model", "/tmp/never"], 3, "/no/such/model: no such folder"),
+    ],
+)
+def test_mistakes_get_one_line_and_an_exit_code(arguments: list[str], code: int, message: str) -> None:
+    result = run(*arguments)
+    err = result.stderr.decode().strip().splitlines()
+    assert result.returncode == code, err
+    assert err[-1].startswith("expertstream: ") and message in err[-1]
+    assert not any("Traceback" in line for line in err) and result.stdout == b""
+
+
+def test_environment() -> None:
+    assert run("run", *SMALL, "--max-tokens", "1", "x", env={"EXPERTSTREAM_ISA": "scalar"}).returncode == 0
+    wrong = run("run", *SMALL, "--max-tokens", "1", "x", env={"EXPERTSTREAM_ISA": "mmx"})
+    assert wrong.returncode == 2 and b"no instruction set 'mmx'" in wrong.stderr
+    one = run("run", *SMALL, "--max-tokens", "1", "x", env={"EXPERTSTREAM_THREADS": "1"})
+    assert b"1 threads" in one.stderr
+
+
+@pytest.mark.parametrize("prompt", [b"caf\xe9", b"\xff\xfe"])
+def test_prompts_that_are_not_utf8(prompt: bytes) -> None:
+    for result in (run("run", *SMALL, "-", stdin=prompt), run("run", *SMALL, os.fsdecode(prompt))):
+        assert result.returncode == 6 and b"not valid UTF-8" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_named(pack_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pack_folder, tmp_path / "x"))
+    file = folder / "experts-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    result = run("run", str(folder), "--memory", "64MiB", "--context", "128", "hello")
+    assert result.returncode == 3 and f"{file}: truncated".encode() in result.stderr
+    data = bytearray((pack_folder / file.name).read_bytes())
+    for at in range(4096 + 100, len(data), 4096):
+        data[at] ^= 1
+    file.write_bytes(data)
+    result = run("run", str(folder), "--memory", "64MiB", "--context", "128", "!")
+    assert result.returncode == 4 and b"layer 1, expert" in result.stderr and b"checksum mismatch" in result.stderr
+
+
+def test_another_models_tokenizer_is_named(pack_folder: Path) -> None:
+    result = run("run", str(pack_folder), "--memory", "64MiB", "--context", "128", "hello")
+    assert (
+        result.returncode == 3 and b"tokenizer.json gives token" in result.stderr and b"Traceback" not in result.stderr
+    )
+
+
+def test_ctrl_c_ends_with_the_text_so_far_and_its_statistics() -> None:
+    command = [
+        str(Path(sys.executable).parent / "expertstream"),
+        "run",
+        "--memory",
+        "40MiB",
+        "--max-tokens",
+        "8000",
+        "--context",
+        "8192",
+        "--temperature",
+        "1.5",
+        "Once",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(40)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and len(first + out) >= 40
+    assert b"interrupted" in err and b"hit rate" in err and b"Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    result = subprocess.run(
+        f"{Path(sys.executable).parent / 'expertstream'} run {' '.join(SMALL)} --max-tokens 200 --temperature 1 Once | head -c 5",
+        shell=True,
+        capture_output=True,
+    )
+    assert len(result.stdout) == 5 and b"Traceback" not in result.stderr
+
+
+def test_inspect() -> None:
+    text = run("inspect").stdout.decode()
+    for part in (
+        "qwen3_5_moe_text",
+        "48 a layer, 4 used a token",
+        "4-bit affine, groups of 64",
+        "this machine",
+        "skipped",
+    ):
+        assert part in text
+    summary = json.loads(run("inspect", "--json").stdout)
+    assert summary["parameters_total"] == 54_618_540
+    # Active: everything but the experts that a token does not use, 44 of 48 in each of 12 layers.
+    assert summary["parameters_total"] - summary["parameters_active"] == 12 * 44 * 3 * 64 * 384
+    assert summary["bytes_per_token"] == summary["trunk_bytes"] + 12 * 4 * summary["bytes_per_expert"]
+
+
+def test_inspect_names_what_it_skips(mlx_folder: Path) -> None:
+    assert "1 tensors of vision" in run("inspect", str(mlx_folder)).stdout.decode()
+
+
+def test_convert_says_what_it_did(hf_folder: Path, tmp_path: Path) -> None:
+    result = run("convert", str(hf_folder), str(tmp_path / "pack"), "--bits", "4", "--trunk-bits", "8")
+    assert result.returncode == 0 and result.stdout.decode() == f"{tmp_path / 'pack'}: done\n"
+    again = run("convert", str(hf_folder), str(tmp_path / "pack"))
+    assert again.returncode == 7 and b"exists already" in again.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("expertstream 0.")

@@ -1,0 +1,188 @@
+"""LLM and Session as a program uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from expertstream import LLM, BudgetError, ReadError, RequestError, UsageError, _native
+from expertstream.engine import StopStrings
+
+QUICK = {"memory": "64MiB", "context_length": 256}
+PROMPT = "Once upon a time there was"
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(memory="48MiB", context_length=512)
+
+
+def text_of(llm: LLM, prompt: str = PROMPT, **params: object) -> str:
+    return "".join(piece.text for piece in llm.generate(prompt, **params))
+
+
+def test_the_embedded_model_writes_english(llm: LLM) -> None:
+    words = text_of(llm, max_tokens=120, seed=1).lower().split()
+    common = {
+        "the",
+        "a",
+        "and",
+        "to",
+        "was",
+        "she",
+        "he",
+        "her",
+        "his",
+        "in",
+        "of",
+        "that",
+        "had",
+        "it",
+        "with",
+        "for",
+        "they",
+        "on",
+        "is",
+        "said",
+    }
+    assert len(words) > 60 and sum(word.strip(".,!\"'") in common for word in words) / len(words) > 0.25
+
+
+def test_chat_answers_and_ends_by_itself(llm: LLM) -> None:
+    pieces = list(
+        llm.chat([{"role": "user", "content": "What can I cook with eggs and cheese?"}], temperature=0, max_tokens=200)
+    )
+    assert pieces[-1].finish_reason == "stop" and pieces[-1].token in llm.tokenizer.eos_ids
+    assert "egg" in "".join(piece.text for piece in pieces)
+    assert all("<|im_end|>" not in piece.text for piece in pieces)
+
+
+def test_the_same_seed_is_the_same_text(llm: LLM) -> None:
+    assert text_of(llm, seed=5, max_tokens=50) == text_of(llm, seed=5, max_tokens=50)
+    assert text_of(llm, seed=5, max_tokens=50) != text_of(llm, seed=6, max_tokens=50)
+
+
+def test_only_the_last_piece_has_a_finish_reason(llm: LLM) -> None:
+    pieces = list(llm.generate(PROMPT, max_tokens=7, temperature=0))
+    assert len(pieces) == 7 and [p.finish_reason for p in pieces] == [None] * 6 + ["length"]
+    stats = pieces[-1].stats
+    assert stats.generated_tokens == 7 and stats.prompt_tokens == len(llm.tokenizer.encode(PROMPT))
+    assert stats.ttft_seconds > 0 and stats.decode_tps > 0
+    experts = stats.decode_experts
+    assert experts.hits + experts.misses == 6 * 12 * 4
+    assert (
+        sum(layer.hits + layer.misses for layer in stats.layers)
+        == experts.hits + experts.misses + stats.prefill_experts.hits + stats.prefill_experts.misses
+    )
+    assert stats.to_json()["decode_experts"]["hit_rate"] == experts.hit_rate
+
+
+def test_logprobs(llm: LLM) -> None:
+    pieces = list(llm.generate(PROMPT, max_tokens=3, temperature=0, logprobs=2, repetition_penalty=1.0))
+    for piece in pieces:
+        assert piece.logprob is not None and piece.logprob.logprob <= 0
+        # The likeliest token was taken, so it leads the alternatives.
+        assert piece.logprob.top_logprobs[0] == (piece.logprob.token, piece.logprob.logprob)
+
+
+def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
+    whole = text_of(llm, max_tokens=60, temperature=0)
+    stop = whole[20:26]
+    pieces = list(llm.generate(PROMPT, max_tokens=60, temperature=0, stop=stop))
+    assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_stop_strings_are_found_wherever_the_pieces_are_cut(cut: int) -> None:
+    text = "ab END cd ENDING"
+    stops = StopStrings(("ENDING", "END!"))
+    shown = "".join(stops.add(text[at : at + cut]) for at in range(0, len(text), cut)) + stops.rest()
+    assert shown == "ab END cd " and stops.found
+    stops = StopStrings(("ENDURE",))
+    assert "".join(stops.add(text[at : at + cut]) for at in range(0, len(text), cut)) + stops.rest() == text
+
+
+def test_a_session_goes_on_where_it_stopped(llm: LLM) -> None:
+    """A text read in two parts continues as the whole does."""
+    first, second = llm.tokenizer.encode("Once upon a time there was a little"), llm.tokenizer.encode(" girl who loved")
+    params = llm.sampling_params(temperature=0, max_tokens=1)
+    session = llm.session()
+    list(session.generate(first, params))  # the token it makes is not fed back
+    params = llm.sampling_params(temperature=0, max_tokens=20, repetition_penalty=1.0)
+    continued = [p.token for p in session.generate(second, params)]
+    import numpy as np
+
+    assert continued == [p.token for p in llm.session().generate(np.concatenate([first, second]), params)]
+
+
+def test_a_generation_that_is_dropped_leaves_the_model_usable(llm: LLM) -> None:
+    for piece in llm.generate(PROMPT, max_tokens=50):
+        if piece.stats.generated_tokens == 3:
+            break
+    assert llm.experts.reader.pending == 0
+    assert text_of(llm, max_tokens=5, temperature=0)
+
+
+def test_prompts_that_cannot_be_run(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        llm.generate("")
+    with pytest.raises(RequestError, match=r"room for 511; make --context at least \d+"):
+        llm.generate("word " * 600)
+    with pytest.raises(RequestError, match="not valid UTF-8"):
+        llm.generate("\udcff")
+
+
+def test_the_context_ends_an_answer(llm: LLM) -> None:
+    prompt = "the " * 506
+    pieces = list(llm.generate(prompt, max_tokens=100, temperature=0, repetition_penalty=1.0))
+    assert pieces[-1].finish_reason in ("length", "stop") and len(pieces) <= 512 - len(llm.tokenizer.encode(prompt)) + 1
+
+
+def test_impossible_engines() -> None:
+    with pytest.raises(BudgetError, match="needs at least"):
+        LLM(memory="1MiB")
+    with pytest.raises(UsageError, match=r"experts_per_token is at most .* 4, not 5"):
+        LLM(experts_per_token=5)
+    with pytest.raises(UsageError, match="more than the 8192 this model was trained for"):
+        LLM(context_length=8193)
+    with pytest.raises(UsageError, match="no instruction set 'sse9'"):
+        LLM(isa="sse9", **QUICK)
+    with pytest.raises(UsageError, match="unknown option 'momory'"):
+        LLM(momory="1GiB")
+
+
+def test_the_named_floor_is_enough() -> None:
+    import re
+
+    with pytest.raises(BudgetError) as caught:
+        LLM(memory="1MiB", context_length=256, threads=1)
+    floor = re.search(r"at least (\d+) MiB", str(caught.value))
+    assert floor is not None
+    with LLM(memory=f"{floor[1]}MiB", context_length=256, threads=1) as llm:
+        assert text_of(llm, max_tokens=5)
+
+
+def test_lossy_settings_are_named_with_every_result() -> None:
+    with LLM(experts_per_token=2, **QUICK) as llm:
+        pieces = list(llm.generate(PROMPT, max_tokens=2))
+        assert all(p.stats.lossy == "2 of 4 experts a token" for p in pieces)
+
+
+def test_a_read_that_fails_in_the_middle_ends_the_generation(faults: None) -> None:
+    with LLM(memory="24MiB", context_length=256) as llm:
+        pieces = []
+        with pytest.raises(ReadError, match=r"layer \d+, expert \d+: read failed"):
+            for piece in llm.generate(PROMPT, max_tokens=50):
+                pieces.append(piece)
+                if len(pieces) == 5:
+                    _native.set_fault(0, 1, 5)
+        assert len(pieces) >= 5
+
+
+def test_readers_can_be_chosen(tmp_path: Path) -> None:
+    with LLM(reader="pread", **QUICK) as llm:
+        assert "pread" in llm.describe()
+    with LLM(reader="uring", **QUICK) as llm:
+        assert "io_uring" in llm.describe()
