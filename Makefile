@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find src native CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
-PYTHON_FILES := src tests training benchmarks
+PYTHON_FILES := src tests training benchmarks docs
 
 .PHONY: demo test lint format native-test neon-test docs clean
 .DELETE_ON_ERROR:

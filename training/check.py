@@ -19,7 +19,9 @@ def main() -> None:
     ours_model = ours.Model(config)
     for p in ours_model.parameters():  # nothing may hide behind a zero or a one
         p.data += torch.randn_like(p) * 0.05
-    theirs = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{k: v for k, v in config.items() if k != "dtype"})).float().eval()
+    theirs = (
+        Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{k: v for k, v in config.items() if k != "dtype"})).float().eval()
+    )
     missing, unexpected = theirs.load_state_dict(ours_model.state_dict(), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     theirs.tie_weights()

@@ -7,6 +7,7 @@ solve a chunk, float32 parameters cast to bfloat16 where they are used.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -110,7 +111,12 @@ class Attention(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         h, d = c["hidden_size"], c["head_dim"]
-        self.heads, self.kv_heads, self.d, self.eps = c["num_attention_heads"], c["num_key_value_heads"], d, c["rms_norm_eps"]
+        self.heads, self.kv_heads, self.d, self.eps = (
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+            d,
+            c["rms_norm_eps"],
+        )
         rope = c["rope_parameters"]
         self.rot = int(d * rope["partial_rotary_factor"])
         self.theta = rope["rope_theta"]
@@ -168,7 +174,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.is_cuda:
         return torch._grouped_mm(x, weight, offs=ends)
     starts = [0, *ends.tolist()]
-    return torch.cat([x[a:b] @ weight[e] for e, (a, b) in enumerate(zip(starts, starts[1:]))])
+    return torch.cat([x[a:b] @ weight[e] for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
 
 class SharedExpert(nn.Module):

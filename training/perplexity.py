@@ -36,14 +36,22 @@ def main() -> None:
     parser.add_argument("--experts-per-token", type=int, default=0)
     args = parser.parse_args()
     with ProcessPoolExecutor() as pool:
-        docs = [text for part in pool.map(load, sorted(args.corpus.glob("corpus.jsonl.*.xz"))) for held_out, text in part if held_out]
+        docs = [
+            text
+            for part in pool.map(load, sorted(args.corpus.glob("corpus.jsonl.*.xz")))
+            for held_out, text in part
+            if held_out
+        ]
     docs = list(dict.fromkeys(docs))[: args.documents]
     for path in args.models:
         with LLM(path, experts_per_token=args.experts_per_token, context_length=2048) as llm:
             sums = [negative_log_likelihood(llm, llm.tokenizer.encode(doc)) for doc in docs]
         total, count = map(sum, zip(*sums, strict=True))
         size = sum(f.stat().st_size for f in path.iterdir() if f.suffix == ".safetensors")
-        print(f"{path.name}: perplexity {math.exp(total / count):.4f} over {count:,} tokens, {size / 1e6:.1f} MB", flush=True)
+        print(
+            f"{path.name}: perplexity {math.exp(total / count):.4f} over {count:,} tokens, {size / 1e6:.1f} MB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def newton_schulz(m: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; the update's size is 0.2·√(max(rows, cols)), so that AdamW's learning rate fits it."""
 
-    def __init__(self, params: list[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05) -> None:
+    def __init__(
+        self, params: list[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -97,7 +99,11 @@ def main() -> None:
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 
-    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and not any(s in n for s in ("embed_tokens", "conv1d", "gate.weight"))]
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and not any(s in n for s in ("embed_tokens", "conv1d", "gate.weight"))
+    ]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     muon = Muon(matrices, lr=LEARNING_RATE)
     adamw = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -152,7 +158,10 @@ def main() -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(args.data / name, args.out / name)
     (args.out / "config.json").write_text(json.dumps(config, indent=1))
-    fingerprints = {n: hashlib.sha256((args.data / n).read_bytes()).hexdigest() for n in ("train.npy", "heldout.npy", "tokenizer.json")}
+    fingerprints = {
+        n: hashlib.sha256((args.data / n).read_bytes()).hexdigest()
+        for n in ("train.npy", "heldout.npy", "tokenizer.json")
+    }
     record = {
         "seed": SEED, "torch": torch.__version__, "device": torch.cuda.get_device_name(), "sha256": fingerprints,
         "best_heldout_loss": best, "log": log,
