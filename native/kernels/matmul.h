@@ -48,26 +48,36 @@ inline void quantized_tile(const Matrix& w, int64_t row, const Activations& x, i
         acc[r][t] = f_fma(bias, f_load(x.xsum + (token + t) * x.padded_groups + g0), acc[r][t]);
     }
     const int64_t first_block = g0 * BPG / GPB, blocks = (n * BPG + GPB - 1) / GPB;
-    for (int64_t k = 0; k < blocks; ++k) {
-      const int64_t block = first_block + k;
+    auto block_of = [&](const uint8_t* const(&p)[ROWS], int64_t k) {
       const int group = static_cast<int>(k * GPB / BPG);
       F x_scale[TOKS];
       for (int t = 0; t < TOKS; ++t) x_scale[t] = f_spread<GPB>(dx[t], group);
       for (int r = 0; r < ROWS; ++r) {
-        const uint8_t* p = w.data + (row + r) * row_bytes + block * 64;
-        uint8_t tail[64] = {};
-        // A row's last block may run into the rows after it (its activations are 0 there), but not past the matrix.
-        if ((row + r) * row_bytes + block * 64 + 64 > w.rows * row_bytes) {
-          std::memcpy(tail, p, static_cast<size_t>(row_bytes - block * 64));
-          p = tail;
-        }
-        const Planes<BITS> planes = unpack<BITS>(p);
+        const Planes<BITS> planes = unpack<BITS>(p[r]);
         const F s = f_spread<GPB>(scale[r], group);
         for (int t = 0; t < TOKS; ++t) {
-          const int16_t* xq = x.xq + (token + t) * x.padded_cols + block * kElements;
+          const int16_t* xq = x.xq + (token + t) * x.padded_cols + (first_block + k) * kElements;
           acc[r][t] = f_fma(f_from_int(dot<BITS>(planes, xq)), f_mul(s, x_scale[t]), acc[r][t]);
         }
       }
+    };
+    // A row's last block may run into the rows after it (its activations are 0 there), but not past the matrix: that
+    // one is copied, so that the loop over the others need not ask.
+    const int64_t last_byte = (row + ROWS - 1) * row_bytes + (first_block + blocks) * 64;
+    const int64_t inside = last_byte > w.rows * row_bytes ? blocks - 1 : blocks;
+    const uint8_t* p[ROWS];
+    for (int64_t k = 0; k < inside; ++k) {
+      for (int r = 0; r < ROWS; ++r) p[r] = w.data + (row + r) * row_bytes + (first_block + k) * 64;
+      block_of(p, k);
+    }
+    if (inside < blocks) {
+      uint8_t copies[ROWS][64] = {};
+      const int64_t at = (first_block + inside) * 64;
+      for (int r = 0; r < ROWS; ++r) {
+        std::memcpy(copies[r], w.data + (row + r) * row_bytes + at, static_cast<size_t>(row_bytes - at));
+        p[r] = copies[r];
+      }
+      block_of(p, inside);
     }
   }
   for (int r = 0; r < ROWS; ++r)
@@ -179,8 +189,20 @@ void quantize_activations(const float* x, int64_t cols, int bits, int group_size
   for (int64_t g = groups; g < padded_groups(cols, group_size); ++g) dx[g] = xsum[g] = 0.0f;
   for (int64_t g = 0; g < groups; ++g) {
     const float* xg = x + g * group_size;
-    F largest = f_zero();
-    for (int i = 0; i < group_size; i += 16) largest = f_max(f_abs(f_load(xg + i)), largest);
+    F largest = f_zero(), poison = f_zero();
+    for (int i = 0; i < group_size; i += 16) {
+      largest = f_max(f_abs(f_load(xg + i)), largest);
+      poison = f_fma(f_load(xg + i), f_zero(), poison);  // 0, or NaN if a value is infinite or NaN
+    }
+    if (f_sum(poison) != 0.0f) {
+      // Integers cannot carry it: the group's scale does, so that every product with it is NaN.
+      for (int i = 0; i < group_size; ++i) {
+        const int64_t c = g * group_size + i, within = c % block;
+        xq[c - within + within % planes * 32 + within / planes] = 0;
+      }
+      dx[g] = xsum[g] = __builtin_nanf("");
+      continue;
+    }
     const float most = f_maximum(largest);
     const float inverse = most > 0.0f ? 32767.0f / most : 0.0f;
     dx[g] = most / 32767.0f;
