@@ -254,3 +254,45 @@ def test_missing_expert_file_at_open(pack_folder: Path, tmp_path: Path) -> None:
     (moved / "experts-00001.safetensors").unlink()
     with pytest.raises(Exception, match=r"missing file experts-00001\.safetensors \(experts of layer 1\)"):
         LLM(moved, memory="64MiB", context_length=256)
+
+
+def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expected: np.ndarray) -> None:
+    """KeyboardInterrupt at every line of the cache in turn, as Ctrl-C would; whoever catches it may go on with the same model."""
+    import sys
+
+    class Interrupt(KeyboardInterrupt):
+        pass
+
+    lines_until: list[int] = [0]
+
+    def tracer(frame: Any, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(("experts/cache.py", "experts/policy.py")):
+            return None
+        if event == "line":
+            lines_until[0] -= 1
+            if lines_until[0] == 0:
+                raise Interrupt
+        return tracer
+
+    with LLM(pack_folder, memory=budget_for(pack_folder, 12), context_length=256, prefill_chunk=64) as llm:
+        interrupted = 0
+        for line in [*range(1, 400, 3), *range(400, 4000, 37)]:
+            cache = llm.session().cache
+            lines_until[0] = line
+            sys.settrace(tracer)
+            try:
+                llm.model(TOKENS[:30], cache)
+                for t in range(30, 36):
+                    llm.model(TOKENS[t : t + 1], cache)
+            except Interrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(None)
+            again = llm.session().cache
+            parts = [llm.model(TOKENS[:30], again, all_logits=True)]
+            parts += [llm.model(TOKENS[t : t + 1], again) for t in range(30, 40)]
+            assert np.array_equal(np.concatenate(parts), expected), line
+            experts = llm.experts
+            slots = experts._free_ring + experts._free + [s for layer in experts._resident for s in layer.values()]
+            assert sorted(slots) == list(range(llm.plan.slots)), line
+        assert interrupted > 150

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from .. import _native
-from ..errors import ReadError
+from ..errors import ReadError, RequestError
 from ..ops import ExpertBlock
 from .policy import make_policy
 from .stats import ExpertStats
@@ -39,6 +39,7 @@ class Part:
 class _Load:
     """An expert on its way into a slot."""
 
+    layer: int
     position: int
     expert: int
     slot: int
@@ -74,7 +75,10 @@ class ExpertCache:
         self._free = list(range(ring_slots, slots))[::-1]
         self._resident: list[dict[int, int]] = [{} for _ in range(layers)]
         self._owned = [0] * layers  # cached slots of each layer, resident or being read into
+        self._policy = policy
         self._policies = [make_policy(policy) for _ in range(layers)]
+        self._slots = slots
+        self._busy = False  # between the beginning of a fetch and its orderly end
         self._offsets = np.zeros((slots, 9), np.int64)
         self._loads: dict[int, _Load] = {}  # by tag
         self._next_tag = 0
@@ -88,11 +92,36 @@ class ExpertCache:
 
     def fetch(self, layer: int, experts: list[int]) -> Fetch:
         """Begins to bring the experts (ascending, distinct) of one layer; use as a context manager and iterate."""
+        if self.store.closed:
+            raise RequestError("this model is closed")
+        if self._busy:
+            self._recover()
+        self._busy = True
         return Fetch(self, layer, experts)
 
     def close(self) -> None:
+        """Closes the files; a second time does nothing."""
         self.drain()
         self.store.close()
+
+    def _recover(self) -> None:
+        """After an exception at any point of a fetch, an interrupt too. What is known to be resident stays; all else is made anew
+        from it. An expert is listed as resident only once its bytes are there and checked, and no longer once its slot is given
+        away; so that list is right wherever the exception fell."""
+        self.drain()
+        used = {slot for layer in self._resident for slot in layer.values()}
+        self._free_ring = list(range(self.ring))[::-1]
+        self._free = [slot for slot in range(self.ring, self._slots) if slot not in used][::-1]
+        self._owned = [len(layer) for layer in self._resident]
+        self._policies = [make_policy(self._policy) for _ in self._resident]
+        for policy, layer in zip(self._policies, self._resident, strict=True):
+            for expert in layer:
+                policy.insert(expert)
+        self._busy = False
+
+    def finish(self) -> None:
+        """The orderly end of a fetch."""
+        self._busy = False
 
     # What follows serves Fetch.
 
@@ -113,19 +142,17 @@ class ExpertCache:
         if evict:
             victim = self._policies[layer].evict(keep)
             if victim is not None:
+                slot = self._resident[layer].pop(victim)
                 self.stats.layers[layer].evictions += 1
-                return self._resident[layer].pop(victim), True
+                return slot, True
         if self._free_ring:
             return self._free_ring.pop(), False
         return None
 
-    def give_back(self, layer: int, load: _Load) -> None:
-        """The slot of a load that is done with (ring) or did not arrive (cached)."""
+    def give_back(self, load: _Load) -> None:
+        """The slot of a load that is done with; a cached one stays."""
         if not load.cached:
             self._free_ring.append(load.slot)
-        elif self._resident[layer].get(load.expert) != load.slot:
-            self._owned[layer] -= 1
-            self._free.append(load.slot)
 
     def block(self, layer: int, slots: list[int]) -> ExpertBlock:
         return ExpertBlock(self.store.layouts[layer].format, self.arena, self._offsets[slots])
@@ -152,6 +179,8 @@ class ExpertCache:
 
     def wait(self, layer: int, at_least: int) -> list[_Load]:
         """Experts that have arrived, checked; blocks until at least `at_least` reads are done."""
+        if not self.reader.pending:
+            raise RuntimeError("a fetch waits but nothing is being read")
         begin = time.perf_counter()
         completions = self.reader.wait(at_least)
         counters = self.stats.layers[layer]
@@ -159,6 +188,7 @@ class ExpertCache:
         arrived = []
         for tag, error, count, cached_count in completions:
             load = self._loads.pop(tag)
+            assert load.layer == layer
             load.pending -= 1
             load.bytes += count
             load.cached_bytes += cached_count
@@ -216,7 +246,7 @@ class Fetch:
     cache: ExpertCache
     layer: int
     experts: list[int]
-    ordered: bool = False
+    ordered: bool = field(init=False)
     _slots: dict[int, int] = field(default_factory=dict)  # position → slot, ready
     _loads: list[_Load] = field(default_factory=list)
     _issued: int = 0  # ordered: positions looked at so far
@@ -224,11 +254,7 @@ class Fetch:
     def __post_init__(self) -> None:
         # All at once if the ring could hold them all; else in order, through as many slots as there are.
         self.ordered = len(self.experts) > self.cache.ring
-        try:
-            self._issue()
-        except BaseException:
-            self._abandon()
-            raise
+        self._issue()
 
     def __enter__(self) -> Fetch:
         return self
@@ -236,10 +262,13 @@ class Fetch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # After an exception nothing is put in order here: the next fetch does that, whatever the exception interrupted. But the
+        # reads end now, so that nothing is written after the caller has taken the error.
         if kind is not None:
-            self._abandon()
-        else:
-            self._release(self._loads)
+            self.cache.drain()
+            return
+        self._release(self._loads)
+        self.cache.finish()
 
     def __iter__(self) -> Iterator[Part]:
         return self._in_order() if self.ordered else self._as_ready()
@@ -257,7 +286,7 @@ class Fetch:
                 taken = self.cache.take_slot(self.layer, keep, evict=not self.ordered)
                 if taken is None:
                     break
-                load = _Load(position, expert, *taken, pending=1)
+                load = _Load(self.layer, position, expert, *taken, pending=1)
                 loads.append(load)
                 self._loads.append(load)
             self._issued += 1
@@ -298,9 +327,4 @@ class Fetch:
 
     def _release(self, loads: list[_Load]) -> None:
         for load in loads:
-            self.cache.give_back(self.layer, load)
-
-    def _abandon(self) -> None:
-        """After an error: nothing may write into a slot that is given to somebody else."""
-        self.cache.drain()
-        self._release(self._loads)
+            self.cache.give_back(load)

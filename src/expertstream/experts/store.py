@@ -99,6 +99,10 @@ class ExpertStore:
             if now != self._files[path].signature:
                 raise ReadError(f"{path}: layer {layer}: replaced or changed while open; load the model again")
 
+    @property
+    def closed(self) -> bool:
+        return not self._files
+
     def close(self) -> None:
         for file in self._files.values():
             os.close(file.fd)
