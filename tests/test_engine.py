@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from expertstream import LLM, BudgetError, ReadError, RequestError, UsageError, _native
@@ -105,16 +106,36 @@ def test_stop_strings_are_found_wherever_the_pieces_are_cut(cut: int) -> None:
 
 
 def test_a_session_goes_on_where_it_stopped(llm: LLM) -> None:
-    """A text read in two parts continues as the whole does."""
-    first, second = llm.tokenizer.encode("Once upon a time there was a little"), llm.tokenizer.encode(" girl who loved")
-    params = llm.sampling_params(temperature=0, max_tokens=1)
-    session = llm.session()
-    list(session.generate(first, params))  # the token it makes is not fed back
-    params = llm.sampling_params(temperature=0, max_tokens=20, repetition_penalty=1.0)
-    continued = [p.token for p in session.generate(second, params)]
-    import numpy as np
+    """A second turn continues prompt, answer and addition, the answer's last token included."""
+    first, second = llm.tokenizer.encode("Once upon"), llm.tokenizer.encode(" girl who")
+    params = llm.sampling_params(temperature=0, max_tokens=5, repetition_penalty=1.0)
+    for used in (5, 3):  # an answer that came to its end, and one that was dropped
+        session, answer = llm.session(), []
+        for piece in session.generate(first, params):
+            answer.append(piece.token)
+            if len(answer) == used:
+                break
+        continued = [p.token for p in session.generate(second, params)]
+        whole = np.concatenate([first, np.array(answer), second])
+        assert continued == [p.token for p in llm.session().generate(whole, params)]
+        session.reset()
+        assert [p.token for p in session.generate(whole, params)] == continued
 
-    assert continued == [p.token for p in llm.session().generate(np.concatenate([first, second]), params)]
+
+def test_a_closed_model_says_so() -> None:
+    llm = LLM(**QUICK)
+    llm.close()
+    llm.close()
+    with pytest.raises(RequestError, match="this model is closed"):
+        text_of(llm, max_tokens=3)
+
+
+def test_several_threads_take_turns(llm: LLM) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = [text_of(llm, seed=s, max_tokens=20) for s in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda s: text_of(llm, seed=s, max_tokens=20), range(4))) == expected
 
 
 def test_a_generation_that_is_dropped_leaves_the_model_usable(llm: LLM) -> None:

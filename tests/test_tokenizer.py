@@ -97,3 +97,15 @@ def test_the_template_may_be_in_the_tokenizer_config(tmp_path: Path) -> None:
 def test_missing_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="missing tokenizer"):
         Tokenizer(tmp_path)
+
+
+def test_a_prompt_is_neither_cut_nor_padded(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Raw
+
+    folder = Path(shutil.copytree(embedded_model(), tmp_path / "t"))
+    raw = Raw.from_file(str(folder / "tokenizer.json"))
+    raw.enable_truncation(4)
+    raw.enable_padding(length=20)
+    raw.save(str(folder / "tokenizer.json"))
+    text = "one two three four five six seven eight"
+    assert Tokenizer(folder).encode(text).tolist() == TOKENIZER.encode(text).tolist()

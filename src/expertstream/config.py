@@ -90,13 +90,14 @@ class EngineConfig:
             ("split_bytes", 4096, 1 << 30),
             ("threads", 0, 1024),
             ("context_length", 0, 1 << 30),
-            ("prefill_chunk", 1, 65536),
+            ("prefill_chunk", 64, 65536),
             ("experts_per_token", 0, 65536),
         ):
             if not least <= getattr(self, name) <= most:
                 raise UsageError(f"{name} is from {least} to {most}, not {getattr(self, name)}")
-        if self.split_bytes % 4096:
-            raise UsageError(f"split_bytes is a multiple of 4096, not {self.split_bytes}")
+        for name, unit in (("split_bytes", 4096), ("prefill_chunk", 64)):
+            if getattr(self, name) % unit:
+                raise UsageError(f"{name} is a multiple of {unit}, not {getattr(self, name)}")
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise UsageError("memory is more than nothing")
 

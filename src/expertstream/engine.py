@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from .config import EngineConfig, format_bytes
@@ -226,12 +228,15 @@ class Session:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        self._unread: list[int] = []  # the last token of an answer: written, but not yet in the cache
         self.cache = llm.model_config.make_cache(llm.context_length, llm.config.kv_dtype)
 
     def generate(
         self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None = None
     ) -> Iterator[GenerationResponse]:
         """Appends tokens (T,) to the text and continues it. Raises RequestError before any work if they cannot fit."""
+        if not self.cache.valid:
+            raise RequestError("this session stopped in the middle of a token; reset() it")
         if tokens.shape[0] == 0:
             raise RequestError("the prompt is empty")
         vocabulary = self.llm.model_config.vocab_size
@@ -239,6 +244,7 @@ class Session:
             raise CheckpointError(
                 f"{self.llm.path}: tokenizer.json gives token {tokens.max()}, the model knows {vocabulary}: it is another model's"
             )
+        tokens = np.concatenate([np.array(self._unread, np.int64), tokens])
         room = self.cache.capacity - self.cache.position
         if tokens.shape[0] + 1 > room:
             needed = self.cache.position + tokens.shape[0] + 1
@@ -249,6 +255,11 @@ class Session:
         # The last token's own state is never needed, so an answer may be one longer than the room.
         limited = replace(params, max_tokens=min(params.max_tokens, room - tokens.shape[0] + 1))
         return self._pieces(tokens, limited, progress)
+
+    def reset(self) -> None:
+        """Forgets the text."""
+        self.cache.reset()
+        self._unread = []
 
     def _pieces(
         self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None
@@ -268,6 +279,7 @@ class Session:
                     stats.decode_seconds += step.seconds
                 count()
                 token, logprob, reason = step.choice.token, None, None
+                self._unread = [token]
                 if step.choice.logprob is not None:
                     text = llm.tokenizer.token_text
                     top = tuple((text(t), p) for t, p in step.choice.top_logprobs)

@@ -18,7 +18,7 @@ __all__ = ["Step", "prefill", "stream_generate"]
 
 
 class CausalModel(Protocol):
-    def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False) -> F32:
+    def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
         """(T,) → (1, vocab), moving the cache on by T."""
 
 
@@ -36,7 +36,7 @@ def prefill(
     """Runs all tokens through the model, `chunk` at a time; returns the logits (vocab,) after the last. progress: tokens done."""
     logits = None
     for begin in range(0, tokens.shape[0], chunk):
-        logits = model(tokens[begin : begin + chunk], cache)
+        logits = model(tokens[begin : begin + chunk], cache, prompt=True)
         if progress is not None:
             progress(min(begin + chunk, tokens.shape[0]))
     assert logits is not None

@@ -20,7 +20,7 @@ class Linear:
 
 
 class Embedding:
-    """Tokens (T,) → rows (T, H). With `tied`, as_linear() is the output projection."""
+    """Tokens (T,) → rows (T, H). Where a model ties its embeddings, as_linear() is the output projection."""
 
     def __init__(self, weight: Weight, ops: Ops) -> None:
         self.weight, self.ops = ops.bind(weight), ops
@@ -52,4 +52,6 @@ class Rotary:
         # The oracle takes the angle in float32; so do we, since at large positions the rounding is what differs most.
         positions = np.arange(position, position + tokens, dtype=np.float32)
         angle = positions[:, None] * self.inverse_frequency.astype(np.float32)
-        return np.cos(angle), np.sin(angle)
+        # NumPy's float32 functions differ between processors; its float64 ones, rounded, do not.
+        exact = angle.astype(np.float64)
+        return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)

@@ -31,6 +31,9 @@ class Tokenizer:
             self._tokenizer = _Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
+        # Some files carry settings of their training; a prompt is neither cut nor padded.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.path = path
         self._config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
         self.eos_ids = self._eos_ids()

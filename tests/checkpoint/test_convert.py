@@ -47,6 +47,19 @@ def test_mlx_sources_are_repacked_bit_exactly(pack_folder: Path, mlx_folder: Pat
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
+def test_dense_matrices_of_an_mlx_source_stay_dense(hf_folder: Path, tmp_path: Path) -> None:
+    convert(hf_folder, tmp_path / "p", BitPolicy(4, 64, 16), threads=1)
+    mlx = oracle.save_mlx(tmp_path / "mlx", tmp_path / "p", SMALL, (4, 64))
+    convert(mlx, tmp_path / "q", BitPolicy(), threads=1)
+    assert (tmp_path / "q" / "experts-00001.safetensors").read_bytes() == (
+        tmp_path / "p" / "experts-00001.safetensors"
+    ).read_bytes()
+    checkpoint = open_checkpoint(tmp_path / "q")
+    assert all(
+        checkpoint.matrix_format(n, *s.shape).bits == 16 for n, s in _specs(checkpoint).items() if s.kind == "matrix"
+    )
+
+
 def test_16_bits_keep_every_value(hf_folder: Path, tmp_path: Path) -> None:
     convert(hf_folder, tmp_path / "pack", BitPolicy(16, 64, 16), threads=1)
     tokens = oracle.random_tokens(SMALL, 30)

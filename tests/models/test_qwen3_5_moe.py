@@ -138,6 +138,27 @@ def test_16k_tokens_in_chunks_and_token_by_token(tmp_path: Path) -> None:
     assert oracle.relative_error(ends[0][0], oracle.oracle_logits(oracle.make_oracle(config), tokens)[-1]) < 1e-3
 
 
+@pytest.mark.parametrize("count", [64, 65, 70, 129, 140, 200])
+def test_how_a_prompt_is_cut_never_changes_a_bit(hf_folder: Path, count: int) -> None:
+    """The chunk follows from the memory budget; so it must not show, not even by rounding."""
+    from expertstream.generate import prefill
+
+    from ..conftest import SMALL
+
+    tokens, results = oracle.random_tokens(SMALL, count), []
+    for chunk in (64, 128, 2048):
+        with LLM(hf_folder, memory="64MiB", context_length=256) as llm:
+            cache = llm.session().cache
+            results.append((prefill(llm.model, cache, tokens, chunk), llm.model(tokens[:1], cache)))
+    for logits, following in results[1:]:
+        assert np.array_equal(logits, results[0][0]) and np.array_equal(following, results[0][1])
+
+
+def test_the_rotary_default_is_the_architectures() -> None:
+    config = config_of(rope_parameters={"rope_theta": 1e4})
+    assert Config.from_json(config, "here").rotary_dims == config["head_dim"] // 4
+
+
 def test_fewer_experts_change_the_result_and_are_named(tmp_path: Path) -> None:
     config = config_of(num_experts_per_tok=4)
     folder = oracle.save_hf(tmp_path, config, oracle.make_oracle(config), torch.float32)
@@ -160,6 +181,22 @@ def test_fewer_experts_change_the_result_and_are_named(tmp_path: Path) -> None:
         ({"num_experts_per_tok": 9}, "sizes that do not go together"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": ["x"]}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_theta": True}}, "rope_theta must be"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta must be"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": -0.25}}, "partial_rotary_factor must be"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": float("nan")}},
+            "partial_rotary_factor must be",
+        ),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be more than 0"),
+        ({"rms_norm_eps": 1e30}, "rms_norm_eps must be more than 0"),
+        ({"vocab_size": 10**15}, "vocab_size must be more than 0 and not absurd"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"layer_types": [["x"]] * 4}, "layer_types must name"),
+        ({"text_config": None}, "text_config must be an object"),
+        ({"text_config": []}, "text_config must be an object"),
     ],
 )
 def test_impossible_configurations_are_refused(change: dict[str, Any], message: str) -> None:

@@ -225,6 +225,18 @@ def test_bfloat16_rounds_to_even(values: list[float]) -> None:
     assert np.array_equal(from_bf16(to_bf16(x)), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_what_is_not_a_number_stays_visible(bad: float, bits: int) -> None:
+    ours, _ = weight(3, 5, 128, bits, 32, "bf16")
+    for isa in _native.available_isas():
+        x = normal(1, 2, 128)
+        x[1, 70] = bad
+        ops = CpuOps(1, isa)
+        y = ops.linear(x, ours)
+        assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any(), isa
+
+
 def test_wrong_shapes_and_places_are_refused() -> None:
     ours, _ = weight(0, 4, 64, 4, 32, "bf16")
     with pytest.raises(ValueError, match="linear: shapes"):

@@ -80,7 +80,7 @@ class _Conversion:
         )
 
     def _expert_format(self, layout: ExpertLayout) -> ExpertFormat:
-        if layout.format.gate.quantized or self.policy.bits == 16:
+        if self.checkpoint.quantization or self.policy.bits == 16:
             return layout.format
         formats = [quantized_format(m, self.policy.bits, self.policy.group_size) for m in layout.format.matrices]
         for m in formats:
@@ -114,7 +114,9 @@ class _Conversion:
 
     def _trunk_format(self, module: str) -> MatrixFormat:
         m = self._source_format(module)
-        return m if m.quantized else quantized_format(m, self.policy.trunk_bits_of(module), self.policy.group_size)
+        if self.checkpoint.quantization:  # somebody has chosen bits already, dense ones too
+            return m
+        return quantized_format(m, self.policy.trunk_bits_of(module), self.policy.group_size)
 
     def run(self) -> None:
         with self._errors_with_advice():

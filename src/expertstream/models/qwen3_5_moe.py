@@ -7,6 +7,7 @@ h is the residual stream. Only the experts come from disk; everything else is th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from ..ops import F32, I64, Ops
 __all__ = ["Config", "Model", "expert_layouts", "weight_map"]
 
 LINEAR, FULL = "linear_attention", "full_attention"
-CHUNKED_FROM = 16  # tokens from which the chunked gated-delta form is the faster one
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,32 @@ class Config:
     def from_json(cls, config: dict[str, Any], where: str) -> Config:
         """Raises CheckpointError for a missing or impossible value."""
         text = config.get("text_config", config)
+        if not isinstance(text, dict):
+            raise CheckpointError(f"{where}: config.json: text_config must be an object, not {text!r}")
 
         def get(name: str, kind: type[int] | type[float] = int) -> Any:
             value = text.get(name)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise CheckpointError(f"{where}: config.json: {name} must be {kind.__name__}, not {value!r}")
-            if value <= 0:
-                raise CheckpointError(f"{where}: config.json: {name} must be more than 0, not {value!r}")
+            if not 0 < value < 1 << 40:  # and so not NaN
+                raise CheckpointError(f"{where}: config.json: {name} must be more than 0 and not absurd, not {value!r}")
             return value
 
         rope = text.get("rope_parameters") or text
-        theta, factor = (
-            rope.get("rope_theta"),
-            rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)),
-        )
-        if (
-            rope.get("rope_type", "default") != "default"
-            or not isinstance(theta, int | float)
-            or not isinstance(factor, int | float)
-        ):
+        rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
+        if rope_type != "default" or text.get("rope_scaling"):
             raise CheckpointError(
-                f"{where}: config.json: rope_parameters {rope.get('rope_type')!r} with rope_theta {theta!r} are not supported"
+                f"{where}: config.json: rope_parameters of type {rope_type!r} or rope_scaling are not supported"
             )
+        theta: Any = rope.get("rope_theta")
+        factor: Any = rope.get(
+            "partial_rotary_factor", text.get("partial_rotary_factor", 0.25)
+        )  # the architecture's default
+        for name, value, least, most in (("rope_theta", theta, 1, 1e12), ("partial_rotary_factor", factor, 0, 1)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= most:
+                raise CheckpointError(
+                    f"{where}: config.json: {name} must be more than {least} and at most {most:g}, not {value!r}"
+                )
         if (
             text.get("hidden_act", "silu") != "silu"
             or text.get("attention_bias", False)
@@ -90,7 +94,7 @@ class Config:
         if kinds is None:
             interval = get("full_attention_interval")
             kinds = [FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers)]
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {LINEAR, FULL}:
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (LINEAR, FULL) for kind in kinds):
             raise CheckpointError(
                 f"{where}: config.json: layer_types must name {LINEAR} or {FULL} for each of {layers} layers"
             )
@@ -100,7 +104,9 @@ class Config:
             "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "max_position_embeddings",
         )  # fmt: skip
         values = {name: get(name) for name in names}
-        tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        if type(tied) is not bool:
+            raise CheckpointError(f"{where}: config.json: tie_word_embeddings must be true or false, not {tied!r}")
         result = cls(
             **values,
             num_hidden_layers=layers,
@@ -116,6 +122,8 @@ class Config:
             or result.linear_num_value_heads % result.linear_num_key_heads
             or not 2 <= result.linear_conv_kernel_dim <= 8
             or result.rotary_dims % 2
+            or result.rotary_dims == 0
+            or result.rms_norm_eps >= 1
         ):
             raise CheckpointError(f"{where}: config.json: sizes that do not go together: {result}")
         return result
@@ -246,7 +254,7 @@ class GatedDeltaNet:
         self.a_log, self.dt_bias = w.vector(f"{name}.A_log"), w.vector(f"{name}.dt_bias")
         self.norm_weight = w.vector(f"{name}.norm.weight")
 
-    def __call__(self, x: F32, state: DeltaState) -> F32:
+    def __call__(self, x: F32, state: DeltaState, chunked: bool) -> F32:
         c, ops, T = self.c, self.ops, x.shape[0]
         # Project, mix each channel with its own past, and split.
         qkv = ops.conv(self.in_proj_qkv(x), self.conv_weight, state.conv_state)
@@ -259,7 +267,7 @@ class GatedDeltaNet:
         k = ops.l2_norm(np.ascontiguousarray(k), 1e-6, 1.0)
         # How much of the state each head keeps, and how strongly it writes.
         g, beta = ops.gates(self.in_proj_a(x), self.in_proj_b(x), self.a_log, self.dt_bias)
-        out = ops.gated_delta(q, k, np.ascontiguousarray(v), g, beta, state.recurrent_state, chunked=T >= CHUNKED_FROM)
+        out = ops.gated_delta(q, k, np.ascontiguousarray(v), g, beta, state.recurrent_state, chunked)
         z = self.in_proj_z(x).reshape(v.shape)
         out = ops.gated_rms_norm(out, z, self.norm_weight, c.rms_norm_eps)
         return self.out_proj(out.reshape(T, c.value_dim))
@@ -357,14 +365,16 @@ class DecoderLayer:
         self.linear_attn = None if full else GatedDeltaNet(w, f"{name}.linear_attn")
         self.mlp = SparseMoeBlock(w, layer, top_k, experts)
 
-    def __call__(self, h: F32, state: AttentionState | DeltaState, position: int, cos: F32, sin: F32) -> None:
+    def __call__(
+        self, h: F32, state: AttentionState | DeltaState, position: int, cos: F32, sin: F32, prompt: bool
+    ) -> None:
         x = self.input_layernorm(h)
         if self.self_attn is not None:
             assert isinstance(state, AttentionState)
             h += self.self_attn(x, state, position, cos, sin)
         else:
             assert isinstance(state, DeltaState) and self.linear_attn is not None
-            h += self.linear_attn(x, state)
+            h += self.linear_attn(x, state, chunked=prompt)
         self.mlp(self.post_attention_layernorm(h), h)
 
 
@@ -381,12 +391,19 @@ class Model:
         self.norm = w.norm("model.norm")
         self.lm_head = self.embed_tokens.as_linear if config.tie_word_embeddings else w.linear("lm_head")
         self.rotary = Rotary(config.rotary_dims, config.rope_theta)
+        self._one_at_a_time = Lock()
 
-    def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False) -> F32:
-        """tokens (T,) → logits (1, vocab) of the last one, or (T, vocab); the cache moves on by T.
+    def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
+        """tokens (T,) → logits (1, vocab) of the last one, or (T, vocab); the cache moves on by T. One call at a time: others wait.
 
+        `prompt`: the tokens are (a part of) a prompt, and take the chunked gated-delta form. Both forms are one computation but
+        for rounding, so which one is taken must not depend on how a prompt is cut: parts are multiples of 64 but for the last.
         Raises RequestError if the cache has no room, or holds half a token after an error.
         """
+        with self._one_at_a_time:
+            return self._forward(tokens, cache, all_logits, prompt)
+
+    def _forward(self, tokens: I64, cache: KVCache, all_logits: bool, prompt: bool) -> F32:
         T, position = tokens.shape[0], cache.position
         if position + T > cache.capacity:
             raise RequestError(
@@ -398,7 +415,7 @@ class Model:
         h = self.embed_tokens(tokens)
         cos, sin = self.rotary(position, T)
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            layer(h, state, position, cos, sin)
+            layer(h, state, position, cos, sin, prompt)
         cache.position += T
         cache.valid = True
         last = h if all_logits else h[-1:]
