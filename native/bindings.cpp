@@ -243,6 +243,14 @@ nb::list wait(Reader& reader, size_t at_least) {
   return out;
 }
 
+nb::list names_of(int (*list)(const Kernels**, int)) {
+  const Kernels* tables[8];
+  const int count = list(tables, 8);
+  nb::list names;
+  for (int i = 0; i < count; ++i) names.append(tables[i]->name);
+  return names;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -285,13 +293,8 @@ NB_MODULE(_native, m) {
   m.def("set_fault", &set_fault, "after"_a, "count"_a, "value"_a);
   m.def("clear_faults", &clear_faults);
 
-  m.def("available_isas", [] {
-    const Kernels* tables[8];
-    const int count = available_kernels(tables, 8);
-    nb::list names;
-    for (int i = 0; i < count; ++i) names.append(tables[i]->name);
-    return names;
-  });
+  m.def("known_isas", [] { return names_of(&all_kernels); });
+  m.def("available_isas", [] { return names_of(&available_kernels); });
 
   nb::class_<Engine>(m, "Engine")
       .def(
@@ -305,13 +308,15 @@ NB_MODULE(_native, m) {
           "threads"_a, "isa"_a)
       .def_prop_ro("isa", [](const Engine& e) { return e.k.name; })
       .def_prop_ro("threads", [](const Engine& e) { return e.pool.threads(); })
-      .def("linear", &linear)
+      .def("linear", &linear, "w"_a, "x"_a, "y"_a.noconvert())
       .def("embed", &embed)
       .def("experts", &experts)
-      .def("accumulate", &accumulate)
-      .def("attention", &attention)
-      .def("gated_delta", &gated_delta)
-      .def("conv", &conv)
+      .def("accumulate", &accumulate, "acc"_a.noconvert(), "y"_a, "pair_token"_a, "weights"_a)
+      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "gate"_a, "keys"_a.noconvert(), "values"_a.noconvert(),
+           "position"_a, "scale"_a, "out"_a.noconvert())
+      .def("gated_delta", &gated_delta, "chunked"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "state"_a.noconvert(),
+           "out"_a.noconvert())
+      .def("conv", &conv, "x"_a, "weight"_a, "state"_a.noconvert(), "y"_a.noconvert())
       .def("quantize", &quantize)
       .def("route",
            [](Engine& e, In logits, int64_t top_k, Out weights, IdsOut selected) {
@@ -355,19 +360,21 @@ NB_MODULE(_native, m) {
                e.k.swiglu(gate.data() + at, up.data() + at, m2, y.data() + at);
              });
            })
-      .def("add_shared",
-           [](Engine& e, Out h, In acc, In shared, In gate) {
-             const int64_t tokens = size_of(gate);
-             require(
-                 tokens > 0 && size_of(h) % tokens == 0 && size_of(acc) == size_of(h) && size_of(shared) == size_of(h),
-                 "add_shared: shapes");
-             const int64_t n = size_of(h) / tokens;
-             over_rows(e, tokens, [&](int64_t r) {
-               float weight;
-               e.k.sigmoid(gate.data() + r, 1, &weight);
-               e.k.add_shared(h.data() + r * n, acc.data() + r * n, shared.data() + r * n, weight, n);
-             });
-           })
+      .def(
+          "add_shared",
+          [](Engine& e, Out h, In acc, In shared, In gate) {
+            const int64_t tokens = size_of(gate);
+            require(
+                tokens > 0 && size_of(h) % tokens == 0 && size_of(acc) == size_of(h) && size_of(shared) == size_of(h),
+                "add_shared: shapes");
+            const int64_t n = size_of(h) / tokens;
+            over_rows(e, tokens, [&](int64_t r) {
+              float weight;
+              e.k.sigmoid(gate.data() + r, 1, &weight);
+              e.k.add_shared(h.data() + r * n, acc.data() + r * n, shared.data() + r * n, weight, n);
+            });
+          },
+          "h"_a.noconvert(), "acc"_a, "shared"_a, "gate"_a)
       .def("gates",
            [](Engine& e, In a, In b, In a_log, In dt_bias, Out g, Out beta) {
              const int64_t n = size_of(a_log), tokens = size_of(a) / n;
@@ -378,17 +385,20 @@ NB_MODULE(_native, m) {
                e.k.sigmoid(b.data() + r * n, n, beta.data() + r * n);
              });
            })
-      .def("rotary", [](Engine& e, Out x, In cos, In sin) {
-        require(x.ndim() == 3 && cos.ndim() == 2, "rotary: x (tokens, heads, d), cos and sin (tokens, half)");
-        const int64_t tokens = static_cast<int64_t>(x.shape(0)), heads = static_cast<int64_t>(x.shape(1)),
-                      d = static_cast<int64_t>(x.shape(2));
-        const int64_t half = static_cast<int64_t>(cos.shape(1));
-        require(static_cast<int64_t>(cos.shape(0)) == tokens && size_of(sin) == size_of(cos) && 2 * half <= d,
-                "rotary: shapes");
-        over_rows(e, tokens * heads, [&](int64_t r) {
-          e.k.rotary(x.data() + r * d, cos.data() + r / heads * half, sin.data() + r / heads * half, half);
-        });
-      });
+      .def(
+          "rotary",
+          [](Engine& e, Out x, In cos, In sin) {
+            require(x.ndim() == 3 && cos.ndim() == 2, "rotary: x (tokens, heads, d), cos and sin (tokens, half)");
+            const int64_t tokens = static_cast<int64_t>(x.shape(0)), heads = static_cast<int64_t>(x.shape(1)),
+                          d = static_cast<int64_t>(x.shape(2));
+            const int64_t half = static_cast<int64_t>(cos.shape(1));
+            require(static_cast<int64_t>(cos.shape(0)) == tokens && size_of(sin) == size_of(cos) && 2 * half <= d,
+                    "rotary: shapes");
+            over_rows(e, tokens * heads, [&](int64_t r) {
+              e.k.rotary(x.data() + r * d, cos.data() + r / heads * half, sin.data() + r / heads * half, half);
+            });
+          },
+          "x"_a.noconvert(), "cos"_a, "sin"_a);
 }
 
 }  // namespace expertstream

@@ -52,7 +52,7 @@ class Engine {
   Activations prepare(const Matrix& w, const float* x, int64_t tokens, std::vector<uint8_t>& buffer);
 
   std::vector<uint8_t> input_, hidden_input_;
-  std::vector<float> hidden_, scratch_;
+  std::vector<float> scratch_;
 };
 
 // Affine quantization of w (rows, cols) float32: packed (rows, cols·bits/8), scales and biases (rows, cols/group_size)

@@ -21,13 +21,13 @@ float from_bf16(uint16_t h) {
 }
 
 // Squared error of the group with this scale and bias, both already rounded to bf16; writes the codes.
-float try_scale(const float* w, int n, float scale, float bias, int levels, uint8_t* codes) {
-  float error = 0.0f;
+double try_scale(const float* w, int n, float scale, float bias, int levels, uint8_t* codes) {
+  double error = 0.0;
   const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
   for (int i = 0; i < n; ++i) {
     const float q = std::min(std::max(std::nearbyintf((w[i] - bias) * inverse), 0.0f), static_cast<float>(levels));
     codes[i] = static_cast<uint8_t>(q);
-    const float miss = w[i] - (q * scale + bias);
+    const double miss = static_cast<double>(w[i]) - static_cast<double>(q * scale + bias);
     error += miss * miss;
   }
   return error;
@@ -42,18 +42,18 @@ void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t col
   // A clipped outlier can cost less than a coarse grid, the more so the fewer the levels; at 8 bits it never does.
   const int shrinks = bits == 8 ? 1 : 8;
   pool.parallel_for(rows, std::max<int64_t>(1, rows / (pool.threads() * 8)), [&](int64_t begin, int64_t end, int) {
-    uint8_t codes[128], best[128];
+    uint8_t codes[128], best[128] = {};
     for (int64_t r = begin; r < end; ++r)
       for (int64_t g = 0; g < groups; ++g) {
         const float* x = w + r * cols + g * group_size;
         const auto [low, high] = std::minmax_element(x, x + group_size);
-        float least = INFINITY;
+        double least = INFINITY;
         uint16_t scale = 0, bias = 0;
         for (int s = 0; s < shrinks; ++s) {
-          const float keep = 1.0f - 0.04f * static_cast<float>(s), middle = (*low + *high) / 2;
+          const float keep = 1.0f - 0.04f * static_cast<float>(s), middle = *low / 2 + *high / 2;
           const float a = middle + (*low - middle) * keep, b = middle + (*high - middle) * keep;
           const uint16_t step = to_bf16((b - a) / static_cast<float>(levels)), zero = to_bf16(a);
-          const float error = try_scale(x, group_size, from_bf16(step), from_bf16(zero), levels, codes);
+          const double error = try_scale(x, group_size, from_bf16(step), from_bf16(zero), levels, codes);
           if (error < least) {
             least = error;
             scale = step;

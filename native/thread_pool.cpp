@@ -21,16 +21,24 @@ inline void relax() {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void ThreadPool::take(int thread) {
@@ -53,15 +61,17 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<
   count_ = count;
   grain_ = grain;
   next_ = 0;
-  busy_ = static_cast<int>(workers_.size());
+  open_ = true;
   {
     std::lock_guard lock(mutex_);
     generation_.fetch_add(1);
   }
   wake_.notify_all();
   take(0);
-  // Every worker must have seen this loop before its variables are used for the next.
-  for (int spins = 0; busy_.load() != 0; ++spins) {
+  // All work is taken. Workers that are inside may still be doing theirs; one that wakes up only now finds the loop
+  // closed and stays out, so nobody waits for a thread that the machine has no processor for.
+  open_ = false;
+  for (int spins = 0; inside_.load() != 0; ++spins) {
     if (spins < kSpins)
       relax();
     else
@@ -79,8 +89,10 @@ void ThreadPool::work(int thread) {
     }
     if (stop_) return;
     seen = generation_.load();
-    take(thread);
-    busy_.fetch_sub(1);
+    // Either this sees the loop closed, or parallel_for sees us inside: both are sequentially consistent.
+    inside_.fetch_add(1);
+    if (open_.load()) take(thread);
+    inside_.fetch_sub(1);
   }
 }
 

@@ -13,7 +13,8 @@ namespace expertstream {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // the calling thread counts as one
+  explicit ThreadPool(
+      int threads);  // the calling thread counts as one; throws std::system_error if they cannot be started
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -26,12 +27,14 @@ class ThreadPool {
  private:
   void work(int thread);
   void take(int thread);
+  void stop();
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<bool> open_{false};  // the loop's variables are set and its work is not all taken
+  std::atomic<int> inside_{0};     // workers that may be looking at them
   std::atomic<bool> stop_{false};
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0, grain_ = 1;

@@ -16,17 +16,17 @@ namespace {
 class PreadReader final : public Reader {
  public:
   PreadReader(int queue_depth, int64_t split_bytes) : Reader(queue_depth, split_bytes) {
-    for (int i = 0; i < queue_depth; ++i) threads_.emplace_back([this] { work(); });
+    try {
+      for (int i = 0; i < queue_depth; ++i) threads_.emplace_back([this] { work(); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
 
   ~PreadReader() override {
     while (pending() != 0) wait(pending());
-    {
-      std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    work_ready_.notify_all();
-    for (auto& thread : threads_) thread.join();
+    stop();
   }
 
  protected:
@@ -45,6 +45,15 @@ class PreadReader final : public Reader {
   }
 
  private:
+  void stop() {
+    {
+      std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    work_ready_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+
   static int64_t read(const Piece& piece) {
     const iovec target{piece.dest, static_cast<size_t>(piece.length)};
     ssize_t n;

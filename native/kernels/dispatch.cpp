@@ -4,23 +4,45 @@
 
 namespace expertstream {
 
-int available_kernels(const Kernels** tables, int capacity) {
-  int count = 0;
-  auto add = [&](const Kernels& table) {
-    if (count < capacity) tables[count++] = &table;
-  };
-  add(kernels_scalar);
+namespace {
+
+bool runs_here([[maybe_unused]] const Kernels* table) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-  if (avx2) add(kernels_avx2);
-  if (avx512) add(kernels_avx512_vnni);
-#elif defined(__aarch64__)
-  add(kernels_neon);
+  if (table == &kernels_avx2) return avx2;
+  if (table == &kernels_avx512_vnni)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
 #endif
+  return true;
+}
+
+}  // namespace
+
+int all_kernels(const Kernels** tables, int capacity) {
+  const Kernels* all[] = {
+      &kernels_scalar,
+#if defined(__x86_64__)
+      &kernels_avx2,
+      &kernels_avx512_vnni,
+#elif defined(__aarch64__)
+      &kernels_neon,
+#endif
+  };
+  int count = 0;
+  for (const Kernels* table : all)
+    if (count < capacity) tables[count++] = table;
+  return count;
+}
+
+int available_kernels(const Kernels** tables, int capacity) {
+  const Kernels* all[8];
+  const int total = all_kernels(all, 8);
+  int count = 0;
+  for (int i = 0; i < total; ++i)
+    if (runs_here(all[i]) && count < capacity) tables[count++] = all[i];
   return count;
 }
 

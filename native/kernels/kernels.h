@@ -121,7 +121,8 @@ extern const Kernels kernels_avx512_vnni;
 extern const Kernels kernels_neon;
 #endif
 
-// The tables this machine can run, slowest first.
+// The tables this program has, slowest first, and of them those that this machine can run.
+int all_kernels(const Kernels** tables, int capacity);
 int available_kernels(const Kernels** tables, int capacity);
 // The fastest available table, or the one named; null if the name is unknown or the machine cannot run it.
 const Kernels* find_kernels(const char* name);
