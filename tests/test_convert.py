@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import load_file
 
 from expertstream import LLM, CheckpointError, ConvertError, _native
-from expertstream.checkpoint.convert import convert
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
+from expertstream.convert import convert
 from expertstream.models.qwen3_5_moe import Config, expert_layouts
 from expertstream.ops import to_bf16
 
-from .. import oracle
-from ..conftest import SMALL
+from . import oracle
+from .conftest import SMALL
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -159,7 +159,7 @@ def test_ctrl_c_says_how_to_go_on(
     hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from expertstream import cli
-    from expertstream.checkpoint import convert as module
+    from expertstream import convert as module
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -177,7 +177,7 @@ def test_no_space_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 4096))
     with pytest.raises(ConvertError, match=r"are needed, 4\.0 KiB are free"):
         convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
-    assert not (tmp_path / "p").exists()
+    assert not (tmp_path / "p").exists() and not (tmp_path / "p.partial").exists()
 
 
 def test_a_disk_that_fills_up_loses_nothing(hf_folder: Path, pack_folder: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_what_cannot_be_converted(hf_folder: Path, pack_folder: Path, tmp_path: 
 
 
 def test_other_settings_do_not_mix(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertstream.checkpoint import convert as module
+    from expertstream import convert as module
 
     monkeypatch.setattr(module._Conversion, "_finish", lambda self, journal: None)
     convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
@@ -233,12 +233,95 @@ def test_odd_sizes_keep_what_cannot_be_quantized(tmp_path: Path) -> None:
         assert np.isfinite(oracle.our_logits(llm, tokens)).all()
 
 
-def test_values_that_are_not_numbers_are_refused(hf_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.layers.1.mlp.experts.down_proj", "layer 1, expert 0"),
+        ("model.layers.1.mlp.gate.weight", "tensor model.layers.1.mlp.gate.weight"),
+        ("model.layers.1.input_layernorm.weight", "tensor model.layers.1.input_layernorm.weight"),
+        ("model.layers.0.linear_attn.A_log", "tensor model.layers.0.linear_attn.A_log"),
+        ("lm_head.weight", "tensor lm_head.weight"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e36])
+def test_values_that_are_not_numbers_are_refused(
+    hf_folder: Path, tmp_path: Path, name: str, where: str, value: float
+) -> None:
     tensors = load_file(hf_folder / "model.safetensors")
-    tensors["model.layers.1.mlp.experts.down_proj"][3, 0, 0] = float("nan")
+    tensors[name].view(-1)[0] = value
     folder = oracle.save(tmp_path / "nan", SMALL, tensors)
-    with pytest.raises(CheckpointError, match="layer 1, expert 3: holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=f"{where}: holds values that are not finite"):
         convert(folder, tmp_path / "p", BitPolicy(), threads=1)
+    assert not (tmp_path / "p").exists()
+
+
+def test_two_conversions_do_not_mix(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertstream import convert as module
+
+    def second(self: Any, journal: Any) -> None:
+        with pytest.raises(ConvertError, match="another process is converting to this destination"):
+            convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+        finish(self, journal)
+
+    finish = module._Conversion._finish
+    monkeypatch.setattr(module._Conversion, "_finish", second)
+    convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+    assert open_checkpoint(tmp_path / "p").kind == "pack"
+
+
+@pytest.mark.parametrize("harm", ["remove", "truncate", "trunk"])
+def test_resuming_looks_at_the_files(
+    hf_folder: Path, pack_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    from expertstream import convert as module
+
+    monkeypatch.setattr(module._Conversion, "_finish", lambda self, journal: None)
+    convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+    monkeypatch.undo()
+    work = tmp_path / "p.partial"
+    if harm == "remove":
+        (work / "experts-00001.safetensors").unlink()
+    else:
+        os.truncate(work / ("trunk.safetensors" if harm == "trunk" else "experts-00002.safetensors"), 5000)
+    convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+    assert contents(tmp_path / "p").keys() == contents(pack_folder).keys()
+    for name, content in contents(pack_folder).items():
+        assert name == "expertstream.json" or contents(tmp_path / "p")[name] == content, name
+
+
+def test_a_rename_that_fails_loses_no_work(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "p.partial":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(target))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ConvertError, match="Directory not empty"):
+        convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+    monkeypatch.undo()
+    from expertstream import convert as module
+
+    monkeypatch.setattr(module._Conversion, "_write_layer", lambda *args: pytest.fail("work was done again"))
+    convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+    assert not (tmp_path / "p" / "journal.json").exists()
+
+
+def test_a_damaged_journal_is_named(hf_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.partial").mkdir()
+    for text in ("nope", "{}", "[]", '{"layers": {"0": 3}, "files": {}}'):
+        (tmp_path / "p.partial" / "journal.json").write_text(text)
+        with pytest.raises(ConvertError, match=r"journal.json: damaged; remove .*p.partial to begin anew"):
+            convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
+
+
+def test_a_source_without_a_tokenizer_is_refused_at_once(hf_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hf_folder, tmp_path / "s"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="missing tokenizer"):
+        convert(folder, tmp_path / "p", BitPolicy(), threads=1)
+    assert not (tmp_path / "p.partial").exists()
 
 
 def test_memory_stays_small(tmp_path: Path) -> None:
@@ -248,7 +331,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     source = oracle.save_hf(tmp_path / "s", config, oracle.make_oracle(config, torch.bfloat16), torch.bfloat16)
     code = (
         "import resource, sys\n"
-        "from expertstream.checkpoint.convert import convert\n"
+        "from expertstream.convert import convert\n"
         "from expertstream.checkpoint.quantize import BitPolicy\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"convert({str(source)!r}, {str(tmp_path / 'p')!r}, BitPolicy(), 2)\n"

@@ -6,6 +6,7 @@ everything is there. So a conversion can be killed at any moment and goes on whe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,16 +18,25 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from ..config import format_bytes
-from ..errors import ConvertError
-from ..models import find_model
-from ..ops import ExpertFormat, MatrixFormat
-from ..ops.cpu import CpuOps
-from .format import MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, TensorInfo, matrix_to_json, record_pieces
-from .pack import TRUNK
-from .quantize import BitPolicy, check_finite, dense_to_f32, quantized_format, row_blocks
-from .reader import Checkpoint, open_checkpoint
-from .safetensors import header_bytes, read_tensor
+from .checkpoint.format import (
+    MANIFEST,
+    PACK_FORMAT,
+    PACK_VERSION,
+    ExpertLayout,
+    TensorInfo,
+    matrix_to_json,
+    record_pieces,
+)
+from .checkpoint.pack import TRUNK
+from .checkpoint.quantize import BitPolicy, check_finite, quantized_format, row_blocks
+from .checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
+from .checkpoint.safetensors import header_bytes, read_tensor
+from .config import format_bytes
+from .errors import ConvertError
+from .models import find_model
+from .ops import ExpertFormat, MatrixFormat, to_f32
+from .ops.cpu import CpuOps
+from .tokenizer import Tokenizer
 
 __all__ = ["convert"]
 
@@ -50,13 +60,17 @@ def convert(
     """Writes a pack of `source` to `destination`, which must not exist. MLX sources keep their bits exactly; `policy` is for
     dense ones. Peak memory is a few hundred MiB. Raises ConvertError, CheckpointError."""
     destination = Path(destination)
-    if destination.exists():
-        raise ConvertError(f"{destination}: exists already; choose another name or remove it")
-    if not destination.parent.is_dir():
-        raise ConvertError(f"{destination.parent}: no such folder")
+    try:
+        if destination.exists():
+            raise ConvertError(f"{destination}: exists already; choose another name or remove it")
+        if not destination.parent.is_dir():
+            raise ConvertError(f"{destination.parent}: no such folder")
+    except OSError as error:
+        raise ConvertError(f"{destination}: {error.strerror}") from None
     checkpoint = open_checkpoint(source)
     if checkpoint.kind == "pack":
         raise ConvertError(f"{source}: is a pack already")
+    Tokenizer(checkpoint.path)  # a pack without one could not run: better now than after hours
     _Conversion(checkpoint, destination, policy, threads, progress).run()
 
 
@@ -119,12 +133,13 @@ class _Conversion:
         return quantized_format(m, self.policy.trunk_bits_of(module), self.policy.group_size)
 
     def run(self) -> None:
-        with self._errors_with_advice():
-            self.work.mkdir(exist_ok=True)
+        with self._errors_with_advice(), self._own_folder():
             journal = self._open_journal()
             self._check_space(journal)
+            self._save(self.work / _JOURNAL, journal)
             if "trunk" not in journal:
                 journal["trunk"] = self._write_trunk()
+                journal["files"][TRUNK] = (self.work / TRUNK).stat().st_size
                 self._save(self.work / _JOURNAL, journal)
             else:
                 self._advance(sum(nbytes for _, _, nbytes in self.trunk.values()))
@@ -133,7 +148,8 @@ class _Conversion:
                 if key in journal["layers"]:
                     self._advance(layout.num_experts * record_pieces(format)[1])
                     continue
-                journal["layers"][key] = self._write_layer(layout, format)
+                entry = journal["layers"][key] = self._write_layer(layout, format)
+                journal["files"][entry["file"]] = (self.work / entry["file"]).stat().st_size
                 self._save(self.work / _JOURNAL, journal)
             self._finish(journal)
 
@@ -146,6 +162,23 @@ class _Conversion:
             raise ConvertError(
                 f"{where}: {error.strerror}; mend this and run the same command again, it goes on where it stopped"
             ) from None
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """The working folder, made if need be, for this process alone; gone again if nothing came to be in it."""
+        self.work.mkdir(exist_ok=True)
+        folder = os.open(self.work, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise ConvertError(f"{self.work}: another process is converting to this destination") from None
+        try:
+            yield
+        finally:
+            if self.work.exists() and not any(self.work.iterdir()):
+                self.work.rmdir()
+            os.close(folder)
 
     def _fingerprint(self) -> str:
         """Of the source's contents as far as headers and sizes tell, and of the settings."""
@@ -160,28 +193,37 @@ class _Conversion:
         """What an earlier run finished, if it was of the same source with the same settings; whatever it left half done goes."""
         settings = {"version": PACK_VERSION, "source": self._fingerprint(), "policy": vars(self.policy)}
         file = self.work / _JOURNAL
-        journal: dict[str, Any] = {"settings": settings, "layers": {}}
+        journal: dict[str, Any] = {"settings": settings, "layers": {}, "files": {}}
         if file.exists():
             try:
                 found = json.loads(file.read_text())
-            except ValueError:
-                found = None
-            if not isinstance(found, dict) or found.get("settings") != settings:
+                sizes = found["files"]
+                done = {"layers": {k: v for k, v in found["layers"].items() if self._is_whole(v["file"], sizes)}}
+                if "trunk" in found and self._is_whole(TRUNK, sizes):
+                    done["trunk"] = found["trunk"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConvertError(f"{file}: damaged; remove {self.work} to begin anew") from None
+            if found.get("settings") != settings:
                 raise ConvertError(
                     f"{self.work}: was begun from another source or with other settings; remove it to begin anew"
                 )
-            journal = found
+            journal |= done
+            journal["files"] = sizes
         for leftover in self.work.glob("*.tmp"):
             leftover.unlink()
-        self._save(file, journal)
         return journal
+
+    def _is_whole(self, name: str, sizes: dict[str, int]) -> bool:
+        """Whether a file that the journal lists is still there as it was written."""
+        path = self.work / name
+        return path.is_file() and path.stat().st_size == sizes[name]
 
     def _check_space(self, journal: dict[str, Any]) -> None:
         needed = 0 if "trunk" in journal else sum(nbytes for _, _, nbytes in self.trunk.values())
         for layout, format in zip(self.layouts, self.expert_formats, strict=True):
             if str(layout.layer) not in journal["layers"]:
                 needed += layout.num_experts * record_pieces(format)[1]
-        needed += 64 << 20  # headers, manifest, tokenizer
+        needed += 8 << 20  # headers, manifest, tokenizer
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise ConvertError(
@@ -202,6 +244,7 @@ class _Conversion:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         temporary.rename(self.work / name)
+        _sync_folder(self.work)  # the name is on the disk before the journal speaks of it
 
     def _save(self, path: Path, value: dict[str, Any]) -> None:
         with self._new_file(path.name) as file:
@@ -238,7 +281,7 @@ class _Conversion:
 
         def packed() -> Iterator[memoryview]:
             for begin, end, first, last in row_blocks(source):
-                values = dense_to_f32(read_tensor(info, first, last), source, end - begin)
+                values = to_f32(read_tensor(info, first, last), source.dtype).reshape(end - begin, source.cols)
                 q, scales, biases = self.ops.quantize(
                     check_finite(values, f"{info.file}: tensor {info.name}"), target.bits, target.group_size
                 )
@@ -253,7 +296,10 @@ class _Conversion:
     def _copy(self, info: TensorInfo) -> Iterator[memoryview]:
         step = 16 << 20
         for begin in range(0, info.nbytes, step):
-            yield memoryview(read_tensor(info, begin, min(begin + step, info.nbytes)))
+            data = read_tensor(info, begin, min(begin + step, info.nbytes))
+            if info.dtype in FLOATS:
+                check_finite(to_f32(data, FLOATS[info.dtype]), f"{info.file}: tensor {info.name}")
+            yield memoryview(data)
 
     def _write_layer(self, layout: ExpertLayout, format: ExpertFormat) -> dict[str, Any]:
         """Writes one layer's experts; returns its entry of the manifest."""
@@ -307,7 +353,7 @@ class _Conversion:
             ):
                 parts.append(ranges[r][at : at + size])
             if source != target:
-                values = dense_to_f32(np.ascontiguousarray(parts[0]), source, source.rows)
+                values = to_f32(parts[0], source.dtype).reshape(source.rows, source.cols)
                 where = f"{files[0].name}: layer {layout.layer}, expert {expert}"
                 parts = [
                     p.view(np.uint8).ravel()
@@ -319,7 +365,8 @@ class _Conversion:
         """Config, tokenizer and manifest; then the folder gets its name."""
         for name in _COPIED:
             if (self.checkpoint.path / name).is_file():
-                shutil.copyfile(self.checkpoint.path / name, self.work / name)
+                with self._new_file(name) as file:
+                    file.write((self.checkpoint.path / name).read_bytes())
         config = {k: v for k, v in self.checkpoint.config.items() if k not in ("quantization", "quantization_config")}
         table = {
             name: {"bits": m.bits, "group_size": m.group_size}
@@ -348,8 +395,15 @@ class _Conversion:
                 "layers": [journal["layers"][str(layout.layer)] for layout in self.layouts],
             },
         )
-        (self.work / _JOURNAL).unlink()
-        folder = os.open(self.work, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
         self.work.rename(self.destination)
+        _sync_folder(self.destination.parent)
+        # Last, so that a rename that fails can be tried again without doing the work anew; the reader does not look at it.
+        (self.destination / _JOURNAL).unlink()
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

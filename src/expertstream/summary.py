@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config import format_bytes
-from ..experts.budget import default_budget
-from ..memory import available_bytes, memory_limit_bytes
-from ..models import find_model
-from ..ops import MatrixFormat
-from .reader import open_checkpoint
+from .checkpoint.reader import open_checkpoint
+from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, format_bytes
+from .experts.budget import default_budget
+from .experts.store import slot_bytes
+from .memory import available_bytes, memory_limit_bytes
+from .models import find_model
+from .ops import MatrixFormat
 
 __all__ = ["summarize", "summary_text"]
 
@@ -21,7 +22,8 @@ def summarize(path: str | Path) -> dict[str, Any]:
     module = find_model(checkpoint.config, str(path))
     config = module.Config.from_json(checkpoint.config, str(path))
     specs, layouts = module.weight_map(config), module.expert_layouts(config, checkpoint)
-    trunk_parameters = trunk_bytes = embedding_bytes = 0
+    trunk_bytes = checkpoint.trunk_bytes(specs)
+    trunk_parameters = embedding_bytes = 0
     trunk_formats: dict[str, int] = {}
     for name, spec in specs.items():
         count = 1
@@ -30,21 +32,22 @@ def summarize(path: str | Path) -> dict[str, Any]:
         trunk_parameters += count
         if spec.kind == "matrix":
             m = checkpoint.matrix_format(name, *spec.shape)
-            trunk_bytes += m.nbytes
             trunk_formats[_format_name(m)] = trunk_formats.get(_format_name(m), 0) + m.nbytes
             if name == "model.embed_tokens" and not config.tie_word_embeddings:
                 embedding_bytes = m.nbytes  # one row of it is read a token
-        else:
-            trunk_bytes += checkpoint.tensor(name).nbytes
     format = layouts[0].format
     expert_parameters = sum(m.rows * m.cols for m in format.matrices)
     experts = config.num_hidden_layers * config.num_experts
     bytes_per_expert = layouts[0].bytes_per_expert
     routed = config.num_hidden_layers * config.num_experts_per_tok * bytes_per_expert
-    state = config.state_bytes(8192, "bf16")
+    # What `run` would need with its defaults: everything but the slots, and one layer's experts.
+    settings = EngineConfig.from_options({})
+    context = min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    state = config.state_bytes(context, settings.kv_dtype)
+    fixed = trunk_bytes + state + config.scratch_bytes(LEAST_CHUNK, context, settings.thread_count)
+    slot = max(slot_bytes(layout) for layout in layouts)
     available = available_bytes()
-    budget = default_budget(available)
-    fit = max(0, min(experts, (budget - trunk_bytes - state) // bytes_per_expert))
+    fit = max(0, min(experts, (default_budget(available) - fixed) // slot))
     return {
         "path": str(path),
         "kind": checkpoint.kind,
@@ -68,12 +71,13 @@ def summarize(path: str | Path) -> dict[str, Any]:
         "experts_bytes": experts * bytes_per_expert,
         "routed_bytes_per_token": routed,
         "bytes_per_token": routed + trunk_bytes - embedding_bytes,
-        "context_bytes_per_8192_tokens": state,
+        "context_tokens": context,
+        "context_bytes": state,
         "skipped_tensors": checkpoint.skipped,
         "machine": {
             "memory_limit_bytes": memory_limit_bytes(),
             "memory_available_bytes": available,
-            "floor_bytes": trunk_bytes + state + config.num_experts_per_tok * bytes_per_expert,
+            "floor_bytes": fixed + config.num_experts_per_tok * slot,
             "experts_that_fit": fit,
             "share_of_experts_that_fit": fit / experts,
         },
@@ -104,7 +108,7 @@ def summary_text(s: dict[str, Any]) -> str:
         ),
         (
             "context",
-            f"{format_bytes(s['context_bytes_per_8192_tokens'])} for 8,192 tokens; trained for {s['max_position_embeddings']:,}",
+            f"{format_bytes(s['context_bytes'])} for {s['context_tokens']:,} tokens; trained for {s['max_position_embeddings']:,}",
         ),
         ("skipped", skipped or "nothing"),
         (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from expertstream import LLM, CheckpointError, RequestError
 from expertstream.checkpoint.reader import open_checkpoint
-from expertstream.checkpoint.summary import summarize
+from expertstream.summary import summarize
 
 from .. import oracle
 from ..conftest import SMALL
@@ -106,6 +106,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].pop("bits")), "unknown quantization of the model"),
     "no table": ("mlx", lambda f: edit_config(f, lambda c: (c.pop("quantization"), c.pop("quantization_config"))), "quantized with 0 bits"),
     "scales of another dtype": ("mlx", lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES].float()})), "has dtype BF16, its scales F32"),
+    "gate and up differ": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][0]["matrices"]["up"].update(bits=8)), "layer 0"),
     "tokenizer": ("hf", lambda f: (f / "tokenizer.json").unlink(), "missing tokenizer: no tokenizer.json"),
     "tokenizer broken": ("hf", lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
     "no manifest entry": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"].pop()), "expertstream.json: layer 3: missing"),

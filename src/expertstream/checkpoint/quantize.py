@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError
-from ..ops import DTYPE_BYTES, F32, MatrixFormat, from_bf16
+from ..ops import DTYPE_BYTES, F32, MatrixFormat
 
-__all__ = ["BitPolicy", "dense_to_f32", "quantized_format", "row_blocks"]
+__all__ = ["BitPolicy", "check_finite", "quantized_format", "row_blocks"]
 
 BLOCK_ELEMENTS = 4 << 20  # of one piece of a matrix while it is quantized: 16 MiB as float32
 
@@ -43,15 +42,6 @@ def quantized_format(dense: MatrixFormat, bits: int, group_size: int) -> MatrixF
     return MatrixFormat(dense.rows, dense.cols, bits, group_size, "bf16")
 
 
-def dense_to_f32(data: Any, m: MatrixFormat, rows: int) -> F32:
-    """Flat bytes of some rows of a dense matrix → (rows, cols) float32."""
-    if m.dtype == "bf16":
-        values = from_bf16(data.view(np.uint16))
-    else:
-        values = data.view(np.float16 if m.dtype == "f16" else np.float32).astype(np.float32)
-    return values.reshape(rows, m.cols)
-
-
 def row_blocks(m: MatrixFormat) -> Iterator[tuple[int, int, int, int]]:
     """(first row, end row, first byte, end byte) of pieces of a dense matrix."""
     rows = max(1, BLOCK_ELEMENTS // m.cols)
@@ -62,6 +52,9 @@ def row_blocks(m: MatrixFormat) -> Iterator[tuple[int, int, int, int]]:
 
 
 def check_finite(values: F32, where: str) -> F32:
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{where}: holds values that are not finite numbers; the source is damaged")
+    """The values, if they can be weights. Raises CheckpointError naming `where`."""
+    if not (np.abs(values) < 1e30).all():  # and so neither NaN nor infinite
+        raise CheckpointError(
+            f"{where}: holds values that are not finite numbers, or absurdly large; the source is damaged"
+        )
     return values

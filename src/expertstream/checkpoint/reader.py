@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
-from ..ops import F32, ExpertFormat, MatrixFormat, Weight, from_bf16
+from ..ops import F32, ExpertFormat, MatrixFormat, Weight, to_f32
 from . import pack
 from .format import MANIFEST, ExpertLayout, TensorInfo, WeightSpec
 from .safetensors import read_header, read_tensor
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_json"]
+__all__ = ["FLOATS", "Checkpoint", "open_checkpoint", "read_json"]
 
 _PREFIXES = (
     ("language_model.model.", "model."),
@@ -30,7 +30,7 @@ _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
 )
 _SKIPPED = re.compile(r"(?:model\.|language_model\.)?(visual|vision_tower|mtp)\.")
-_FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
 def canonical(name: str) -> str:
@@ -46,7 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name}; a checkpoint folder has one") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -77,11 +79,11 @@ class Checkpoint:
             raise CheckpointError(f"{info.file}: tensor {info.name} has shape {info.shape}, expected {expected}")
 
     def _float(self, info: TensorInfo) -> str:
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise CheckpointError(
-                f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected one of {', '.join(_FLOATS)}"
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected one of {', '.join(FLOATS)}"
             )
-        return _FLOATS[info.dtype]
+        return FLOATS[info.dtype]
 
     def matrix_format(self, module: str, rows: int, cols: int, stack: int = 0) -> MatrixFormat:
         """How `module`.weight (rows, cols) is stored, checked against its tensors; stack: leading axis of stacked experts."""
@@ -136,18 +138,30 @@ class Checkpoint:
             expected = (spec.shape[0], spec.shape[2], spec.shape[1])
         self._check_shape(info, expected)
         data = self.read(info)
-        if dtype == "bf16":
-            values = from_bf16(data.view(np.uint16))
-        else:
-            values = data.view(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
+        values = to_f32(data, dtype)
         if spec.kind == "conv":
             return np.ascontiguousarray(values.reshape(spec.shape[0], spec.shape[2]).T)
         if spec.kind == "norm" and self.convention == "hf":
             values = values + np.float32(1)
         return values.reshape(spec.shape)
 
+    def trunk_bytes(self, specs: dict[str, WeightSpec]) -> int:
+        """Bytes of the trunk's tensors as stored."""
+        suffixes = {"matrix": (".weight", ".scales", ".biases")}
+        names = (name + suffix for name, spec in specs.items() for suffix in suffixes.get(spec.kind, ("",)))
+        return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
+
     def experts(self, layer: int, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
         """Where the routed experts of a layer lie: gate, up (inner, hidden), down (hidden, inner)."""
+        layout = self._experts(layer, num_experts, inner, hidden)
+        gate, up = layout.format.gate, layout.format.up
+        if (gate.bits, gate.group_size) != (up.bits, up.group_size):
+            raise CheckpointError(
+                f"{self.path}: layer {layer}: gate and up of the experts have different bits or groups"
+            )
+        return layout
+
+    def _experts(self, layer: int, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
         if self.manifest is not None:
             return pack.expert_layout(self.path, self.manifest, layer, num_experts, inner, hidden)
         prefix = f"model.layers.{layer}.mlp"
@@ -160,24 +174,23 @@ class Checkpoint:
     def _layout(
         self,
         layer: int,
+        num_experts: int,
         format: ExpertFormat,
         parts: list[list[TensorInfo]],
         lengths: list[int],
         pieces: list[tuple[int, int]],
+        stacked: bool,
     ) -> ExpertLayout:
-        """parts: R lists, each of one stacked tensor or of one tensor an expert."""
-        num_experts = max(len(p) for p in parts)
-        if num_experts == 1:
-            num_experts = parts[0][0].shape[0]
+        """parts: R lists, each of one tensor that holds all experts (stacked) or of one tensor an expert."""
         files = sorted({t.file for p in parts for t in p})
         index = {file: i for i, file in enumerate(files)}
         shape = (num_experts, len(parts))
         file_index, offsets = np.empty(shape, np.int64), np.empty(shape, np.int64)
         for r, (tensors, length) in enumerate(zip(parts, lengths, strict=True)):
             for e in range(num_experts):
-                tensor = tensors[e] if len(tensors) > 1 else tensors[0]
+                tensor = tensors[0] if stacked else tensors[e]
                 file_index[e, r] = index[tensor.file]
-                offsets[e, r] = tensor.offset + (0 if len(tensors) > 1 else e * length)
+                offsets[e, r] = tensor.offset + (e * length if stacked else 0)
         return ExpertLayout(layer, format, tuple(files), file_index, offsets, tuple(lengths), tuple(pieces))
 
     def _stacked_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
@@ -193,7 +206,7 @@ class Checkpoint:
                     lengths.append(size)
                 else:
                     pieces.append((len(parts) - 1, 0))
-        return self._layout(layer, ExpertFormat(*formats), parts, lengths, pieces)
+        return self._layout(layer, num_experts, ExpertFormat(*formats), parts, lengths, pieces, stacked=True)
 
     def _separate_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
         shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
@@ -209,7 +222,7 @@ class Checkpoint:
             pieces += [(len(parts), 0)] * 3
             parts.append([self.tensor(f"{prefix}.{e}.{name}.weight") for e in range(num_experts)])
             lengths.append(per_expert[0].data_bytes)
-        return self._layout(layer, ExpertFormat(*formats), parts, lengths, pieces)
+        return self._layout(layer, num_experts, ExpertFormat(*formats), parts, lengths, pieces, stacked=False)
 
     def _fused_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
         gate_up, down = self.tensor(f"{prefix}.gate_up_proj"), self.tensor(f"{prefix}.down_proj")
@@ -221,17 +234,21 @@ class Checkpoint:
             formats.append(MatrixFormat(rows, cols, 32 if dtype == "f32" else 16, 0, dtype))
         half = formats[0].data_bytes
         pieces = [(0, 0)] * 3 + [(0, half)] * 3 + [(1, 0)] * 3
+        lengths = [2 * half, formats[2].data_bytes]
         return self._layout(
-            layer, ExpertFormat(*formats), [[gate_up], [down]], [2 * half, formats[2].data_bytes], pieces
+            layer, num_experts, ExpertFormat(*formats), [[gate_up], [down]], lengths, pieces, stacked=True
         )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a folder. Reads headers only. Raises CheckpointError."""
     path = Path(path)
-    if not path.is_dir():
-        what = "is a file; give the folder that holds config.json" if path.exists() else "no such folder"
-        raise CheckpointError(f"{path}: {what}")
+    try:
+        if not path.is_dir():
+            what = "is a file; give the folder that holds config.json" if path.exists() else "no such folder"
+            raise CheckpointError(f"{path}: {what}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     config = read_json(path / "config.json")
     manifest = pack.read_manifest(path) if (path / MANIFEST).exists() else None
     files = [path / pack.TRUNK] if manifest is not None else _files(path)
