@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from expertstream import _native
-from expertstream.checkpoint.convert import convert
 from expertstream.checkpoint.quantize import BitPolicy
+from expertstream.convert import convert
 
 from . import oracle
 

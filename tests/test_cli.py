@@ -92,9 +92,9 @@ def test_lossy_runs_say_so() -> None:
         (["run"], 2, "give a prompt"),
         (["run", "a", "b", "c"], 2, "give a prompt"),
         (["run", "--temperature", "hot", "x"], 2, "invalid float value: 'hot'"),
-        (["run", "--temperature", "-1", "x"], 2, "temperature is from 0 to 100"),
+        (["run", "--temperature", "-1", "x"], 2, "temperature is a number from 0 to 100"),
         (["run", "--memory", "lots", "x"], 2, "'lots' is not a size"),
-        (["run", "--isa", "sse9", *SMALL, "x"], 2, "no instruction set 'sse9'; it has scalar"),
+        (["run", "--isa", "sse9", *SMALL, "x"], 2, "unknown instruction set 'sse9'; there are scalar"),
         (["run", "--system", "x", "y"], 2, "--system needs --chat"),
         (["run", "--logprobs", "1", "y"], 2, "--logprobs needs --json"),
         (["run", "--experts-per-token", "9", "x"], 2, "at most what the model was trained with, 4"),
@@ -104,6 +104,16 @@ def test_lossy_runs_say_so() -> None:
         (["run", "--memory", "1MiB", "x"], 5, "this model needs at least"),
         (["run", ""], 6, "the prompt is empty"),
         (["run", *SMALL, "word " * 300], 6, "make --context at least"),
+        (["run", "--seed", "-1", "x"], 2, "seed is a whole number"),
+        (["run", "--max-tokens", "0", "x"], 2, "max_tokens is a whole number from 1"),
+        (
+            ["run", "--top-k", "-1", "/no/such/model", "x"],
+            2,
+            "top_k is a whole number",
+        ),  # told before a model is looked for
+        (["inspect", "--", "x"], 2, "unrecognized arguments: x"),
+        (["inspect", "x" * 300], 3, "File name too long"),
+        (["convert", "/no/such/model", "x" * 300], 7, "File name too long"),
         (["convert", "/no/such/model", "/tmp/never"], 3, "/no/such/model: no such folder"),
     ],
 )
@@ -118,7 +128,7 @@ def test_mistakes_get_one_line_and_an_exit_code(arguments: list[str], code: int,
 def test_environment() -> None:
     assert run("run", *SMALL, "--max-tokens", "1", "x", env={"EXPERTSTREAM_ISA": "scalar"}).returncode == 0
     wrong = run("run", *SMALL, "--max-tokens", "1", "x", env={"EXPERTSTREAM_ISA": "mmx"})
-    assert wrong.returncode == 2 and b"no instruction set 'mmx'" in wrong.stderr
+    assert wrong.returncode == 2 and b"unknown instruction set 'mmx'" in wrong.stderr
     one = run("run", *SMALL, "--max-tokens", "1", "x", env={"EXPERTSTREAM_THREADS": "1"})
     assert b"1 threads" in one.stderr
 
@@ -174,6 +184,74 @@ def test_ctrl_c_ends_with_the_text_so_far_and_its_statistics() -> None:
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and len(first + out) >= 40
     assert b"interrupted" in err and b"hit rate" in err and b"Traceback" not in err
+
+
+def test_a_prompt_may_begin_with_a_dash() -> None:
+    out = json.loads(run("run", *SMALL, "--json", "--max-tokens", "1", "--", "-- no, -thanks").stdout)
+    assert out["prompt"] == "-- no, -thanks"
+
+
+def test_a_forgotten_prompt_is_noticed(pack_folder: Path) -> None:
+    result = run("run", str(pack_folder))
+    assert result.returncode == 2 and b"is a checkpoint folder; give a prompt after it" in result.stderr
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    for arguments in (
+        ["inspect"],
+        ["run", *SMALL, "--max-tokens", "3", "Once"],
+        ["run", *SMALL, "--json", "--max-tokens", "3", "Once"],
+    ):
+        command = [str(Path(sys.executable).parent / "expertstream"), *arguments]
+        with open("/dev/full", "wb") as full:
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+        assert result.returncode == 1 and b"No space left" in result.stderr and b"Traceback" not in result.stderr
+
+
+def test_a_closed_standard_input_is_named() -> None:
+    command = f"{Path(sys.executable).parent / 'expertstream'} run {' '.join(SMALL)} - <&-"
+    result = subprocess.run(command, shell=True, capture_output=True)
+    assert result.returncode == 6 and b"which is closed" in result.stderr
+
+
+def test_any_text_can_be_printed_in_any_locale() -> None:
+    result = run("run", *SMALL, "--json", "--max-tokens", "2", "é 🦊", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert result.returncode == 0 and json.loads(result.stdout)["prompt"] == "é 🦊"
+
+
+def test_a_read_that_fails_keeps_the_text_so_far(
+    pack_folder: Path, capsys: pytest.CaptureFixture[str], faults: None
+) -> None:
+    from expertstream import _native
+
+    for arguments in (["--json"], []):
+        _native.set_fault(60, 1, 5)
+        code = cli.main(
+            [
+                "run",
+                "--memory",
+                "20MiB",
+                "--context",
+                "256",
+                "--temperature",
+                "0",
+                "--max-tokens",
+                "60",
+                *arguments,
+                "Once",
+            ]
+        )
+        captured = capsys.readouterr()
+        assert code == 4
+        if arguments:
+            out = json.loads(captured.out)
+            assert out["text"] and "read failed" in out["error"]
+        else:
+            assert (
+                captured.out.strip()
+                and captured.err.splitlines()[-1].startswith("expertstream: ")
+                and "read failed" in captured.err
+            )
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -168,7 +168,7 @@ def test_impossible_engines() -> None:
         LLM(experts_per_token=5)
     with pytest.raises(UsageError, match="more than the 8192 this model was trained for"):
         LLM(context_length=8193)
-    with pytest.raises(UsageError, match="no instruction set 'sse9'"):
+    with pytest.raises(UsageError, match="unknown instruction set 'sse9'"):
         LLM(isa="sse9", **QUICK)
     with pytest.raises(UsageError, match="unknown option 'momory'"):
         LLM(momory="1GiB")
@@ -179,10 +179,50 @@ def test_the_named_floor_is_enough() -> None:
 
     with pytest.raises(BudgetError) as caught:
         LLM(memory="1MiB", context_length=256, threads=1)
-    floor = re.search(r"at least (\d+) MiB", str(caught.value))
+    floor = re.search(r"at least --memory (\d+)MiB", str(caught.value))
     assert floor is not None
     with LLM(memory=f"{floor[1]}MiB", context_length=256, threads=1) as llm:
         assert text_of(llm, max_tokens=5)
+
+
+def test_what_is_no_prompt_and_no_option(llm: LLM) -> None:
+    for wrong in (None, 5, [1, 2]):
+        with pytest.raises(UsageError, match="a prompt is a text"):
+            llm.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown sampling option 'max_token'"):
+        llm.generate("x", max_token=5)
+    with pytest.raises(UsageError, match="give either params or keywords"):
+        llm.generate("x", llm.sampling_params(), seed=1)
+    params, session = llm.sampling_params(), llm.session()
+    for tokens in ([1, 2], "x", np.array([1.5]), np.array([[1]])):
+        with pytest.raises(UsageError, match="one-dimensional array of whole numbers"):
+            session.generate(tokens, params)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a token is at least 0"):
+        session.generate(np.array([1, -1]), params)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"temperature": -1}, "temperature is a number"),
+        ({"top_k": 2.5}, "top_k is a whole number"),
+        ({"top_p": "high"}, "top_p is a number"),
+    ],
+)
+def test_a_wrong_generation_config_is_named(tmp_path: Path, entries: dict[str, object], message: str) -> None:
+    import json
+    import shutil
+
+    from expertstream import CheckpointError
+    from expertstream.engine import embedded_model
+
+    folder = Path(shutil.copytree(embedded_model(), tmp_path / "m"))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, **entries}))
+    with LLM(folder, **QUICK) as llm, pytest.raises(CheckpointError, match=f"generation_config.json: {message}"):
+        llm.generate("x")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 20.0, "text_config": "x"}')
+    with LLM(folder, **QUICK) as llm:
+        assert llm.sampling_params().top_k == 20
 
 
 def test_lossy_settings_are_named_with_every_result() -> None:

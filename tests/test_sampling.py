@@ -79,6 +79,12 @@ def test_without_a_seed_one_is_chosen_and_told() -> None:
         {"top_k": -1},
         {"max_tokens": 0},
         {"logprobs": -1},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"max_tokens": "5"},
+        {"temperature": "0.5"},
+        {"stop": "x"},
+        {"stop": (1,)},
         {"stop": ("",)},
     ],
 )
@@ -89,7 +95,21 @@ def test_impossible_parameters_are_refused(wrong: dict[str, object]) -> None:
 
 def test_defaults_come_from_the_checkpoint() -> None:
     config = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
-    p = SamplingParams.from_defaults(config, top_k=5, seed=None)
-    assert (p.temperature, p.top_p, p.top_k) == (0.6, 0.95, 5)
-    assert SamplingParams.from_defaults({}).temperature == 0
-    assert SamplingParams.from_defaults({"do_sample": False, "temperature": 0.6}).temperature == 0
+    p = SamplingParams.from_options(config, "f", top_k=5, seed=None, stop=["x"])
+    assert (p.temperature, p.top_p, p.top_k, p.stop) == (0.6, 0.95, 5, ("x",))
+    assert SamplingParams.from_options({}, "f").temperature == 0
+    assert SamplingParams.from_options({"do_sample": False, "temperature": 0.6}, "f").temperature == 0
+    # Asking how to draw asks for a draw.
+    assert SamplingParams.from_options({}, "f", top_p=0.9).temperature == 1
+    assert SamplingParams.from_options({}, "f", top_p=0.9, temperature=0.0).temperature == 0
+
+
+def test_equal_logits_are_taken_in_order() -> None:
+    logits = np.zeros(5000, np.float32)
+    logits[::2] = 1
+    sampler = Sampler(SamplingParams(temperature=1.0, top_k=3, seed=1), [])
+    assert {sampler(logits).token for _ in range(60)} == {0, 2, 4}
+
+
+def test_a_temperature_next_to_zero_is_greedy() -> None:
+    assert Sampler(SamplingParams(temperature=1e-310, seed=1), [])(LOGITS).token == 0

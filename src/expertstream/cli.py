@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +16,15 @@ from .errors import ExpertStreamError, RequestError, UsageError
 
 if TYPE_CHECKING:
     from .engine import LLM, GenerationResponse, GenerationStats
+    from .sampling import SamplingParams
 
 __all__ = ["build_parser", "main"]
 
 EXIT_CODES = """\
 exit codes:
-  0 done   2 wrong arguments   3 a checkpoint that cannot be used   4 a read that failed   5 not enough memory
-  6 a prompt or request that cannot be run   7 a conversion that stopped   130 interrupted (Ctrl-C)"""
+  0 done   1 output that could not be written   2 wrong arguments   3 a checkpoint that cannot be used
+  4 a read that failed   5 not enough memory   6 a prompt or request that cannot be run
+  7 a conversion that could not be done   130 interrupted (Ctrl-C)   141 the reader of the output went away"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +82,7 @@ def _add_run(commands: Any) -> None:
         "arguments",
         nargs="*",
         metavar="[MODEL] PROMPT",
-        help="a checkpoint folder, and the prompt; - reads it from standard input",
+        help="a checkpoint folder, and the prompt; - reads it from standard input; after -- it may begin with a dash",
     )
     run.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
     run.add_argument("--system", metavar="TEXT", help="a system prompt (with --chat)")
@@ -90,7 +94,7 @@ def _add_run(commands: Any) -> None:
     )
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens (512)")
     sampling.add_argument("--temperature", type=float, metavar="X", help="0 takes the most likely token")
-    sampling.add_argument("--top-k", type=int, metavar="N", help="draw among the N most likely")
+    sampling.add_argument("--top-k", type=int, metavar="N", help="draw among the N most likely (0: all)")
     sampling.add_argument(
         "--top-p", type=float, metavar="X", help="draw among the fewest that together have probability X"
     )
@@ -145,8 +149,8 @@ def _add_convert(commands: Any) -> None:
         epilog=EXIT_CODES,
         formatter_class=_formatter,
     )
-    convert.add_argument("source", metavar="SRC", type=Path)
-    convert.add_argument("destination", metavar="DST", type=Path)
+    convert.add_argument("source", metavar="SRC", type=Path, help="a checkpoint folder")
+    convert.add_argument("destination", metavar="DST", type=Path, help="a folder to be made")
     convert.add_argument(
         "--bits", type=int, choices=(2, 4, 8, 16), default=4, help="of the experts; 16 leaves them (4)"
     )
@@ -177,8 +181,14 @@ def _add_inspect(commands: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Every error that is the user's to mend is one line on standard error."""
     try:
-        options = build_parser().parse_args(arguments)
-        return int(options.function(options))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="replace")
+        options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        code = int(options.function(options))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except ExpertStreamError as error:
         print(f"expertstream: {error}", file=sys.stderr)
         return error.exit_code
@@ -187,8 +197,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output went away, as `head` does; nothing is left to say it to.
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except OSError as error:
+        print(f"expertstream: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that closing it does not fail once more
+        return 1
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options may stand anywhere; what follows "--" is a prompt (or a folder and a prompt), dashes and all."""
+    rest: list[str] = []
+    if "--" in arguments:
+        at = arguments.index("--")
+        arguments, rest = arguments[:at], arguments[at + 1 :]
+    options = build_parser().parse_args(arguments)
+    if rest:
+        if options.command != "run":
+            raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see expertstream --help)")
+        options.arguments += rest
+    return options
 
 
 _ENGINE_OPTIONS = (
@@ -202,6 +230,7 @@ _SAMPLING_OPTIONS = (
 
 def _run(options: argparse.Namespace) -> int:
     from .engine import LLM
+    from .sampling import SamplingParams
 
     model, prompt = _model_and_prompt(options.arguments)
     if options.system is not None and not options.chat:
@@ -210,13 +239,15 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError("--logprobs needs --json")
     if not prompt:
         raise RequestError("the prompt is empty")
+    given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS}
+    SamplingParams.from_options({}, "", **given)  # a wrong option is told before a model is loaded
     with LLM(model, **{name: getattr(options, name) for name in _ENGINE_OPTIONS}) as llm:
         if not (options.quiet or options.json):
             print(f"[{llm.describe()}]", file=sys.stderr)
         if options.chat:
             messages = [{"role": "system", "content": options.system}] if options.system is not None else []
             prompt = llm.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
-        return _stream(llm, prompt, options)
+        return _stream(llm, prompt, llm.sampling_params(**given), options)
 
 
 def _model_and_prompt(arguments: list[str]) -> tuple[str | None, str]:
@@ -224,7 +255,11 @@ def _model_and_prompt(arguments: list[str]) -> tuple[str | None, str]:
     if not 1 <= len(arguments) <= 2:
         raise UsageError('give a prompt, or a checkpoint folder and a prompt: expertstream run [MODEL] "PROMPT"')
     model, prompt = (None, arguments[0]) if len(arguments) == 1 else (arguments[0], arguments[1])
+    if model is None and os.path.isfile(os.path.join(prompt, "config.json")):
+        raise UsageError(f"{prompt} is a checkpoint folder; give a prompt after it")
     if prompt == "-":
+        if sys.stdin is None:
+            raise RequestError("the prompt should come from standard input, which is closed")
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -234,39 +269,62 @@ def _model_and_prompt(arguments: list[str]) -> tuple[str | None, str]:
     return model, prompt
 
 
-def _stream(llm: LLM, prompt: str, options: argparse.Namespace) -> int:
-    params = llm.sampling_params(**{name: getattr(options, name) for name in _SAMPLING_OPTIONS})
+def _stream(llm: LLM, prompt: str, params: SamplingParams, options: argparse.Namespace) -> int:
+    """Generates and prints. Whatever ends it, the text so far and its counters come out."""
     pieces: list[GenerationResponse] = []
-    interrupted = False
+    ended: str | None = None  # why it ended early
+    code = 0
+    tokens = llm.tokenizer.encode(prompt)
+    progress = None
+    if sys.stderr.isatty() and not (options.quiet or options.json):
+        progress = _PromptProgress(int(tokens.shape[0]))
     try:
-        for response in llm.generate(prompt, params):
+        for response in llm.session().generate(tokens, params, progress):
             pieces.append(response)
             if not options.json:
                 print(response.text, end="", flush=True)
     except KeyboardInterrupt:
-        interrupted = True
+        ended, code = "interrupted", 130
+    except ExpertStreamError as error:
+        if not (pieces or options.json):
+            raise
+        ended, code = str(error), error.exit_code
     if options.json:
-        print(json.dumps(_as_json(llm, prompt, pieces, interrupted), ensure_ascii=False))
-    else:
-        print()
-        if pieces and not options.quiet:
-            _print_stats(llm, pieces[-1].stats, options.stats, interrupted)
-    return 130 if interrupted else 0
+        print(json.dumps(_as_json(llm, prompt, pieces, ended), ensure_ascii=False))
+        return code
+    print()
+    if pieces and not options.quiet:
+        _print_stats(llm, pieces[-1].stats, options.stats)
+    if ended is not None:
+        print(f"expertstream: {ended}", file=sys.stderr)
+    return code
 
 
-def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], interrupted: bool) -> dict[str, Any]:
+class _PromptProgress:
+    """Tells a person at a terminal how much of a long prompt has been read; gone when it is."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __call__(self, done: int) -> None:
+        text = f"reading the prompt: {done:,} of {self.total:,} tokens" if done < self.total else ""
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], ended: str | None) -> dict[str, Any]:
     logprobs = [p.logprob for p in pieces if p.logprob is not None]
     return {
         "model": str(llm.path),
         "prompt": prompt,
         "text": "".join(p.text for p in pieces),
         "tokens": [p.token for p in pieces],
-        "finish_reason": "interrupted" if interrupted else pieces[-1].finish_reason if pieces else None,
+        "finish_reason": pieces[-1].finish_reason if pieces else None,
+        "error": ended,
         "logprobs": [{"token": p.token, "logprob": p.logprob, "top_logprobs": p.top_logprobs} for p in logprobs]
         if logprobs
         else None,
         "stats": pieces[-1].stats.to_json() if pieces else None,
-        "memory": vars(llm.plan) | {"residency": llm.plan.residency},
+        "memory": vars(llm.plan),
         "reader": {
             "name": llm.reader_name,
             "o_direct": llm.experts.store.direct,
@@ -275,7 +333,7 @@ def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], interrupte
     }
 
 
-def _print_stats(llm: LLM, stats: GenerationStats, per_layer: bool, interrupted: bool) -> None:
+def _print_stats(llm: LLM, stats: GenerationStats, per_layer: bool) -> None:
     e = stats.decode_experts
     parts = [
         f"prompt {stats.prompt_tokens} tokens in {stats.ttft_seconds:.2f} s ({stats.prefill_tps:.1f} tokens/s)",
@@ -287,8 +345,6 @@ def _print_stats(llm: LLM, stats: GenerationStats, per_layer: bool, interrupted:
     ]
     if stats.lossy:
         parts.append(f"LOSSY: {stats.lossy}")
-    if interrupted:
-        parts.append("interrupted")
     out = sys.stderr
     print(f"[{'; '.join(parts)}]", file=out)
     if per_layer:
@@ -305,9 +361,9 @@ def _convert(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from .checkpoint.convert import convert
     from .checkpoint.quantize import BitPolicy
     from .config import EngineConfig
+    from .convert import convert
 
     threads = EngineConfig.from_options({"threads": options.threads}).thread_count
     policy = BitPolicy(options.bits, options.group_size, options.trunk_bits)
@@ -319,15 +375,17 @@ def _convert(options: argparse.Namespace) -> int:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("converting", total=None)
-            convert(
-                options.source,
-                options.destination,
-                policy,
-                threads,
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        bar = Progress(*columns, console=Console(stderr=True))
+        task = bar.add_task("converting", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.start()  # only now, so that a mistake is answered by its message alone
+            bar.update(task, completed=done, total=total)
+
+        try:
+            convert(options.source, options.destination, policy, threads, progress)
+        finally:
+            bar.stop()
     except KeyboardInterrupt:
         print("expertstream: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return 130
@@ -336,8 +394,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .checkpoint.summary import summarize, summary_text
     from .engine import embedded_model
+    from .summary import summarize, summary_text
 
     summary = summarize(options.path or embedded_model())
     print(json.dumps(summary, indent=1) if options.json else summary_text(summary))

@@ -24,6 +24,8 @@ _UNITS = {
     "ti": 1 << 40,
 }
 
+DEFAULT_CONTEXT = 8192  # tokens, unless the model was trained for fewer
+LEAST_CHUNK = 64  # tokens of a prompt at a time; every larger chunk is a multiple of it
 RESIDENCIES = ("auto", "slots", "os")
 READERS = ("auto", "uring", "pread")
 POLICIES = ("lru", "lfu")
@@ -33,8 +35,10 @@ VERIFY = ("first", "always", "never")
 
 def parse_bytes(text: str | int) -> int:
     """ "8GiB", "500M", 1024 → bytes. K, M, G, T are powers of 1000; Ki, Mi, Gi, Ti of 1024. Raises UsageError."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
+    if not isinstance(text, str) or len(text) > 40:
+        raise UsageError(f"{str(text)[:40]!r} is not a size; write for example 8GiB or 500M")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"{text!r} is not a size; write for example 8GiB or 500M")
@@ -93,8 +97,8 @@ class EngineConfig:
             ("prefill_chunk", 64, 65536),
             ("experts_per_token", 0, 65536),
         ):
-            if not least <= getattr(self, name) <= most:
-                raise UsageError(f"{name} is from {least} to {most}, not {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or not least <= getattr(self, name) <= most:
+                raise UsageError(f"{name} is a whole number from {least} to {most}, not {getattr(self, name)!r}")
         for name, unit in (("split_bytes", 4096), ("prefill_chunk", 64)):
             if getattr(self, name) % unit:
                 raise UsageError(f"{name} is a multiple of {unit}, not {getattr(self, name)}")
@@ -107,6 +111,8 @@ class EngineConfig:
         the defaults. `memory` may be a text such as "8GiB"."""
         environ = os.environ if environ is None else environ
         values = {k: v for k, v in options.items() if v is not None}
+        if "memory" in values and "memory_bytes" in values:
+            raise UsageError("give either memory or memory_bytes")
         if "memory" in values:
             values["memory_bytes"] = parse_bytes(values.pop("memory"))
         if "isa" not in values and environ.get("EXPERTSTREAM_ISA"):

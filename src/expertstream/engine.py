@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from .config import EngineConfig, format_bytes
+from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, format_bytes
 from .errors import BudgetError, CheckpointError, RequestError, UsageError
 from .experts.budget import MemoryPlan, plan_memory
 from .experts.cache import ExpertCache
@@ -23,13 +23,11 @@ from .generate import stream_generate
 from .memory import available_bytes
 from .models import find_model
 from .ops import I64, make_ops
+from .ops.cpu import CpuOps
 from .sampling import Sampler, SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
 
 __all__ = ["LLM", "GenerationResponse", "GenerationStats", "Session", "TokenLogprob", "embedded_model"]
-
-DEFAULT_CONTEXT = 8192
-_LEAST_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -143,14 +141,14 @@ class LLM:
     def _plan(self, model_module: Any, store: ExpertStore) -> tuple[MemoryPlan, int]:
         """The memory plan, with the largest prefill chunk whose scratch leaves the experts most of what the trunk does not take."""
         c, m = self.config, self.model_config
-        names = {f"{n}{suffix}" for n, spec in model_module.weight_map(m).items() for suffix in _suffixes(spec.kind)}
-        trunk = sum(info.nbytes for name, info in self.checkpoint.tensors.items() if name in names)
+        trunk = self.checkpoint.trunk_bytes(model_module.weight_map(m))
         state = m.state_bytes(self.context_length, c.kv_dtype)
         available = available_bytes()
-        chunk = c.prefill_chunk
+        # No larger than the context, but whole chunks of the gated-delta form.
+        chunk = min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK)
         while True:
             scratch = m.scratch_bytes(chunk, self.context_length, c.thread_count)
-            last = chunk <= _LEAST_CHUNK
+            last = chunk <= LEAST_CHUNK
             try:
                 plan = plan_memory(
                     memory_bytes=c.memory_bytes,
@@ -171,7 +169,7 @@ class LLM:
             else:
                 if last or scratch * 4 <= plan.budget_bytes - trunk - state:
                     return plan, chunk
-            chunk = max(_LEAST_CHUNK, chunk // 2)
+            chunk = max(LEAST_CHUNK, chunk // 2)
 
     def describe(self) -> str:
         """One line on how memory is divided and how experts are read."""
@@ -185,8 +183,11 @@ class LLM:
         return (
             f"memory {format_bytes(p.budget_bytes)}: trunk {format_bytes(p.trunk_bytes)}, context {format_bytes(p.state_bytes)}, "
             f"scratch {format_bytes(p.scratch_bytes)}, slots {format_bytes(p.slots_bytes)} ({experts}); "
-            f"residency {p.residency}, {self.reader_name}, {file_kind}, {self.config.thread_count} threads"
+            f"residency {p.residency}, {self.reader_name}, {file_kind}, {self.config.thread_count} threads{self._isa()}"
         )
+
+    def _isa(self) -> str:
+        return f", {self.ops.engine.isa}" if isinstance(self.ops, CpuOps) else ""
 
     def session(self) -> Session:
         """A new, empty text."""
@@ -194,14 +195,14 @@ class LLM:
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """The checkpoint's generation_config.json, overridden by what is given."""
-        if isinstance(given.get("stop"), str):
-            given["stop"] = (given["stop"],)
-        elif given.get("stop") is not None:
-            given["stop"] = tuple(given["stop"])
-        return SamplingParams.from_defaults(self.generation_config, **given)
+        return SamplingParams.from_options(self.generation_config, str(self.path / "generation_config.json"), **given)
 
     def generate(self, prompt: str, params: SamplingParams | None = None, **given: Any) -> Iterator[GenerationResponse]:
         """Continues `prompt`. Sampling: `params`, or keywords such as temperature=0.7, seed=1, max_tokens=100."""
+        if params is not None and given:
+            raise UsageError("give either params or keywords")
+        if not isinstance(prompt, str):
+            raise UsageError(f"a prompt is a text, not {type(prompt).__name__}")
         params = params or self.sampling_params(**given)
         return self.session().generate(self.tokenizer.encode(prompt), params)
 
@@ -237,14 +238,18 @@ class Session:
         """Appends tokens (T,) to the text and continues it. Raises RequestError before any work if they cannot fit."""
         if not self.cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset() it")
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise UsageError("tokens are a one-dimensional array of whole numbers, as tokenizer.encode() gives")
         if tokens.shape[0] == 0:
             raise RequestError("the prompt is empty")
         vocabulary = self.llm.model_config.vocab_size
+        if int(tokens.min()) < 0:
+            raise UsageError(f"a token is at least 0, not {tokens.min()}")
         if int(tokens.max()) >= vocabulary:
             raise CheckpointError(
                 f"{self.llm.path}: tokenizer.json gives token {tokens.max()}, the model knows {vocabulary}: it is another model's"
             )
-        tokens = np.concatenate([np.array(self._unread, np.int64), tokens])
+        tokens = np.concatenate([np.array(self._unread, np.int64), tokens.astype(np.int64)])
         room = self.cache.capacity - self.cache.position
         if tokens.shape[0] + 1 > room:
             needed = self.cache.position + tokens.shape[0] + 1
@@ -338,10 +343,6 @@ def _counting(counters: ExpertStats, stats: GenerationStats) -> Iterator[Callabl
     yield count
 
 
-def _suffixes(kind: str) -> tuple[str, ...]:
-    return (".weight", ".scales", ".biases") if kind == "matrix" else ("",)
-
-
 def _make_reader(c: EngineConfig) -> tuple[str, Any]:
     """io_uring where the kernel lets us, else threads; the name says which."""
     if c.reader != "pread":
@@ -350,4 +351,9 @@ def _make_reader(c: EngineConfig) -> tuple[str, Any]:
         except RuntimeError as error:
             if c.reader == "uring":
                 raise UsageError(f"io_uring cannot be used here ({error}); take --reader pread") from None
-    return "pread", _native.pread_reader(c.queue_depth, c.split_bytes)
+    try:
+        return "pread", _native.pread_reader(c.queue_depth, c.split_bytes)
+    except RuntimeError as error:
+        raise UsageError(
+            f"{c.queue_depth} reading threads cannot be started ({error}); take a smaller --queue-depth"
+        ) from None

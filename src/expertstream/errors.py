@@ -1,7 +1,8 @@
 """Every error a user can meet. Each is one line that says what is wrong and what to do; each has an exit code.
 
-Exit codes of the command line: 0 done, 2 wrong arguments, 3 a checkpoint that cannot be used, 4 a read that failed,
-5 not enough memory, 6 a prompt or request that cannot be run, 7 a conversion that stopped, 130 interrupted (Ctrl-C).
+Exit codes of the command line: 0 done, 1 output that could not be written, 2 wrong arguments, 3 a checkpoint that cannot be used,
+4 a read that failed, 5 not enough memory, 6 a prompt or request that cannot be run, 7 a conversion that could not be done,
+130 interrupted (Ctrl-C), 141 the reader of the output went away.
 """
 
 from __future__ import annotations

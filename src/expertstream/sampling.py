@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 from .ops import F32
 
 __all__ = ["Sampler", "SamplingParams"]
@@ -47,23 +47,50 @@ class SamplingParams:
             ("repetition_penalty", 0.01, 100),
         ):
             value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise UsageError(f"{name} is from {low} to {high}, not {value}")
-        if self.top_k < 0 or self.max_tokens < 1 or (self.logprobs is not None and not 0 <= self.logprobs <= 100):
-            raise UsageError("top_k is at least 0, max_tokens at least 1, logprobs from 0 to 100")
-        if any(not s for s in self.stop):
-            raise UsageError("a stop string is not empty")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise UsageError(f"{name} is a number from {low} to {high}, not {value!r}")
+        for name, low, high in (
+            ("top_k", 0, 1 << 31),
+            ("max_tokens", 1, 1 << 31),
+            ("logprobs", 0, 100),
+            ("seed", 0, 1 << 64),
+        ):
+            value = getattr(self, name)
+            if (value is None and name in ("logprobs", "seed")) or (type(value) is int and low <= value <= high):
+                continue
+            raise UsageError(f"{name} is a whole number from {low} to {high}, not {value!r}")
+        if not isinstance(self.stop, tuple) or any(not isinstance(s, str) or not s for s in self.stop):
+            raise UsageError(f"stop holds texts, none of them empty, not {self.stop!r}")
 
     @classmethod
-    def from_defaults(cls, generation_config: Mapping[str, Any], **given: Any) -> SamplingParams:
-        """A checkpoint's generation_config.json, overridden by what is given and not None."""
+    def from_options(cls, generation_config: Mapping[str, Any], where: str, **given: Any) -> SamplingParams:
+        """A checkpoint's generation_config.json, overridden by what is given and not None. Where that file asks for the most likely
+        token, giving top_k, top_p or min_p asks for a draw, at temperature 1. Raises UsageError for what is given, CheckpointError
+        naming `where` for what the file says."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        elif isinstance(given.get("stop"), list):
+            given["stop"] = tuple(given["stop"])
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UsageError(f"unknown sampling option {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)}")
         defaults: dict[str, Any] = {}
         if generation_config.get("do_sample", "temperature" in generation_config):
             defaults["temperature"] = 1.0
             for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-                if isinstance(generation_config.get(name), int | float):
-                    defaults[name] = generation_config[name]
-        return cls(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+                value = generation_config.get(name)
+                if value is not None:
+                    defaults[name] = (
+                        int(value) if name == "top_k" and isinstance(value, float) and value.is_integer() else value
+                    )
+        try:
+            cls(**defaults)
+        except UsageError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        if not defaults and given.keys() & {"top_k", "top_p", "min_p"}:
+            defaults["temperature"] = 1.0
+        return cls(**{**defaults, **given})
 
 
 @dataclass(frozen=True)
@@ -117,15 +144,18 @@ class Sampler:
         p = self.params
         # Most likely first; among equals the lower number, so that a seed means one text.
         if 0 < p.top_k < logits.shape[0]:
-            order = np.argpartition(-logits, p.top_k - 1)[: p.top_k]
-            order = np.sort(order)
+            least = np.partition(logits, -p.top_k)[-p.top_k]
+            above = np.flatnonzero(logits > least)
+            order = np.concatenate([above, np.flatnonzero(logits == least)[: p.top_k - above.shape[0]]])
             order = order[np.argsort(-logits[order], kind="stable")]
         elif p.top_p < 1:
             order = np.argsort(-logits, kind="stable")
         else:
             order = np.arange(logits.shape[0])
-        scaled = logits[order].astype(np.float64) / p.temperature
-        probs = np.exp(scaled - scaled.max())
+        chosen = logits[order].astype(np.float64)
+        # Near temperature 0 the quotient overflows to -inf, whose probability is 0, as it should be.
+        with np.errstate(over="ignore"):
+            probs = np.exp((chosen - chosen.max()) / p.temperature)
         probs /= probs.sum()
         if p.top_p < 1:
             # The fewest tokens whose probabilities reach top_p, at least one.

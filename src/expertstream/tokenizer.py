@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,17 @@ class Tokenizer:
         for name in ("config.json", "generation_config.json"):
             if (self.path / name).exists():
                 config = read_json(self.path / name)
-                for holder in (config, config.get("text_config") or {}):
-                    value = holder.get("eos_token_id")
+                for holder in (config, config.get("text_config")):
+                    value = holder.get("eos_token_id") if isinstance(holder, dict) else None
                     ids |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
-        token = self._config.get("eos_token")
+        found = self._tokenizer.token_to_id(self._special("eos_token"))
+        return frozenset(ids if found is None else {*ids, found})
+
+    def _special(self, name: str) -> str:
+        """A token of tokenizer_config.json, which has it as a text or as an object; "" if it has none."""
+        token = self._config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found = self._tokenizer.token_to_id(token)
-            ids |= set() if found is None else {found}
-        return frozenset(ids)
+        return token if isinstance(token, str) else ""
 
     def encode(self, text: str) -> I64:
         """Raises RequestError for text that is not Unicode."""
@@ -66,7 +69,8 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token: int) -> str:
-        return self._tokenizer.id_to_token(token) or ""
+        """One token as text; bytes that are no whole character as U+FFFD."""
+        return self.decode([token], skip_special_tokens=False)
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
         """The messages ({"role", "content"}) as one prompt that asks for an answer. Runs in a sandbox: a template sees what it is
@@ -74,25 +78,26 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
         environment.globals["raise_exception"] = _refuse
-        values = {
-            "messages": list(messages),
-            "add_generation_prompt": True,
-            "tools": None,
-            "eos_token": "",
-            "bos_token": "",
-        }
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        values: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, "tools": None}
+        values |= {name: self._special(name) for name in ("bos_token", "eos_token")} | variables
+        template = self._template()
         try:
-            return environment.from_string(self._template()).render(**{**values, **variables})
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"{self.path}: the chat template failed: {error}") from None
+            return environment.from_string(template).render(**values)
+        except Exception as error:  # a template is a program of somebody's, and may fail as any other
+            raise RequestError(f"{self.path}: the chat template failed: {error or type(error).__name__}") from None
 
     def _template(self) -> str:
         file = self.path / "chat_template.jinja"
         if file.exists():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{file}: cannot be read: {error}") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if not isinstance(template, str):
             raise RequestError(f"{self.path}: missing chat template; give a raw prompt, without --chat")
         return template

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from expertstream import LLM, CheckpointError
-from expertstream.checkpoint.convert import convert
 from expertstream.checkpoint.quantize import BitPolicy
+from expertstream.convert import convert
 from expertstream.models.qwen3_5_moe import Config
 
 from .. import oracle

@@ -273,5 +273,18 @@ def test_instruction_sets() -> None:
     for isa in isas:
         ops = make_ops("cpu", 1, isa)
         assert isinstance(ops, CpuOps) and ops.engine.isa == isa
-    with pytest.raises(UsageError, match="no instruction set 'mmx'"):
+    # A cap, not a demand: what is above it is not taken, what this machine lacks is no error.
+    known = _native.known_isas()
+    for i, isa in enumerate(known):
+        chosen = make_ops("cpu", 1, isa).engine.isa  # type: ignore[attr-defined]
+        assert known.index(chosen) <= i and chosen in isas
+    with pytest.raises(UsageError, match="unknown instruction set 'mmx'"):
         make_ops("cpu", 1, "mmx")
+
+
+def test_results_are_never_written_into_a_copy() -> None:
+    x = normal(0, 3, 2, 8)
+    with pytest.raises(TypeError):
+        NATIVE.engine.rotary(x[:, ::2], np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))
+    with pytest.raises(TypeError):
+        NATIVE.engine.accumulate(normal(0, 4, 6).T, normal(1, 1, 4), np.array([0]), np.ones(1, np.float32))

@@ -58,9 +58,13 @@ def plan_memory(
     fixed = trunk_bytes + state_bytes + scratch_bytes
     floor = fixed + top_k * slot_bytes
     if budget < floor:
-        said = "--memory" if memory_bytes is not None else "what is available"
+        if memory_bytes is not None:
+            said = f"--memory is {format_bytes(budget)}"
+        else:
+            kept = format_bytes(available_bytes - budget)
+            said = f"{format_bytes(available_bytes)} are available, of which {kept} are kept back"
         raise BudgetError(
-            f"{said} is {format_bytes(budget)}, but this model needs at least {_round_up(floor)}: trunk {format_bytes(trunk_bytes)}, "
+            f"{said}, but this model needs at least --memory {_whole_mib(floor, up=True)}: trunk {format_bytes(trunk_bytes)}, "
             f"context {format_bytes(state_bytes)}, scratch {format_bytes(scratch_bytes)}, "
             f"{top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
         )
@@ -77,11 +81,11 @@ def plan_memory(
         raise BudgetError(
             f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "
             f"but only {format_bytes(available_bytes)} is available; "
-            f"give at most --memory {format_bytes(available_bytes)}, or free some memory"
+            f"give at most --memory {_whole_mib(available_bytes - (1 << 20), up=False)}, or free some memory"
         )
     return plan
 
 
-def _round_up(count: int) -> str:
-    """A size that may be given back as it is printed: whole MiB, rounded up."""
-    return f"{-(-count // (1 << 20))} MiB"
+def _whole_mib(count: int, up: bool) -> str:
+    """A size that may be given back as it is printed."""
+    return f"{-(-count // (1 << 20)) if up else count >> 20}MiB"

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoint.format import ALIGNMENT, ExpertLayout, align
 from ..errors import ReadError
 
-__all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read"]
+__all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read", "slot_bytes"]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ __all__ = [
     "from_bf16",
     "make_ops",
     "to_bf16",
+    "to_f32",
 ]
 
 F32 = NDArray[np.float32]
@@ -166,6 +167,14 @@ def to_bf16(x: F32) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+
+
+def to_f32(raw: NDArray[np.uint8], dtype: str) -> F32:
+    """Flat bytes of bf16, f16 or f32 → float32, flat."""
+    raw = np.ascontiguousarray(raw)
+    if dtype == "bf16":
+        return from_bf16(raw.view(np.uint16))
+    return np.asarray(raw.view(np.float16 if dtype == "f16" else np.float32), np.float32)
 
 
 def make_ops(name: str, threads: int, isa: str) -> Ops:

@@ -19,13 +19,19 @@ def _format(m: MatrixFormat) -> Any:
 
 
 class CpuOps:
-    """Not thread-safe: the threads are inside."""
+    """Not thread-safe: the threads are inside. `isa` caps the instruction set: the fastest this machine has up to it is taken."""
 
     def __init__(self, threads: int, isa: str = "") -> None:
-        isas = _native.available_isas()
-        if isa and isa not in isas:
-            raise UsageError(f"this machine has no instruction set {isa!r}; it has {', '.join(isas)}")
-        self.engine = _native.Engine(threads, isa or isas[-1])
+        known, available = _native.known_isas(), _native.available_isas()
+        if isa and isa not in known:
+            raise UsageError(
+                f"unknown instruction set {isa!r}; there are {', '.join(known)}, and this machine has {available[-1]}"
+            )
+        chosen = [name for name in available if not isa or known.index(name) <= known.index(isa)][-1]
+        try:
+            self.engine = _native.Engine(threads, chosen)
+        except RuntimeError as error:
+            raise UsageError(f"{threads} threads cannot be started: {error}") from None
         self._formats: dict[ExpertFormat, list[Any]] = {}
 
     def bind(self, weight: Weight) -> Weight:

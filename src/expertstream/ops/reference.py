@@ -6,29 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from . import F32, I64, ExpertBlock, MatrixFormat, Weight, from_bf16, to_bf16
+from . import F32, I64, ExpertBlock, MatrixFormat, Weight, from_bf16, to_bf16, to_f32
 
 __all__ = ["ReferenceOps", "dequantize"]
-
-
-def _values(raw: Any, dtype: str) -> F32:
-    """Flat bytes → float32."""
-    raw = np.ascontiguousarray(raw)
-    if dtype == "bf16":
-        return from_bf16(raw.view(np.uint16))
-    values: F32 = raw.view(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
-    return values
 
 
 def dequantize(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> F32:
     """(rows, cols) float32 from flat bytes: w = q·scale + bias, q least significant bits first."""
     if not format.quantized:
-        return _values(data, format.dtype).reshape(format.rows, format.cols)
+        return to_f32(data, format.dtype).reshape(format.rows, format.cols)
     shifts = np.arange(0, 8, format.bits, dtype=np.uint8)
     q = (np.ascontiguousarray(data)[:, None] >> shifts) & ((1 << format.bits) - 1)
     q = q.reshape(format.rows, -1, format.group_size).astype(np.float32)
-    scale = _values(scales, format.dtype).reshape(format.rows, -1, 1)
-    bias = _values(biases, format.dtype).reshape(format.rows, -1, 1)
+    scale = to_f32(scales, format.dtype).reshape(format.rows, -1, 1)
+    bias = to_f32(biases, format.dtype).reshape(format.rows, -1, 1)
     return (q * scale + bias).reshape(format.rows, format.cols)
 
 
