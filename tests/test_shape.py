@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "cli": {"engine", "convert", "summary", "checkpoint", "sampling"},
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
-    "summary": {"models", "experts", "checkpoint", "ops", "memory"},
+    "summary": {"models", "experts", "checkpoint", "ops", "machine"},
     "engine": {
         "generate",
         "sampling",
@@ -31,7 +31,7 @@ ARROWS = {
         "experts",
         "checkpoint",
         "ops",
-        "memory",
+        "machine",
         "kv_cache",
         "_native",
     },
@@ -44,8 +44,8 @@ ARROWS = {
     "sampling": {"ops"},
     "tokenizer": {"checkpoint", "ops"},
     "kv_cache": {"ops"},
-    "memory": set(),
-    "config": set(),
+    "machine": set(),
+    "config": {"machine"},
     "errors": set(),
     "__main__": {"cli"},
     "__init__": {"engine", "sampling"},
@@ -125,6 +125,9 @@ def test_every_module_says_what_it_offers(path: Path) -> None:
 
 def test_the_public_interface() -> None:
     assert all(hasattr(expertstream, name) for name in expertstream.__all__)
+    assert set(expertstream.__all__) <= set(dir(expertstream))
+    with pytest.raises(AttributeError):
+        expertstream.nonsense  # noqa: B018
     assert {"LLM", "Session", "SamplingParams", "GenerationResponse"} <= set(expertstream.__all__)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from .config import EngineConfig
-from .engine import LLM, GenerationResponse, GenerationStats, Session, TokenLogprob
-from .errors import (
-    BudgetError,
-    CheckpointError,
-    ConvertError,
-    ExpertStreamError,
-    ReadError,
-    RequestError,
-    UsageError,
-)
-from .sampling import SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EngineConfig
+    from .engine import LLM, GenerationResponse, GenerationStats, Session, TokenLogprob
+    from .errors import (
+        BudgetError,
+        CheckpointError,
+        ConvertError,
+        ExpertStreamError,
+        ReadError,
+        RequestError,
+        UsageError,
+    )
+    from .sampling import SamplingParams
 
 __all__ = [
     "LLM",
@@ -32,3 +36,20 @@ __all__ = [
     "UsageError",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {"EngineConfig": "config", "SamplingParams": "sampling"} | {
+    name: "engine" for name in ("LLM", "GenerationResponse", "GenerationStats", "Session", "TokenLogprob")
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `expertstream --help` need not load NumPy."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

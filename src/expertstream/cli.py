@@ -113,7 +113,9 @@ def _add_run(commands: Any) -> None:
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
     memory = run.add_argument_group("memory and reading (these change speed, never the text)")
     memory.add_argument(
-        "--memory", metavar="SIZE", help="budget for trunk, context and experts, such as 8GiB (what is available)"
+        "--memory",
+        metavar="SIZE",
+        help="budget for trunk, context and experts, such as 8GiB; the interpreter comes on top (what is available, less a reserve)",
     )
     memory.add_argument(
         "--residency", choices=RESIDENCIES, help="who keeps experts: our slots, or the page cache (auto)"

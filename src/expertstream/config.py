@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UsageError
+from .machine import usable_processors
 
 __all__ = ["EngineConfig", "format_bytes", "parse_bytes"]
 
@@ -131,4 +132,4 @@ class EngineConfig:
 
     @property
     def thread_count(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or usable_processors()

@@ -20,7 +20,7 @@ from .experts.cache import ExpertCache
 from .experts.stats import ExpertStats, LayerStats
 from .experts.store import ExpertStore
 from .generate import stream_generate
-from .memory import available_bytes
+from .machine import available_bytes
 from .models import find_model
 from .ops import I64, make_ops
 from .ops.cpu import CpuOps

@@ -9,7 +9,7 @@ from .checkpoint.reader import open_checkpoint
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, format_bytes
 from .experts.budget import default_budget
 from .experts.store import slot_bytes
-from .memory import available_bytes, memory_limit_bytes
+from .machine import available_bytes, memory_limit_bytes
 from .models import find_model
 from .ops import MatrixFormat
 

@@ -1,10 +1,10 @@
-"""Available memory, on made-up machines."""
+"""Available memory and processors, on made-up machines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from expertstream.memory import available_bytes, memory_limit_bytes
+from expertstream.machine import available_bytes, memory_limit_bytes, usable_processors
 
 GIB = 1 << 30
 
@@ -64,5 +64,22 @@ def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     assert available_bytes(root) == 0
 
 
+def test_processors(tmp_path: Path) -> None:
+    import os
+
+    here = len(os.sched_getaffinity(0))
+    assert usable_processors(machine(tmp_path / "a", "", {})) == here
+    v2_quota = {"sys/fs/cgroup/a/cpu.max": "150000 100000\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}
+    assert usable_processors(machine(tmp_path / "b", "0::/a\n", v2_quota)) == 1
+    v1_quota = {
+        "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "50000\n",
+        "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000\n",
+    }
+    assert usable_processors(machine(tmp_path / "c", "3:cpu,cpuacct:/x\n", v1_quota)) == 1
+    free = {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n"}
+    assert usable_processors(machine(tmp_path / "d", "3:cpu:/x\n", free)) == here
+
+
 def test_this_machine() -> None:
+    assert usable_processors() >= 1
     assert 0 < available_bytes() <= memory_limit_bytes()

@@ -1,10 +1,11 @@
-"""How much memory this process may still take: the machine's, and every control group's above us."""
+"""What this process may take: memory and processors, the machine's and every control group's above us."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["available_bytes", "memory_limit_bytes"]
+__all__ = ["available_bytes", "memory_limit_bytes", "usable_processors"]
 
 _UNLIMITED = 1 << 60
 
@@ -24,6 +25,22 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
     return min([total, *(limit for limit, _, _ in _groups(root))])
 
 
+def usable_processors(root: Path = Path("/")) -> int:
+    """Processors this process may run on, and no more than a control group's quota pays for; at least 1."""
+    count = len(os.sched_getaffinity(0))
+    for group, version in _group_folders(root, "cpu"):
+        try:
+            if version == 2:
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = (group / "cpu.cfs_quota_us").read_text(), (group / "cpu.cfs_period_us").read_text()
+            if quota.strip() not in ("max", "-1"):
+                count = min(count, int(quota) // int(period))
+        except (OSError, ValueError):
+            continue
+    return max(1, count)
+
+
 def _meminfo(root: Path) -> dict[str, int]:
     values = {}
     for line in (root / "proc/meminfo").read_text().splitlines():
@@ -36,7 +53,17 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 def _groups(root: Path) -> list[tuple[int, int, int]]:
     """(limit, use, reclaimable page cache) of each memory control group this process is in, versions 1 and 2."""
-    found: list[tuple[int, int, int]] = []
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    found = (_group(group, *names[version]) for group, version in _group_folders(root, "memory"))
+    return [entry for entry in found if entry is not None]
+
+
+def _group_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
+    """(folder, version) of every control group from ours to the top that may limit `controller`."""
+    found: list[tuple[Path, int]] = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -44,11 +71,9 @@ def _groups(root: Path) -> list[tuple[int, int, int]]:
     for line in lines:
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" and not controllers:
-            mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-            names = ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup/memory"]
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mounts, version = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"], 2
+        elif controller in controllers.split(","):
+            mounts, version = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup" / controller], 1
         else:
             continue
         for mount in mounts:
@@ -57,9 +82,7 @@ def _groups(root: Path) -> list[tuple[int, int, int]]:
             if not group.is_dir():
                 group = mount
             while True:
-                entry = _group(group, *names)
-                if entry is not None:
-                    found.append(entry)
+                found.append((group, version))
                 if group == mount:
                     break
                 group = group.parent
