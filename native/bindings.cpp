@@ -285,7 +285,6 @@ NB_MODULE(_native, m) {
           "arena"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("pending", &Reader::pending)
       .def_prop_ro("reads", [](const Reader& r) { return r.stats().reads; })
-      .def_prop_ro("bytes", [](const Reader& r) { return r.stats().bytes; })
       .def("take_peak", &Reader::take_peak)
       .def_prop_ro("registered_buffers", [](const Reader& r) { return r.stats().registered_buffers; });
   m.def("uring_reader", &make_uring_reader, "queue_depth"_a, "split_bytes"_a, Release());

@@ -87,7 +87,6 @@ void Reader::settle(Finished f) {
   bool again = refused || result == -EINTR || result == -EAGAIN;
   if (result > 0) {
     completion.bytes += result;
-    stats_.bytes += result;
     if (piece.nowait) completion.cached_bytes += result;
     piece.offset += result;
     piece.length -= result;

@@ -34,7 +34,7 @@ struct Completion {
 };
 
 struct ReaderStats {
-  int64_t reads = 0, bytes = 0;
+  int64_t reads = 0;
   bool registered_buffers = false;
 };
 

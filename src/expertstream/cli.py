@@ -331,6 +331,7 @@ def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], ended: str
             "name": llm.reader_name,
             "o_direct": llm.experts.store.direct,
             "registered_buffers": llm.experts.reader.registered_buffers,
+            "huge_pages": llm.experts.arena.huge_pages,
         },
     }
 

@@ -38,13 +38,6 @@ class KVCache:
         self.position = 0
         self.valid = True
 
-    @property
-    def nbytes(self) -> int:
-        total = 0
-        for layer in self.layers:
-            total += sum(int(array.nbytes) for array in vars(layer).values())
-        return total
-
     def reset(self) -> None:
         for layer in self.layers:
             if isinstance(layer, DeltaState):

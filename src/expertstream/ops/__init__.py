@@ -73,10 +73,6 @@ class ExpertFormat:
     def matrices(self) -> tuple[MatrixFormat, MatrixFormat, MatrixFormat]:
         return self.gate, self.up, self.down
 
-    @property
-    def nbytes(self) -> int:
-        return sum(m.nbytes for m in self.matrices)
-
 
 @dataclass(eq=False)
 class Weight:
@@ -87,10 +83,6 @@ class Weight:
     scales: NDArray[np.uint8]
     biases: NDArray[np.uint8]
     handle: Any = field(default=None, repr=False)  # what an Ops made of it
-
-    @property
-    def nbytes(self) -> int:
-        return self.format.nbytes
 
 
 @dataclass(frozen=True)
