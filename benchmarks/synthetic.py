@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from expertstream.checkpoint.format import (
     MANIFEST,
     PACK_FORMAT,
     PACK_VERSION,
-    matrix_to_json,
     record_pieces,
 )
-from expertstream.checkpoint.pack import TRUNK
+from expertstream.checkpoint.pack import TRUNK, experts_file, write_records
 from expertstream.checkpoint.safetensors import header_bytes
 from expertstream.engine import embedded_model
 from expertstream.models.qwen3_5_moe import Config, weight_map
@@ -58,7 +58,10 @@ def write_pack(folder: Path, config: dict[str, Any], seed: int = 0) -> int:
     trunk_checksums = _write_trunk(folder / TRUNK, c, rng)
     shapes = ((c.moe_intermediate_size, c.hidden_size),) * 2 + ((c.hidden_size, c.moe_intermediate_size),)
     format = ExpertFormat(*(MatrixFormat(rows, cols, 4, 64, "bf16") for rows, cols in shapes))
-    layers = [_write_experts(folder, layer, c.num_experts, format, rng) for layer in range(c.num_hidden_layers)]
+    layers = []
+    for layer in range(c.num_hidden_layers):
+        with (folder / experts_file(layer)).open("wb") as file:
+            layers.append(write_records(file, layer, c.num_experts, format, _records(c.num_experts, format, rng)))
     table = {n: {"bits": 8, "group_size": 64} for n, s in weight_map(c).items() if s.kind == "matrix" and _bits(n) == 8}
     (folder / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 64, **table}}))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -116,36 +119,16 @@ def _write_trunk(path: Path, c: Config, rng: np.random.Generator) -> dict[str, s
     return {name: xxhash.xxh3_64_hexdigest(raw.data) for name, raw in zip(tensors, data, strict=True)}
 
 
-def _write_experts(
-    folder: Path, layer: int, count: int, format: ExpertFormat, rng: np.random.Generator
-) -> dict[str, Any]:
-    name = f"experts-{layer:05}.safetensors"
+def _records(count: int, format: ExpertFormat, rng: np.random.Generator) -> Iterator[np.ndarray]:
     offsets, record_bytes = record_pieces(format)
-    header = header_bytes(
-        {"experts": ("U8", (count, record_bytes), count * record_bytes)},
-        {"format": PACK_FORMAT, "layer": str(layer)},
-        True,
-    )
-    checksums = []
-    with (folder / name).open("wb") as file:
-        file.write(header)
-        for _ in range(count):
-            # Codes are random bytes; scales make a column's values of size cols^-½ (uniform codes 0…15 have deviation 4.61).
-            record = np.frombuffer(rng.bytes(record_bytes), np.uint8).copy()
-            for i, m in enumerate(format.matrices):
-                step = np.float32(m.cols**-0.5 / 4.61) * np.float32(0.3 if i == 2 else 1.0)
-                for at, value in ((offsets[3 * i + 1], step), (offsets[3 * i + 2], -7.5 * step)):
-                    record[at : at + m.scale_bytes].view(np.uint16)[:] = to_bf16(np.array([value], np.float32))
-            file.write(record.data)
-            checksums.append(xxhash.xxh3_64_hexdigest(record.data))
-    matrices = dict(zip(("gate", "up", "down"), map(matrix_to_json, format.matrices), strict=True))
-    return {
-        "file": name,
-        "data_offset": len(header),
-        "record_bytes": record_bytes,
-        "matrices": matrices,
-        "checksums": checksums,
-    }
+    for _ in range(count):
+        # Codes are random bytes; scales make a column's values of size cols^-½ (uniform codes 0…15 have deviation 4.61).
+        record = np.frombuffer(rng.bytes(record_bytes), np.uint8).copy()
+        for i, m in enumerate(format.matrices):
+            step = np.float32(m.cols**-0.5 / 4.61) * np.float32(0.3 if i == 2 else 1.0)
+            for at, value in ((offsets[3 * i + 1], step), (offsets[3 * i + 2], -7.5 * step)):
+                record[at : at + m.scale_bytes].view(np.uint16)[:] = to_bf16(np.array([value], np.float32))
+        yield record
 
 
 def config_for(geometry: str, layers: int = 0, experts: int = 0) -> dict[str, Any]:

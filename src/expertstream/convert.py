@@ -24,10 +24,9 @@ from .checkpoint.format import (
     PACK_VERSION,
     ExpertLayout,
     TensorInfo,
-    matrix_to_json,
     record_pieces,
 )
-from .checkpoint.pack import TRUNK
+from .checkpoint.pack import TRUNK, experts_file, write_records
 from .checkpoint.quantize import BitPolicy, check_finite, quantized_format, row_blocks
 from .checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
 from .checkpoint.safetensors import header_bytes, read_tensor
@@ -303,34 +302,23 @@ class _Conversion:
 
     def _write_layer(self, layout: ExpertLayout, format: ExpertFormat) -> dict[str, Any]:
         """Writes one layer's experts; returns its entry of the manifest."""
-        name = f"experts-{layout.layer:05}.safetensors"
-        offsets, record_bytes = record_pieces(format)
-        shape = (layout.num_experts, record_bytes)
-        metadata = {"format": PACK_FORMAT, "layer": str(layout.layer)}
-        header = header_bytes({"experts": ("U8", shape, layout.num_experts * record_bytes)}, metadata, aligned=True)
-        checksums = []
         files = [path.open("rb") for path in layout.files]
         try:
-            with self._new_file(name) as out:
-                out.write(header)
-                for expert in range(layout.num_experts):
-                    record = np.zeros(record_bytes, np.uint8)
-                    for at, piece in zip(offsets, self._expert_pieces(layout, format, files, expert), strict=True):
-                        record[at : at + piece.shape[0]] = piece
-                    out.write(record.data)
-                    checksums.append(xxhash.xxh3_64_hexdigest(record.data))
-                    self._advance(record_bytes)
+            with self._new_file(experts_file(layout.layer)) as out:
+                records = self._records(layout, format, files)
+                return write_records(out, layout.layer, layout.num_experts, format, records)
         finally:
             for file in files:
                 file.close()
-        matrices = dict(zip(("gate", "up", "down"), map(matrix_to_json, format.matrices), strict=True))
-        return {
-            "file": name,
-            "data_offset": len(header),
-            "record_bytes": record_bytes,
-            "matrices": matrices,
-            "checksums": checksums,
-        }
+
+    def _records(self, layout: ExpertLayout, format: ExpertFormat, files: Sequence[BinaryIO]) -> Iterator[Any]:
+        offsets, record_bytes = record_pieces(format)
+        for expert in range(layout.num_experts):
+            record = np.zeros(record_bytes, np.uint8)
+            for at, piece in zip(offsets, self._expert_pieces(layout, format, files, expert), strict=True):
+                record[at : at + piece.shape[0]] = piece
+            yield record
+            self._advance(record_bytes)
 
     def _expert_pieces(
         self, layout: ExpertLayout, format: ExpertFormat, files: Sequence[BinaryIO], expert: int

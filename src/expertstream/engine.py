@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -273,34 +272,34 @@ class Session:
         sampler = Sampler(params, tokens.tolist())
         stats = GenerationStats(prompt_tokens=int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy)
         detokenizer, stops = Detokenizer(llm.tokenizer), StopStrings(params.stop)
-        with _counting(llm.experts.stats, stats) as count:
-            for step in stream_generate(
-                llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
-            ):
-                stats.generated_tokens += 1
-                if stats.generated_tokens == 1:
-                    stats.ttft_seconds = step.seconds
-                else:
-                    stats.decode_seconds += step.seconds
-                count()
-                token, logprob, reason = step.choice.token, None, None
-                self._unread = [token]
-                if step.choice.logprob is not None:
-                    text = llm.tokenizer.token_text
-                    top = tuple((text(t), p) for t, p in step.choice.top_logprobs)
-                    logprob = TokenLogprob(text(token), step.choice.logprob, top)
-                ended = token in llm.tokenizer.eos_ids
-                piece = stops.add("" if ended else detokenizer.add(token))
-                if ended or stats.generated_tokens == params.max_tokens:
-                    reason = "stop" if ended else "length"
-                    if not stops.found:
-                        piece += stops.add(detokenizer.flush())
-                    piece += stops.rest()
-                if stops.found:
-                    reason = "stop"
-                yield GenerationResponse(piece, token, logprob, reason, stats)
-                if reason is not None:
-                    return
+        count = _counter(llm.experts.stats, stats)
+        for step in stream_generate(
+            llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+        ):
+            stats.generated_tokens += 1
+            if stats.generated_tokens == 1:
+                stats.ttft_seconds = step.seconds
+            else:
+                stats.decode_seconds += step.seconds
+            count()
+            token, logprob, reason = step.choice.token, None, None
+            self._unread = [token]
+            if step.choice.logprob is not None:
+                text = llm.tokenizer.token_text
+                top = tuple((text(t), p) for t, p in step.choice.top_logprobs)
+                logprob = TokenLogprob(text(token), step.choice.logprob, top)
+            ended = token in llm.tokenizer.eos_ids
+            piece = stops.add("" if ended else detokenizer.add(token))
+            if ended or stats.generated_tokens == params.max_tokens:
+                reason = "stop" if ended else "length"
+                if not stops.found:
+                    piece += stops.add(detokenizer.flush())
+                piece += stops.rest()
+            if stops.found:
+                reason = "stop"
+            yield GenerationResponse(piece, token, logprob, reason, stats)
+            if reason is not None:
+                return
 
 
 class StopStrings:
@@ -327,9 +326,8 @@ class StopStrings:
         return "" if self.found else held
 
 
-@contextmanager
-def _counting(counters: ExpertStats, stats: GenerationStats) -> Iterator[Callable[[], None]]:
-    """Gives a function that brings stats up to date with the expert counters; the first call ends the prefill."""
+def _counter(counters: ExpertStats, stats: GenerationStats) -> Callable[[], None]:
+    """A function that brings stats up to date with the expert counters; its first call ends the prefill."""
     begin = counters.copy()
     after_prefill: list[ExpertStats] = []
 
@@ -340,7 +338,7 @@ def _counting(counters: ExpertStats, stats: GenerationStats) -> Iterator[Callabl
         stats.decode_experts = counters.since(after_prefill[0]).total()
         stats.layers = counters.since(begin).layers
 
-    yield count
+    return count
 
 
 def _make_reader(c: EngineConfig) -> tuple[str, Any]:

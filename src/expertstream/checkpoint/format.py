@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ops import ExpertFormat, MatrixFormat
+from ..ops import ExpertFormat
 
 __all__ = [
     "ALIGNMENT",
@@ -91,7 +91,3 @@ def record_pieces(format: ExpertFormat) -> tuple[list[int], int]:
             offsets.append(at)
             at = align(at + size, PIECE_ALIGNMENT)
     return offsets, align(at)
-
-
-def matrix_to_json(m: MatrixFormat) -> dict[str, int | str]:
-    return {"rows": m.rows, "cols": m.cols, "bits": m.bits, "group_size": m.group_size, "dtype": m.dtype}

@@ -1,10 +1,11 @@
-"""The manifest of our own packs, read and checked. docs/format.md describes the files."""
+"""Our own packs: the manifest read and checked, the files of experts written. docs/format.md describes them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError
 from ..ops import ExpertFormat, MatrixFormat
 from .format import ALIGNMENT, MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, TensorInfo, record_pieces
+from .safetensors import header_bytes
 
-__all__ = ["TRUNK", "check_trunk", "expert_layout", "read_manifest"]
+__all__ = ["TRUNK", "check_trunk", "expert_layout", "experts_file", "read_manifest", "write_records"]
 
 TRUNK = "trunk.safetensors"
 
@@ -101,6 +103,34 @@ def expert_layout(
         tuple((0, at) for at in pieces),
         tuple(int(c, 16) for c in checksums),
     )
+
+
+def experts_file(layer: int) -> str:
+    """The name of the file that holds a layer's experts."""
+    return f"experts-{layer:05}.safetensors"
+
+
+def write_records(
+    file: BinaryIO, layer: int, count: int, format: ExpertFormat, records: Iterable[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Writes a layer's file from its start: `count` records as record_pieces() lays them out. Returns its entry of the manifest."""
+    record_bytes = record_pieces(format)[1]
+    tensor: dict[str, tuple[str, tuple[int, ...], int]] = {
+        "experts": ("U8", (count, record_bytes), count * record_bytes)
+    }
+    header = header_bytes(tensor, {"format": PACK_FORMAT, "layer": str(layer)}, aligned=True)
+    file.write(header)
+    checksums = []
+    for record in records:
+        file.write(record.data)
+        checksums.append(xxhash.xxh3_64_hexdigest(record.data))
+    return {
+        "file": experts_file(layer),
+        "data_offset": len(header),
+        "record_bytes": record_bytes,
+        "matrices": dict(zip(("gate", "up", "down"), map(vars, format.matrices), strict=True)),
+        "checksums": checksums,
+    }
 
 
 def _check_matrix(where: str, m: MatrixFormat, rows: int, cols: int) -> None:
