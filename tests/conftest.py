@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from expertstream import _native
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.convert import convert
 
 from . import oracle
+
+# The same examples in every run, so that a change is judged by what it changed; `--hypothesis-profile explore` looks for new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile("fixed")
 
 SMALL = oracle.config_of(num_experts=24, num_experts_per_tok=3, hidden_size=128, moe_intermediate_size=64)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -177,7 +177,7 @@ def test_a_missing_template_is_a_request_error(hf_folder: Path, tmp_path: Path) 
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 1 << 65) | st.text(max_size=20) | st.sampled_from(["expertstream-pack", "hf", "0123456789abcdef"]),
+    st.none() | st.booleans() | st.integers(-5, 1 << 65) | st.floats(-4096, 4096) | st.text(max_size=20) | st.sampled_from(["expertstream-pack", "hf", "0123456789abcdef"]),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["gate", "up", "down", "rows", "cols", "bits", "group_size", "dtype"]), inner, max_size=6),
     max_leaves=20,
 )  # fmt: skip
@@ -191,6 +191,8 @@ PATHS = [
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(PATHS), value=json_values)
+@example(path=("version",), value=True)
+@example(path=("version",), value=1.0)
 def test_any_manifest_is_read_or_refused(pack_folder: Path, tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
     from expertstream.models.qwen3_5_moe import Config, expert_layouts
 

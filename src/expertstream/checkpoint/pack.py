@@ -30,7 +30,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != PACK_FORMAT:
         raise CheckpointError(f"{file}: not the manifest of a pack")
-    if manifest.get("version") != PACK_VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] != PACK_VERSION:
         raise CheckpointError(
             f"{file}: pack version {manifest.get('version')!r}; this program reads version {PACK_VERSION}"
         )
@@ -77,7 +77,12 @@ def expert_layout(
         _check_matrix(where, m, rows, cols)
     format = ExpertFormat(*matrices)
     pieces, expected = record_pieces(format)
-    if type(data_offset) is not int or data_offset < 0 or data_offset % ALIGNMENT or record_bytes != expected:
+    if (
+        (type(data_offset), type(record_bytes)) != (int, int)
+        or data_offset < 0
+        or data_offset % ALIGNMENT
+        or record_bytes != expected
+    ):
         raise CheckpointError(
             f"{where}: record_bytes {record_bytes!r} at {data_offset!r}, expected {expected} at a multiple of {ALIGNMENT}"
         )
