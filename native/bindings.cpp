@@ -23,6 +23,7 @@ using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
 using IdsOut = nb::ndarray<int64_t, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using BytesOut = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Release = nb::call_guard<nb::gil_scoped_release>;
 
 void require(bool ok, const char* what) {
@@ -30,13 +31,8 @@ void require(bool ok, const char* what) {
 }
 int64_t size_of(const auto& array) { return static_cast<int64_t>(array.size()); }
 
-int64_t data_bytes(const Matrix& m) { return static_cast<int64_t>(m.rows) * m.cols * m.bits / 8; }
-int64_t scale_bytes(const Matrix& m) {
-  return m.bits >= 16 ? 0 : static_cast<int64_t>(m.rows) * (m.cols / m.group_size) * (m.dtype == DType::f32 ? 4 : 2);
-}
-
 // A matrix without its memory: what the bits of one tensor mean.
-Matrix make_format(int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype) {
+Matrix make_format(int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype, bool symmetric) {
   require(rows > 0 && cols > 0 && rows <= INT32_MAX && cols <= INT32_MAX,
           "a matrix has at least one row and one column");
   require(dtype == "f32" || dtype == "bf16" || dtype == "f16", "dtype is f32, bf16 or f16");
@@ -46,9 +42,11 @@ Matrix make_format(int64_t rows, int64_t cols, int bits, int group_size, const s
     require(cols % group_size == 0, "cols is a multiple of group_size");
   } else {
     require(bits == (type == DType::f32 ? 32 : 16), "bits is 2, 4, 8, or the size of a dense dtype");
+    require(!symmetric, "only quantized matrices are symmetric");
     group_size = 0;
   }
-  return {nullptr, nullptr, nullptr, static_cast<int32_t>(rows), static_cast<int32_t>(cols), bits, group_size, type};
+  return {nullptr,    nullptr, nullptr,  static_cast<int32_t>(rows), static_cast<int32_t>(cols), bits,
+          group_size, type,    symmetric};
 }
 
 // A matrix in memory that Python owns; keeps the arrays alive.
@@ -57,7 +55,7 @@ struct BoundMatrix {
   Bytes data, scales, biases;
 
   BoundMatrix(const Matrix& format, Bytes d, Bytes s, Bytes b) : m(format), data(d), scales(s), biases(b) {
-    require(size_of(d) == data_bytes(m) && size_of(s) == scale_bytes(m) && size_of(b) == scale_bytes(m),
+    require(size_of(d) == data_bytes(m) && size_of(s) == scale_bytes(m) && size_of(b) == bias_bytes(m),
             "the bytes of a matrix do not match its shape");
     m.data = d.data();
     m.scales = s.data();
@@ -65,11 +63,25 @@ struct BoundMatrix {
   }
 };
 
-void linear(Engine& engine, const BoundMatrix& w, In x, Out y) {
-  const int64_t tokens = size_of(x) / w.m.cols;
-  require(tokens * w.m.cols == size_of(x) && tokens * w.m.rows == size_of(y), "linear: shapes");
+// A list of (tokens, rows), new arrays that Python owns.
+nb::list project(Engine& engine, const std::vector<const BoundMatrix*>& w, In x) {
+  require(!w.empty(), "project: at least one matrix");
+  const int64_t cols = w[0]->m.cols, tokens = size_of(x) / cols;
+  std::vector<const Matrix*> matrices;
+  std::vector<float*> out;
+  nb::list arrays;
+  for (const BoundMatrix* bound : w) {
+    require(bound->m.cols == cols && tokens * cols == size_of(x), "project: shapes");
+    const auto rows = static_cast<size_t>(bound->m.rows), count = static_cast<size_t>(tokens);
+    auto* y = new float[rows * count];
+    arrays.append(nb::ndarray<nb::numpy, float>(
+        y, {count, rows}, nb::capsule(y, [](void* p) noexcept { delete[] static_cast<float*>(p); })));
+    matrices.push_back(&bound->m);
+    out.push_back(y);
+  }
   nb::gil_scoped_release release;
-  engine.linear(w.m, x.data(), tokens, y.data());
+  engine.project(matrices.data(), out.data(), static_cast<int64_t>(w.size()), x.data(), tokens);
+  return arrays;
 }
 
 void embed(Engine& engine, const BoundMatrix& w, Ids rows, Out y) {
@@ -89,7 +101,8 @@ void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& form
                 tokens = size_of(x) / hidden;
   require(up.rows == gate.rows && up.cols == hidden && down.cols == gate.rows && down.rows == hidden,
           "experts: matrix shapes");
-  require(up.bits == gate.bits && up.group_size == gate.group_size, "experts: gate and up share bits and group_size");
+  require(up.bits == gate.bits && up.group_size == gate.group_size && up.symmetric == gate.symmetric,
+          "experts: gate and up share bits and group_size");
   require(size_of(offsets) == count * 9 && size_of(pair_start) == count + 1, "experts: offsets and pair_start");
   require(tokens * hidden == size_of(x) && size_of(y) == pairs * hidden, "experts: x and y");
   require(pair_start.data()[0] == 0 && pair_start.data()[count] == pairs, "experts: pair_start");
@@ -104,7 +117,7 @@ void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& form
     for (int i = 0; i < 3; ++i) {
       *parts[i] = formats[static_cast<size_t>(i)];
       const int64_t* at = offsets.data() + e * 9 + i * 3;
-      const int64_t needed[3] = {data_bytes(*parts[i]), scale_bytes(*parts[i]), scale_bytes(*parts[i])};
+      const int64_t needed[3] = {data_bytes(*parts[i]), scale_bytes(*parts[i]), bias_bytes(*parts[i])};
       for (int j = 0; j < 3; ++j)
         require(at[j] >= 0 && at[j] + needed[j] <= static_cast<int64_t>(arena.size()),
                 "experts: offset outside the arena");
@@ -128,15 +141,6 @@ void accumulate(Engine& engine, Out acc, In y, Ids pair_token, In weights) {
   engine.accumulate(acc.data(), y.data(), pair_token.data(), weights.data(), pairs, hidden);
 }
 
-// Applies a per-row kernel to every row of x, rows divided among threads.
-template <class Row>
-void over_rows(Engine& engine, int64_t rows, Row row) {
-  nb::gil_scoped_release release;
-  engine.pool.parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) row(r);
-  });
-}
-
 KVLayer kv_layer(nb::ndarray<nb::c_contig, nb::device::cpu>& keys, nb::ndarray<nb::c_contig, nb::device::cpu>& values) {
   require(keys.ndim() == 3 && values.ndim() == 3 && keys.size() == values.size(),
           "attention: keys and values (kv_heads, capacity, d)");
@@ -151,67 +155,127 @@ KVLayer kv_layer(nb::ndarray<nb::c_contig, nb::device::cpu>& keys, nb::ndarray<n
           static_cast<int64_t>(keys.shape(2))};
 }
 
-void attention(Engine& engine, In q, In k, In v, In gate, nb::ndarray<nb::c_contig, nb::device::cpu> keys,
-               nb::ndarray<nb::c_contig, nb::device::cpu> values, int64_t position, float scale, Out out) {
+// The weights of a mixer that are no matrices; keeps the arrays alive.
+struct BoundAttention {
+  AttentionParams p;
+  In q_norm, k_norm;
+
+  BoundAttention(In qn, In kn, int64_t heads, float eps) : q_norm(qn), k_norm(kn) {
+    require(size_of(qn) == size_of(kn) && heads > 0, "attention: norms of head_dim, at least one head");
+    p = {qn.data(), kn.data(), nullptr, nullptr, heads, 0, eps};
+  }
+};
+
+void attention(Engine& engine, const BoundAttention& bound, In q_gate, In k, In v, In cos, In sin,
+               nb::ndarray<nb::c_contig, nb::device::cpu> keys, nb::ndarray<nb::c_contig, nb::device::cpu> values,
+               int64_t position, Out out) {
   const KVLayer kv = kv_layer(keys, values);
-  require(q.ndim() == 3 && static_cast<int64_t>(q.shape(2)) == kv.head_dim,
-          "attention: q is (tokens, heads, head_dim)");
-  const int64_t tokens = static_cast<int64_t>(q.shape(0)), heads = static_cast<int64_t>(q.shape(1));
-  require(heads % kv.kv_heads == 0, "attention: heads are a multiple of kv_heads");
-  require(size_of(k) == tokens * kv.kv_heads * kv.head_dim && size_of(v) == size_of(k), "attention: k and v");
-  require(size_of(gate) == size_of(q) && size_of(out) == size_of(q), "attention: gate and out");
+  AttentionParams p = bound.p;
+  const int64_t d = kv.head_dim, tokens = size_of(q_gate) / (2 * p.heads * d);
+  require(size_of(bound.q_norm) == d && p.heads % kv.kv_heads == 0, "attention: heads are a multiple of kv_heads");
+  require(size_of(q_gate) == tokens * 2 * p.heads * d && size_of(out) == tokens * p.heads * d,
+          "attention: q_gate is (tokens, heads, 2, head_dim)");
+  require(size_of(k) == tokens * kv.kv_heads * d && size_of(v) == size_of(k), "attention: k and v");
   require(position >= 0 && position + tokens <= kv.capacity, "attention: past the cache's capacity");
+  p.cos = cos.data();
+  p.sin = sin.data();
+  p.rotary_half = tokens ? size_of(cos) / tokens : 0;
+  require(size_of(cos) == tokens * p.rotary_half && size_of(sin) == size_of(cos) && 2 * p.rotary_half <= d,
+          "attention: cos and sin (tokens, half)");
   nb::gil_scoped_release release;
-  engine.append_kv(kv, k.data(), v.data(), tokens, position);
-  engine.attention(q.data(), gate.data(), kv, tokens, heads, position, scale, out.data());
+  engine.attention(q_gate.data(), k.data(), v.data(), p, kv, tokens, position, out.data());
 }
 
-void gated_delta(Engine& engine, bool chunked, In q, In k, In v, In g, In beta, Out state, Out out) {
-  require(q.ndim() == 3 && v.ndim() == 3 && state.ndim() == 3, "gated_delta: q, v and state have three axes");
-  const int64_t tokens = static_cast<int64_t>(q.shape(0)), key_heads = static_cast<int64_t>(q.shape(1));
-  const int64_t dk = static_cast<int64_t>(q.shape(2)), value_heads = static_cast<int64_t>(v.shape(1)),
-                dv = static_cast<int64_t>(v.shape(2));
-  require(static_cast<int64_t>(v.shape(0)) == tokens && value_heads % key_heads == 0, "gated_delta: v");
-  require(size_of(k) == size_of(q) && size_of(out) == size_of(v), "gated_delta: k and out");
-  require(size_of(g) == tokens * value_heads && size_of(beta) == size_of(g), "gated_delta: g and beta");
-  require(size_of(state) == value_heads * dk * dv, "gated_delta: state");
+struct BoundDelta {
+  DeltaParams p;
+  In conv_weight, a_log, dt_bias, norm_weight;
+
+  BoundDelta(In conv, In a, In dt, In norm, int64_t key_heads, int64_t value_heads, int64_t dk, float eps)
+      : conv_weight(conv), a_log(a), dt_bias(dt), norm_weight(norm) {
+    require(conv.ndim() == 2 && key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0 && dk > 0,
+            "delta_net: heads");
+    const int64_t kernel = static_cast<int64_t>(conv.shape(0)), dv = size_of(norm);
+    require(kernel >= 2 && kernel <= 8 &&
+                static_cast<int64_t>(conv.shape(1)) == 2 * key_heads * dk + value_heads * dv &&
+                size_of(a) == value_heads && size_of(dt) == value_heads,
+            "delta_net: weights");
+    p = {conv.data(), a.data(), dt.data(), norm.data(), kernel, key_heads, value_heads, dk, dv, eps};
+  }
+};
+
+void delta_net(Engine& engine, const BoundDelta& bound, bool chunked, Out qkv, In z, In a, In b, Out conv_state,
+               Out state, Out out) {
+  const DeltaParams& p = bound.p;
+  const int64_t value_dim = p.value_heads * p.dv, channels = 2 * p.key_heads * p.dk + value_dim,
+                tokens = size_of(qkv) / channels;
+  require(size_of(qkv) == tokens * channels && size_of(z) == tokens * value_dim && size_of(out) == size_of(z),
+          "delta_net: qkv, z and out");
+  require(size_of(a) == tokens * p.value_heads && size_of(b) == size_of(a), "delta_net: a and b");
+  require(size_of(conv_state) == (p.kernel - 1) * channels && size_of(state) == value_dim * p.dk, "delta_net: states");
   nb::gil_scoped_release release;
-  engine.gated_delta(chunked, q.data(), k.data(), v.data(), g.data(), beta.data(), tokens, key_heads, value_heads, dk,
-                     dv, state.data(), out.data());
+  engine.delta_net(chunked, qkv.data(), z.data(), a.data(), b.data(), p, tokens, conv_state.data(), state.data(),
+                   out.data());
 }
 
-void conv(Engine& engine, In x, In weight, Out state, Out y) {
-  require(x.ndim() == 2 && weight.ndim() == 2, "conv: x (tokens, channels), weight (kernel, channels)");
-  const int64_t tokens = static_cast<int64_t>(x.shape(0)), channels = static_cast<int64_t>(x.shape(1));
-  const int64_t kernel = static_cast<int64_t>(weight.shape(0));
-  require(static_cast<int64_t>(weight.shape(1)) == channels && kernel >= 2 && kernel <= 8, "conv: weight");
-  require(size_of(state) == (kernel - 1) * channels && size_of(y) == size_of(x), "conv: state and y");
+void shared_expert(Engine& engine, const BoundMatrix& gate, const BoundMatrix& up, const BoundMatrix& down,
+                   const BoundMatrix& scale, In x, Out y) {
+  const Expert w{gate.m, up.m, down.m};
+  const int64_t hidden = w.gate.cols, tokens = size_of(x) / hidden;
+  require(w.up.cols == hidden && w.up.rows == w.gate.rows && w.down.cols == w.gate.rows && w.down.rows == hidden &&
+              scale.m.rows == 1 && scale.m.cols == hidden,
+          "shared_expert: matrix shapes");
+  require(tokens * hidden == size_of(x) && size_of(y) == size_of(x), "shared_expert: shapes");
   nb::gil_scoped_release release;
-  engine.pool.parallel_for(channels, 64, [&](int64_t begin, int64_t end, int) {
-    engine.k.conv(x.data(), weight.data(), state.data(), tokens, channels, kernel, begin, end, y.data());
-  });
+  engine.shared_expert(w, scale.m, x.data(), tokens, y.data());
 }
 
-nb::tuple quantize(Engine& engine, In w, int bits, int group_size) {
+void route(Engine& engine, const BoundMatrix& w, In x, int64_t top_k, Out weights, IdsOut selected) {
+  const int64_t tokens = size_of(x) / w.m.cols;
+  require(tokens * w.m.cols == size_of(x) && top_k >= 1 && top_k <= w.m.rows && size_of(weights) == tokens * top_k &&
+              size_of(selected) == tokens * top_k,
+          "route: shapes");
+  nb::gil_scoped_release release;
+  engine.route(w.m, x.data(), tokens, top_k, weights.data(), selected.data());
+}
+
+nb::tuple quantize(Engine& engine, In w, int bits, int group_size, bool symmetric) {
   require(w.ndim() == 2, "quantize: w is (rows, cols)");
   const int64_t rows = static_cast<int64_t>(w.shape(0)), cols = static_cast<int64_t>(w.shape(1));
-  make_format(rows, cols, bits, group_size, "bf16");
+  make_format(rows, cols, bits, group_size, "bf16", symmetric);
   const size_t groups = static_cast<size_t>(rows * cols / group_size),
                bytes = static_cast<size_t>(rows * cols * bits / 8);
   auto* packed = new uint8_t[bytes];
   auto* scales = new uint16_t[groups];
-  auto* biases = new uint16_t[groups];
+  auto* biases = new uint16_t[symmetric ? 0 : groups];
   nb::capsule owners[3] = {nb::capsule(packed, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); }),
                            nb::capsule(scales, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); }),
                            nb::capsule(biases, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); })};
   {
     nb::gil_scoped_release release;
-    quantize_affine(engine.pool, w.data(), rows, cols, bits, group_size, packed, scales, biases);
+    quantize_affine(engine.pool, w.data(), rows, cols, bits, group_size, packed, scales, symmetric ? nullptr : biases);
   }
   const size_t r = static_cast<size_t>(rows);
   return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t>(packed, {r, bytes / r}, owners[0]),
                         nb::ndarray<nb::numpy, uint16_t>(scales, {r, groups / r}, owners[1]),
-                        nb::ndarray<nb::numpy, uint16_t>(biases, {r, groups / r}, owners[2]));
+                        nb::ndarray<nb::numpy, uint16_t>(biases, {symmetric ? 0 : r, groups / r}, owners[2]));
+}
+
+// Rows as checkpoints have them → tiles. Sources have m.rows rows, destinations whole tiles; both may be one memory if
+// the rows fill their tiles.
+void tile(Engine& engine, const Matrix& m, Bytes data, Bytes scales, Bytes biases, BytesOut data_out,
+          BytesOut scales_out, BytesOut biases_out) {
+  require(m.bits < 16, "tile: only quantized matrices are tiled");
+  const int64_t groups = m.cols / m.group_size, values = m.rows * groups * value_bytes(m.dtype);
+  require(size_of(data) == static_cast<int64_t>(m.rows) * m.cols * m.bits / 8 && size_of(scales) == values &&
+              size_of(biases) == (m.symmetric ? 0 : values),
+          "tile: the bytes of a matrix do not match its shape");
+  require(size_of(data_out) == data_bytes(m) && size_of(scales_out) == scale_bytes(m) &&
+              size_of(biases_out) == bias_bytes(m),
+          "tile: destinations");
+  require(m.rows % kTileRows == 0 || data.data() != data_out.data(), "tile: in place only where rows fill tiles");
+  nb::gil_scoped_release release;
+  tile_rows(engine.pool, m, data.data(), scales.data(), biases.data(), data_out.data(), scales_out.data(),
+            biases_out.data());
 }
 
 // requests (n, 6): tag, fd, direct, offset, length, needed; dests: offsets in the arena.
@@ -259,14 +323,17 @@ NB_MODULE(_native, m) {
   nb::class_<Matrix>(m, "Format")
       .def(
           "__init__",
-          [](Matrix* self, int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype) {
-            new (self) Matrix(make_format(rows, cols, bits, group_size, dtype));
-          },
-          "rows"_a, "cols"_a, "bits"_a, "group_size"_a, "dtype"_a)
-      .def_prop_ro("data_bytes", &data_bytes)
-      .def_prop_ro("scale_bytes", &scale_bytes);
+          [](Matrix* self, int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype,
+             bool symmetric) { new (self) Matrix(make_format(rows, cols, bits, group_size, dtype, symmetric)); },
+          "rows"_a, "cols"_a, "bits"_a, "group_size"_a, "dtype"_a, "symmetric"_a = false);
   nb::class_<BoundMatrix>(m, "Matrix")
       .def(nb::init<const Matrix&, Bytes, Bytes, Bytes>(), "format"_a, "data"_a, "scales"_a, "biases"_a);
+
+  nb::class_<BoundAttention>(m, "Attention")
+      .def(nb::init<In, In, int64_t, float>(), "q_norm"_a, "k_norm"_a, "heads"_a, "eps"_a);
+  nb::class_<BoundDelta>(m, "DeltaNet")
+      .def(nb::init<In, In, In, In, int64_t, int64_t, int64_t, float>(), "conv_weight"_a, "a_log"_a, "dt_bias"_a,
+           "norm_weight"_a, "key_heads"_a, "value_heads"_a, "dk"_a, "eps"_a);
 
   nb::class_<Arena>(m, "Arena")
       .def(nb::init<size_t>(), "size"_a)
@@ -298,106 +365,41 @@ NB_MODULE(_native, m) {
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
-          [](Engine* self, int threads, const std::string& isa) {
+          [](Engine* self, int threads, const std::string& isa, int activation_bits) {
             require(threads >= 1 && threads <= 1024, "threads is 1 to 1024");
+            require(activation_bits == 8 || activation_bits == 16, "activation_bits is 8 or 16");
             const Kernels* kernels = find_kernels(isa.c_str());
             require(kernels != nullptr, "unknown instruction set");
-            new (self) Engine(threads, kernels);
+            new (self) Engine(threads, kernels, activation_bits);
           },
-          "threads"_a, "isa"_a)
+          "threads"_a, "isa"_a, "activation_bits"_a)
       .def_prop_ro("isa", [](const Engine& e) { return e.k.name; })
       .def_prop_ro("threads", [](const Engine& e) { return e.pool.threads(); })
-      .def("linear", &linear, "w"_a, "x"_a, "y"_a.noconvert())
+      .def("project", &project, "w"_a, "x"_a)
       .def("embed", &embed)
       .def("experts", &experts)
+      .def("shared_expert", &shared_expert, "gate"_a, "up"_a, "down"_a, "scale"_a, "x"_a, "y"_a.noconvert())
       .def("accumulate", &accumulate, "acc"_a.noconvert(), "y"_a, "pair_token"_a, "weights"_a)
-      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "gate"_a, "keys"_a.noconvert(), "values"_a.noconvert(),
-           "position"_a, "scale"_a, "out"_a.noconvert())
-      .def("gated_delta", &gated_delta, "chunked"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "state"_a.noconvert(),
-           "out"_a.noconvert())
-      .def("conv", &conv, "x"_a, "weight"_a, "state"_a.noconvert(), "y"_a.noconvert())
-      .def("quantize", &quantize)
-      .def("route",
-           [](Engine& e, In logits, int64_t top_k, Out weights, IdsOut selected) {
-             require(logits.ndim() == 2, "route: logits (tokens, experts)");
-             const int64_t tokens = static_cast<int64_t>(logits.shape(0)),
-                           count = static_cast<int64_t>(logits.shape(1));
-             require(top_k >= 1 && top_k <= count && size_of(weights) == tokens * top_k &&
-                         size_of(selected) == tokens * top_k,
-                     "route: shapes");
-             nb::gil_scoped_release release;
-             e.route(logits.data(), tokens, count, top_k, weights.data(), selected.data());
-           })
-      .def("rms_norm",
-           [](Engine& e, In x, In weight, float eps, Out y) {
-             const int64_t n = size_of(weight), rows = size_of(x) / n;
-             require(rows * n == size_of(x) && size_of(y) == size_of(x), "rms_norm: shapes");
-             over_rows(e, rows,
-                       [&](int64_t r) { e.k.rms_norm(x.data() + r * n, weight.data(), n, eps, y.data() + r * n); });
-           })
-      .def("gated_rms_norm",
-           [](Engine& e, In x, In z, In weight, float eps, Out y) {
-             const int64_t n = size_of(weight), rows = size_of(x) / n;
-             require(rows * n == size_of(x) && size_of(z) == size_of(x) && size_of(y) == size_of(x),
-                     "gated_rms_norm: shapes");
-             over_rows(e, rows, [&](int64_t r) {
-               e.k.gated_rms_norm(x.data() + r * n, z.data() + r * n, weight.data(), n, eps, y.data() + r * n);
-             });
-           })
-      .def("l2_norm",
-           [](Engine& e, In x, int64_t n, float eps, float scale, Out y) {
-             require(n > 0 && size_of(x) % n == 0 && size_of(y) == size_of(x), "l2_norm: shapes");
-             over_rows(e, size_of(x) / n,
-                       [&](int64_t r) { e.k.l2_norm(x.data() + r * n, n, eps, scale, y.data() + r * n); });
-           })
-      .def("swiglu",
-           [](Engine& e, In gate, In up, Out y) {
-             require(size_of(gate) == size_of(up) && size_of(y) == size_of(up), "swiglu: shapes");
-             const int64_t n = size_of(up), rows = (n + 4095) / 4096;
-             over_rows(e, rows, [&](int64_t r) {
-               const int64_t at = r * 4096, m2 = n - at < 4096 ? n - at : 4096;
-               e.k.swiglu(gate.data() + at, up.data() + at, m2, y.data() + at);
-             });
-           })
+      .def("attention", &attention, "params"_a, "q_gate"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "keys"_a.noconvert(),
+           "values"_a.noconvert(), "position"_a, "out"_a.noconvert())
+      .def("delta_net", &delta_net, "params"_a, "chunked"_a, "qkv"_a.noconvert(), "z"_a, "a"_a, "b"_a,
+           "conv_state"_a.noconvert(), "state"_a.noconvert(), "out"_a.noconvert())
+      .def("quantize", &quantize, "w"_a, "bits"_a, "group_size"_a, "symmetric"_a = false)
+      .def("tile", &tile, "format"_a, "data"_a, "scales"_a, "biases"_a, "data_out"_a.noconvert(),
+           "scales_out"_a.noconvert(), "biases_out"_a.noconvert())
+      .def("route", &route, "w"_a, "x"_a, "top_k"_a, "weights"_a.noconvert(), "selected"_a.noconvert())
       .def(
-          "add_shared",
-          [](Engine& e, Out h, In acc, In shared, In gate) {
-            const int64_t tokens = size_of(gate);
-            require(
-                tokens > 0 && size_of(h) % tokens == 0 && size_of(acc) == size_of(h) && size_of(shared) == size_of(h),
-                "add_shared: shapes");
-            const int64_t n = size_of(h) / tokens;
-            over_rows(e, tokens, [&](int64_t r) {
-              float weight;
-              e.k.sigmoid(gate.data() + r, 1, &weight);
-              e.k.add_shared(h.data() + r * n, acc.data() + r * n, shared.data() + r * n, weight, n);
+          "rms_norm",
+          [](Engine& e, In x, In weight, float eps, Out y) {
+            const int64_t n = size_of(weight), rows = size_of(x) / n;
+            require(rows * n == size_of(x) && size_of(y) == size_of(x), "rms_norm: shapes");
+            nb::gil_scoped_release release;
+            e.pool.parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
+              for (int64_t r = begin; r < end; ++r)
+                e.k.rms_norm(x.data() + r * n, weight.data(), n, eps, y.data() + r * n);
             });
           },
-          "h"_a.noconvert(), "acc"_a, "shared"_a, "gate"_a)
-      .def("gates",
-           [](Engine& e, In a, In b, In a_log, In dt_bias, Out g, Out beta) {
-             const int64_t n = size_of(a_log), tokens = size_of(a) / n;
-             require(tokens * n == size_of(a) && size_of(b) == size_of(a) && size_of(dt_bias) == n, "gates: a and b");
-             require(size_of(g) == size_of(a) && size_of(beta) == size_of(a), "gates: g and beta");
-             over_rows(e, tokens, [&](int64_t r) {
-               e.k.decay(a.data() + r * n, a_log.data(), dt_bias.data(), n, g.data() + r * n);
-               e.k.sigmoid(b.data() + r * n, n, beta.data() + r * n);
-             });
-           })
-      .def(
-          "rotary",
-          [](Engine& e, Out x, In cos, In sin) {
-            require(x.ndim() == 3 && cos.ndim() == 2, "rotary: x (tokens, heads, d), cos and sin (tokens, half)");
-            const int64_t tokens = static_cast<int64_t>(x.shape(0)), heads = static_cast<int64_t>(x.shape(1)),
-                          d = static_cast<int64_t>(x.shape(2));
-            const int64_t half = static_cast<int64_t>(cos.shape(1));
-            require(static_cast<int64_t>(cos.shape(0)) == tokens && size_of(sin) == size_of(cos) && 2 * half <= d,
-                    "rotary: shapes");
-            over_rows(e, tokens * heads, [&](int64_t r) {
-              e.k.rotary(x.data() + r * d, cos.data() + r / heads * half, sin.data() + r / heads * half, half);
-            });
-          },
-          "x"_a.noconvert(), "cos"_a, "sin"_a);
+          "x"_a, "weight"_a, "eps"_a, "y"_a.noconvert());
 }
 
 }  // namespace expertstream

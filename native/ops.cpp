@@ -1,36 +1,98 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace expertstream {
 
 namespace {
-// Rows a thread takes at a time: enough to pay for the hand-over, few enough to share a small matrix.
-int64_t row_grain(int64_t rows, int threads) { return std::max<int64_t>(4, rows / (threads * 8) / 4 * 4); }
+// Tiles a thread takes at a time: enough to pay for the hand-over, few enough to share a small matrix.
+int64_t tile_grain(int64_t tiles, int threads) { return std::max<int64_t>(1, tiles / (threads * 8)); }
+int zero_point(const Matrix& m) { return m.symmetric ? 1 << (m.bits - 1) : 0; }
 }  // namespace
 
-// Quantizes the activations for w into `buffer`; for dense weights only points at x.
-Activations Engine::prepare(const Matrix& w, const float* x, int64_t tokens, std::vector<uint8_t>& buffer) {
-  if (w.bits >= 16) return {x, nullptr, nullptr, nullptr, tokens, 0, 0};
-  const int64_t cols = padded_cols(w.cols, w.bits), groups = padded_groups(w.cols, w.group_size);
-  const size_t values = static_cast<size_t>(tokens * cols) * 2, scales = static_cast<size_t>(tokens * groups) * 4;
-  if (buffer.size() < values + 2 * scales) buffer.resize(values + 2 * scales);
-  int16_t* xq = reinterpret_cast<int16_t*>(buffer.data());
-  float* dx = reinterpret_cast<float*>(buffer.data() + values);
-  float* xsum = dx + tokens * groups;
-  pool.parallel_for(tokens, 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t)
-      k.quantize_activations(x + t * w.cols, w.cols, w.bits, w.group_size, xq + t * cols, dx + t * groups,
-                             xsum + t * groups);
-  });
-  return {x, xq, dx, xsum, tokens, cols, groups};
+void Engine::make_room(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens) {
+  const auto lines = static_cast<size_t>(tokens * planes), groups = static_cast<size_t>(w.cols / w.group_size);
+  const size_t values = (lines * static_cast<size_t>(w.cols) + 63) / 64 * 64;
+  const size_t sums = static_cast<size_t>(tokens) * groups * 4;
+  const size_t bytes = values + 2 * sums + lines * groups * 4;
+  if (to.memory.size() < bytes) to.memory.resize(bytes);
+  uint8_t* at = to.memory.data();
+  to.view = {x,
+             tokens,
+             planes,
+             reinterpret_cast<int8_t*>(at),
+             reinterpret_cast<float*>(at + values),
+             reinterpret_cast<float*>(at + values + sums),
+             reinterpret_cast<int32_t*>(at + values + 2 * sums)};
+  to.group_size = w.group_size;
+  to.zero_point = zero_point(w);
 }
 
-void Engine::linear(const Matrix& w, const float* x, int64_t tokens, float* y) {
-  const Activations acts = prepare(w, x, tokens, input_);
-  pool.parallel_for(w.rows, row_grain(w.rows, pool.threads()),
-                    [&](int64_t begin, int64_t end, int) { k.matmul_rows(w, begin, end, acts, y, w.rows); });
+ActivationsOut Engine::place(const PreparedActivations& to, int64_t cols, int64_t first, int64_t tokens,
+                             int64_t token) const {
+  const int64_t block = kBlockLines / planes, begin = token / block * block, m = std::min(block, tokens - begin);
+  const int64_t groups = cols / to.group_size, at = first + begin, lane = token - begin;
+  const Activations& v = to.view;
+  return {const_cast<int8_t*>(v.xq) + at * planes * cols + 4 * planes * lane,
+          const_cast<float*>(v.dx) + at * groups + lane, const_cast<float*>(v.xsum) + at * groups + lane,
+          const_cast<int32_t*>(v.zsum) + at * planes * groups + planes * lane, m * planes};
+}
+
+Activations Engine::part(const Activations& all, const Matrix& w, int64_t first, int64_t tokens) const {
+  Activations p = all;
+  p.tokens = tokens;
+  if (p.x) p.x += first * w.cols;
+  if (w.bits < 16) {
+    const int64_t groups = w.cols / w.group_size;
+    p.xq += first * planes * w.cols;
+    p.dx += first * groups;
+    p.xsum += first * groups;
+    p.zsum += first * planes * groups;
+  }
+  return p;
+}
+
+// Quantizes the activations for w, unless `to` has been made from the same x for the same kind of weights; for dense
+// weights it only points at x.
+void Engine::prepare(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens) {
+  if (w.bits >= 16) {
+    to.view.x = x;
+    to.view.tokens = tokens;
+    return;
+  }
+  make_room(to, w, x, tokens);
+  pool.parallel_for(tokens, 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      k.quantize_activations(x + t * w.cols, w.cols, w.group_size, planes, zero_point(w),
+                             place(to, w.cols, 0, tokens, t));
+  });
+}
+
+void Engine::project(const Matrix* const* w, float* const* y, int64_t count, const float* x, int64_t tokens) {
+  // Matrices of one kind of activations are multiplied in one parallel loop.
+  for (int64_t first = 0, last; first < count; first = last) {
+    int64_t tiles = row_tiles(w[first]->rows), model = first;
+    for (last = first + 1; last < count; ++last) {
+      const Matrix &a = *w[model], &b = *w[last];
+      if (a.bits < 16 && b.bits < 16 && (a.group_size != b.group_size || zero_point(a) != zero_point(b))) break;
+      if (a.bits >= 16) model = last;
+      tiles += row_tiles(b.rows);
+    }
+    prepare(input_, *w[model], x, tokens);
+    pool.parallel_for(tiles, tile_grain(tiles, pool.threads()), [&](int64_t begin, int64_t end, int) {
+      int64_t start = 0;  // the matrix's first tile
+      for (int64_t i = first; i < last && start < end; ++i) {
+        const int64_t own = row_tiles(w[i]->rows), from = std::max<int64_t>(begin - start, 0),
+                      to = std::min(end - start, own);
+        if (from < to)
+          k.matmul_rows(*w[i], from * kTileRows, std::min<int64_t>(to * kTileRows, w[i]->rows), input_.view, y[i],
+                        w[i]->rows);
+        start += own;
+      }
+    });
+  }
 }
 
 void Engine::embed(const Matrix& w, const int64_t* rows, int64_t tokens, float* y) {
@@ -39,147 +101,269 @@ void Engine::embed(const Matrix& w, const int64_t* rows, int64_t tokens, float* 
   });
 }
 
+void Engine::shared_expert(const Expert& w, const Matrix& scale, const float* x, int64_t tokens, float* y) {
+  const int64_t inner = w.gate.rows, hidden = w.down.rows;
+  scratch_.resize(static_cast<size_t>(tokens * (2 * inner + 1)));
+  float *gate = scratch_.data(), *up = gate + tokens * inner, *weight = up + tokens * inner;
+  const Matrix* first[3] = {&w.gate, &w.up, &scale};
+  float* to[3] = {gate, up, weight};
+  project(first, to, 3, x, tokens);
+  pool.parallel_for(tokens, 16, [&](int64_t begin, int64_t end, int) {
+    k.swiglu(gate + begin * inner, up + begin * inner, (end - begin) * inner, gate + begin * inner);
+    k.sigmoid(weight + begin, end - begin, weight + begin);
+  });
+  const Matrix* second[1] = {&w.down};
+  project(second, &y, 1, gate, tokens);
+  pool.parallel_for(tokens, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) k.scale(y + t * hidden, weight[t], hidden);
+  });
+}
+
 void Engine::experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
                      const int64_t* pair_token, float* y) {
   if (experts.empty()) return;
-  const int64_t pairs = pair_start[experts.size()];
-  const int64_t hidden = experts[0].gate.cols, inner = experts[0].gate.rows;
-  // 1. Bring each pair's activations together, so that an expert's tokens are neighbours.
-  scratch_.resize(static_cast<size_t>(pairs * (hidden + 2 * inner)));
-  float* gathered = scratch_.data();
-  float* gate = gathered + pairs * hidden;
-  float* up = gate + pairs * inner;
-  for (int64_t p = 0; p < pairs; ++p)
-    std::memcpy(gathered + p * hidden, x + pair_token[p] * hidden, static_cast<size_t>(hidden) * 4);
-  const Activations acts = prepare(experts[0].gate, gathered, pairs, input_);
+  const int64_t count = static_cast<int64_t>(experts.size()), pairs = pair_start[count];
+  const Matrix &gate_format = experts[0].gate, &down_format = experts[0].down;
+  const int64_t hidden = gate_format.cols, inner = gate_format.rows;
+  const bool dense_in = gate_format.bits >= 16, dense_inner = down_format.bits >= 16;
+  scratch_.resize(static_cast<size_t>(pairs * (2 * inner + (dense_in ? hidden : 0))));
+  float *gate = scratch_.data(), *up = gate + pairs * inner, *gathered = up + pairs * inner;
+  std::vector<int64_t> expert_of(static_cast<size_t>(pairs));
+  for (int64_t e = 0; e < count; ++e)
+    for (int64_t p = pair_start[e]; p < pair_start[e + 1]; ++p) expert_of[static_cast<size_t>(p)] = e;
 
-  // 2. gate and up, one task for a few rows of one expert.
-  const int64_t count = static_cast<int64_t>(experts.size());
-  auto of_expert = [&](const Activations& all, const Matrix& w, int64_t e) {
-    const int64_t first = pair_start[e];
-    Activations part = all;
-    part.tokens = pair_start[e + 1] - first;
-    part.x += first * w.cols;
-    if (part.xq) {
-      part.xq += first * part.padded_cols;
-      part.dx += first * part.padded_groups;
-      part.xsum += first * part.padded_groups;
+  // 1. Each pair's activations, an expert's tokens as neighbours.
+  input_.view = {dense_in ? gathered : nullptr, pairs, planes, nullptr, nullptr, nullptr, nullptr};
+  if (!dense_in) make_room(input_, gate_format, nullptr, pairs);
+  pool.parallel_for(pairs, 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const float* row = x + pair_token[p] * hidden;
+      const int64_t e = expert_of[static_cast<size_t>(p)], first = pair_start[e];
+      if (dense_in)
+        std::memcpy(gathered + p * hidden, row, static_cast<size_t>(hidden) * 4);
+      else
+        k.quantize_activations(row, hidden, gate_format.group_size, planes, zero_point(gate_format),
+                               place(input_, hidden, first, pair_start[e + 1] - first, p - first));
     }
-    return part;
-  };
-  auto over_rows = [&](int64_t rows, auto&& body) {
-    const int64_t grain = row_grain(rows, pool.threads()), pieces = (rows + grain - 1) / grain;
+  });
+
+  // 2. gate and up, one task for a few rows of one expert; they are whole groups of down's activations, which the task
+  // quantizes as well.
+  if (!dense_inner) make_room(inner_, down_format, nullptr, pairs);
+  inner_.view.x = gate;
+  auto over_rows = [&](int64_t rows, int64_t unit, auto&& body) {
+    const int64_t units = (rows + unit - 1) / unit, each = tile_grain(units * count, pool.threads()),
+                  grain = std::min(each, units), pieces = (units + grain - 1) / grain;
     pool.parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t e = task / pieces, first = task % pieces * grain;
-        body(e, first, std::min(first + grain, rows));
+        const int64_t e = task / pieces, first = task % pieces * grain * unit;
+        if (pair_start[e] < pair_start[e + 1]) body(e, first, std::min(first + grain * unit, rows));
       }
     });
   };
-  over_rows(inner, [&](int64_t e, int64_t begin, int64_t end) {
+  over_rows(inner, dense_inner ? kTileRows : down_format.group_size, [&](int64_t e, int64_t begin, int64_t end) {
     const Expert& expert = experts[static_cast<size_t>(e)];
-    const Activations part = of_expert(acts, expert.gate, e);
-    const int64_t first = pair_start[e] * inner;
-    k.matmul_rows(expert.gate, begin, end, part, gate + first, inner);
-    k.matmul_rows(expert.up, begin, end, part, up + first, inner);
-    for (int64_t t = 0; t < part.tokens; ++t) {
-      const int64_t at = first + t * inner + begin;
+    const int64_t first = pair_start[e], tokens = pair_start[e + 1] - first;
+    const Activations acts = part(input_.view, expert.gate, first, tokens);
+    k.matmul_rows(expert.gate, begin, end, acts, gate + first * inner, inner);
+    k.matmul_rows(expert.up, begin, end, acts, up + first * inner, inner);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t at = (first + t) * inner + begin;
       k.swiglu(gate + at, up + at, end - begin, gate + at);
+      if (dense_inner) continue;
+      ActivationsOut out = place(inner_, inner, first, tokens, t);
+      const int64_t group = begin / down_format.group_size;
+      out.xq += begin * out.lines;
+      out.dx += group * (out.lines / planes);
+      out.xsum += group * (out.lines / planes);
+      out.zsum += group * out.lines;
+      k.quantize_activations(gate + at, end - begin, down_format.group_size, planes, zero_point(down_format), out);
     }
   });
 
   // 3. down.
-  const Activations inner_acts = prepare(experts[0].down, gate, pairs, hidden_input_);
-  over_rows(hidden, [&](int64_t e, int64_t begin, int64_t end) {
+  over_rows(hidden, kTileRows, [&](int64_t e, int64_t begin, int64_t end) {
     const Matrix& down = experts[static_cast<size_t>(e)].down;
-    k.matmul_rows(down, begin, end, of_expert(inner_acts, down, e), y + pair_start[e] * hidden, hidden);
+    const int64_t first = pair_start[e];
+    k.matmul_rows(down, begin, end, part(inner_.view, down, first, pair_start[e + 1] - first), y + first * hidden,
+                  hidden);
   });
 }
 
 void Engine::accumulate(float* acc, const float* y, const int64_t* pair_token, const float* weights, int64_t pairs,
                         int64_t hidden) {
-  pool.parallel_for(hidden, std::max<int64_t>(64, hidden / pool.threads() / 16 * 16),
-                    [&](int64_t begin, int64_t end, int) {
-                      for (int64_t p = 0; p < pairs; ++p)
-                        k.axpy(weights[p], y + p * hidden + begin, end - begin, acc + pair_token[p] * hidden + begin);
-                    });
+  // A few tokens are not worth waking threads for.
+  const int64_t grain = pairs * hidden < 65536 ? hidden : std::max<int64_t>(64, hidden / pool.threads() / 16 * 16);
+  pool.parallel_for(hidden, grain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = 0; p < pairs; ++p)
+      k.axpy(weights[p], y + p * hidden + begin, end - begin, acc + pair_token[p] * hidden + begin);
+  });
 }
 
-void Engine::append_kv(const KVLayer& kv, const float* k_in, const float* v_in, int64_t tokens, int64_t position) {
-  const int64_t d = kv.head_dim, width = kv.kv_heads * d;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t h = 0; h < kv.kv_heads; ++h) {
-      const int64_t at = (h * kv.capacity + position + t) * d;
-      const float *key = k_in + t * width + h * d, *value = v_in + t * width + h * d;
-      if (kv.dtype == DType::bf16) {
-        k.to_bf16(key, d, static_cast<uint16_t*>(kv.k) + at);
-        k.to_bf16(value, d, static_cast<uint16_t*>(kv.v) + at);
-      } else {
-        std::memcpy(static_cast<float*>(kv.k) + at, key, static_cast<size_t>(d) * 4);
-        std::memcpy(static_cast<float*>(kv.v) + at, value, static_cast<size_t>(d) * 4);
+void Engine::attention(const float* q_gate, const float* k_in, const float* v_in, const AttentionParams& p,
+                       const KVLayer& kv, int64_t tokens, int64_t position, float* out) {
+  const int64_t d = kv.head_dim, per_kv = p.heads / kv.kv_heads, longest = position + tokens;
+  const int64_t parts = (per_kv + 3) / 4;  // up to four query heads share a pass over their keys
+  const int64_t score_floats = pool.threads() * 4 * longest;
+  scratch_.resize(static_cast<size_t>(score_floats + tokens * p.heads * d + pool.threads() * d));
+  float *q = scratch_.data() + score_floats, *keys = q + tokens * p.heads * d;
+  // 1. Norm and rotate; keys and values go into the cache.
+  pool.parallel_for(tokens, 8, [&](int64_t begin, int64_t end, int thread) {
+    float* key = keys + thread * d;
+    for (int64_t t = begin; t < end; ++t) {
+      const float *cos = p.cos + t * p.rotary_half, *sin = p.sin + t * p.rotary_half;
+      for (int64_t h = 0; h < p.heads; ++h) {
+        float* to = q + (t * p.heads + h) * d;
+        k.rms_norm(q_gate + (t * p.heads + h) * 2 * d, p.q_norm, d, p.eps, to);
+        k.rotary(to, cos, sin, p.rotary_half);
+      }
+      for (int64_t h = 0; h < kv.kv_heads; ++h) {
+        const int64_t from = (t * kv.kv_heads + h) * d, to = (h * kv.capacity + position + t) * d;
+        k.rms_norm(k_in + from, p.k_norm, d, p.eps, key);
+        k.rotary(key, cos, sin, p.rotary_half);
+        if (kv.dtype == DType::bf16) {
+          k.to_bf16(key, d, static_cast<uint16_t*>(kv.k) + to);
+          k.to_bf16(v_in + from, d, static_cast<uint16_t*>(kv.v) + to);
+        } else {
+          std::memcpy(static_cast<float*>(kv.k) + to, key, static_cast<size_t>(d) * 4);
+          std::memcpy(static_cast<float*>(kv.v) + to, v_in + from, static_cast<size_t>(d) * 4);
+        }
       }
     }
-}
-
-void Engine::attention(const float* q, const float* gate, const KVLayer& kv, int64_t tokens, int64_t heads,
-                       int64_t position, float scale, float* out) {
-  const int64_t d = kv.head_dim, per_kv = heads / kv.kv_heads, longest = position + tokens;
-  const int64_t parts = (per_kv + 3) / 4;  // up to four query heads share a pass over their keys
-  scratch_.resize(static_cast<size_t>(pool.threads() * 4 * longest));
+  });
+  // 2. Attend, and gate.
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
   pool.parallel_for(tokens * kv.kv_heads * parts, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t = task / (kv.kv_heads * parts), kv_head = task / parts % kv.kv_heads;
       const int64_t first = kv_head * per_kv + task % parts * 4,
                     count = std::min<int64_t>(4, (kv_head + 1) * per_kv - first);
-      const int64_t at = (t * heads + first) * d;
-      k.attend(q + at, kv, kv_head, count, position + t + 1, scale, scratch_.data() + thread * 4 * longest, out + at);
-      k.sigmoid_gate(out + at, gate + at, count * d);
+      const int64_t head = t * p.heads + first;
+      k.attend(q + head * d, kv, kv_head, count, position + t + 1, scale, scratch_.data() + thread * 4 * longest,
+               out + head * d);
+      for (int64_t h = head; h < head + count; ++h) k.sigmoid_gate(out + h * d, q_gate + (2 * h + 1) * d, d);
     }
   });
 }
 
-void Engine::gated_delta(bool chunked, const float* q, const float* k_in, const float* v, const float* g,
-                         const float* beta, int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t dk,
-                         int64_t dv, float* state, float* out) {
-  scratch_.resize(static_cast<size_t>(pool.threads() * kDeltaScratch));
-  pool.parallel_for(value_heads, 1, [&](int64_t begin, int64_t end, int thread) {
+void Engine::delta_net(bool chunked, float* qkv, const float* z, const float* a, const float* b, const DeltaParams& p,
+                       int64_t tokens, float* conv_state, float* state, float* out) {
+  const int64_t key_dim = p.key_heads * p.dk, value_dim = p.value_heads * p.dv, channels = 2 * key_dim + value_dim;
+  const int64_t scratch = pool.threads() * kDeltaScratch;
+  scratch_.resize(static_cast<size_t>(scratch + 2 * tokens * p.value_heads));
+  float *g = scratch_.data() + scratch, *beta = g + tokens * p.value_heads;
+  // 1. Mix each channel with its own past. One token is not worth waking threads for.
+  pool.parallel_for(channels, tokens < 8 ? channels : 64, [&](int64_t begin, int64_t end, int) {
+    k.conv(qkv, p.conv_weight, conv_state, tokens, channels, p.kernel, begin, end, qkv);
+  });
+  // 2. Keys and queries of unit length, queries with the 1/√dk; what each head keeps of its state, and how strongly it
+  // writes.
+  const float scale = 1.0f / std::sqrt(static_cast<float>(p.dk));
+  pool.parallel_for(tokens, 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* row = qkv + t * channels;
+      for (int64_t h = 0; h < p.key_heads; ++h) {
+        k.l2_norm(row + h * p.dk, p.dk, 1e-6f, scale, row + h * p.dk);
+        k.l2_norm(row + key_dim + h * p.dk, p.dk, 1e-6f, 1.0f, row + key_dim + h * p.dk);
+      }
+      k.decay(a + t * p.value_heads, p.a_log, p.dt_bias, p.value_heads, g + t * p.value_heads);
+      k.sigmoid(b + t * p.value_heads, p.value_heads, beta + t * p.value_heads);
+    }
+  });
+  // 3. The delta rule and the gated norm, a head at a time.
+  pool.parallel_for(p.value_heads, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t h = begin; h < end; ++h) {
-      const int64_t key_head = h / (value_heads / key_heads), ldq = key_heads * dk, ldv = value_heads * dv;
-      const int64_t step = chunked ? kDeltaChunk : tokens;
+      const int64_t key_head = h / (p.value_heads / p.key_heads), step = chunked ? kDeltaChunk : tokens;
       for (int64_t t = 0; t < tokens; t += step) {
         const int64_t n = std::min(step, tokens - t);
-        const float *qt = q + t * ldq + key_head * dk, *kt = k_in + t * ldq + key_head * dk, *vt = v + t * ldv + h * dv;
-        const float *gt = g + t * value_heads + h, *bt = beta + t * value_heads + h;
-        float *s = state + h * dk * dv, *o = out + t * ldv + h * dv;
+        const float *q = qkv + t * channels + key_head * p.dk, *key = q + key_dim;
+        const float* v = qkv + t * channels + 2 * key_dim + h * p.dv;
+        const float *gt = g + t * p.value_heads + h, *bt = beta + t * p.value_heads + h;
+        float *s = state + h * p.dk * p.dv, *o = out + t * value_dim + h * p.dv;
         if (chunked)
-          k.delta_chunk(qt, kt, vt, gt, bt, n, dk, dv, ldq, ldv, value_heads, s, o,
+          k.delta_chunk(q, key, v, gt, bt, n, p.dk, p.dv, channels, channels, p.value_heads, s, o, value_dim,
                         scratch_.data() + thread * kDeltaScratch);
         else
-          k.delta_step(qt, kt, vt, gt, bt, n, dk, dv, ldq, ldv, value_heads, s, o);
+          k.delta_step(q, key, v, gt, bt, n, p.dk, p.dv, channels, channels, p.value_heads, s, o, value_dim);
+        for (int64_t i = 0; i < n; ++i)
+          k.gated_rms_norm(o + i * value_dim, z + (t + i) * value_dim + h * p.dv, p.norm_weight, p.dv, p.eps,
+                           o + i * value_dim);
       }
     }
   });
 }
 
-void Engine::route(const float* logits, int64_t tokens, int64_t experts, int64_t top_k, float* weights,
-                   int64_t* selected) {
+void Engine::route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, float* weights, int64_t* selected) {
+  const int64_t experts = w.rows;
+  logits_.resize(static_cast<size_t>(tokens * experts));
+  const Matrix* one[1] = {&w};
+  float* to[1] = {logits_.data()};
+  project(one, to, 1, x, tokens);
   pool.parallel_for(tokens, 16, [&](int64_t begin, int64_t end, int) {
-    std::vector<float> probs(static_cast<size_t>(experts));
     std::vector<int64_t> order(static_cast<size_t>(experts));
     for (int64_t t = begin; t < end; ++t) {
-      std::memcpy(probs.data(), logits + t * experts, static_cast<size_t>(experts) * 4);
-      k.softmax(probs.data(), experts);
+      float* probs = logits_.data() + t * experts;
+      k.softmax(probs, experts);
       for (int64_t e = 0; e < experts; ++e) order[static_cast<size_t>(e)] = e;
-      std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](int64_t a, int64_t b) {
-        const float pa = probs[static_cast<size_t>(a)], pb = probs[static_cast<size_t>(b)];
-        return pa > pb || (pa == pb && a < b);
-      });
+      std::partial_sort(order.begin(), order.begin() + top_k, order.end(),
+                        [&](int64_t i, int64_t j) { return probs[i] > probs[j] || (probs[i] == probs[j] && i < j); });
       float sum = 0.0f;
-      for (int64_t i = 0; i < top_k; ++i) sum += probs[static_cast<size_t>(order[static_cast<size_t>(i)])];
+      for (int64_t i = 0; i < top_k; ++i) sum += probs[order[static_cast<size_t>(i)]];
       for (int64_t i = 0; i < top_k; ++i) {
         selected[t * top_k + i] = order[static_cast<size_t>(i)];
-        weights[t * top_k + i] = probs[static_cast<size_t>(order[static_cast<size_t>(i)])] / sum;
+        weights[t * top_k + i] = probs[order[static_cast<size_t>(i)]] / sum;
       }
+    }
+  });
+}
+
+namespace {
+// 32 bits of a row, columns ascending from the least significant bits, to four bytes of a tile: byte b, plane p is
+// column 4p + b. Swaps of ever smaller fields, as a bit matrix is transposed (Warren, Hacker's Delight, 7-3).
+uint32_t to_planes(uint32_t x, int bits) {
+  auto swap = [&](int distance, uint32_t mask) {
+    const uint32_t t = (x ^ (x >> distance)) & mask;
+    x ^= t ^ (t << distance);
+  };
+  if (bits == 4) {
+    swap(8, 0x0000ff00);
+    swap(4, 0x00f000f0);
+  } else if (bits == 2) {
+    swap(6, 0x00cc00cc);
+    swap(12, 0x0000f0f0);
+  }
+  return x;
+}
+}  // namespace
+
+void tile_rows(ThreadPool& pool, const Matrix& m, const uint8_t* data, const uint8_t* scales, const uint8_t* biases,
+               uint8_t* data_out, uint8_t* scales_out, uint8_t* biases_out) {
+  const int64_t groups = m.cols / m.group_size, words = static_cast<int64_t>(m.cols) * m.bits / 32;
+  const int64_t size = value_bytes(m.dtype);
+  pool.parallel_for(row_tiles(m.rows), 4, [&](int64_t begin, int64_t end, int) {
+    std::vector<uint32_t> rows(static_cast<size_t>(kTileRows * words));
+    std::vector<uint8_t> values(static_cast<size_t>(kTileRows * groups * size));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t present = std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
+      std::fill(rows.begin(), rows.end(), 0);
+      std::memcpy(rows.data(), data + tile * kTileRows * words * 4, static_cast<size_t>(present * words) * 4);
+      uint8_t* out = data_out + tile * kTileRows * words * 4;
+      for (int64_t v = 0; v < words; ++v) {
+        uint32_t lanes[kTileRows];
+        for (int64_t r = 0; r < kTileRows; ++r) lanes[r] = to_planes(rows[static_cast<size_t>(r * words + v)], m.bits);
+        std::memcpy(out + v * 64, lanes, 64);
+      }
+      auto transpose = [&](const uint8_t* from, uint8_t* to) {
+        std::fill(values.begin(), values.end(), uint8_t{0});
+        std::memcpy(values.data(), from + tile * kTileRows * groups * size,
+                    static_cast<size_t>(present * groups * size));
+        for (int64_t g = 0; g < groups; ++g)
+          for (int64_t r = 0; r < kTileRows; ++r)
+            std::memcpy(to + ((tile * groups + g) * kTileRows + r) * size, values.data() + (r * groups + g) * size,
+                        static_cast<size_t>(size));
+      };
+      transpose(scales, scales_out);
+      if (!m.symmetric) transpose(biases, biases_out);
     }
   });
 }

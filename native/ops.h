@@ -16,17 +16,45 @@ struct Expert {
   Matrix gate, up, down;
 };
 
+// Grouped-query attention of one layer: norms of queries and keys (head_dim), angles of this call's tokens
+// (tokens, rotary_half).
+struct AttentionParams {
+  const float *q_norm, *k_norm, *cos, *sin;
+  int64_t heads, rotary_half;
+  float eps;
+};
+
+// A gated-delta layer. Channels of qkv: q (key_heads, dk), k (key_heads, dk), v (value_heads, dv).
+struct DeltaParams {
+  const float* conv_weight;  // (kernel, channels)
+  const float *a_log, *dt_bias, *norm_weight;
+  int64_t kernel, key_heads, value_heads, dk, dv;
+  float eps;
+};
+
+// Activations in memory that they own.
+struct PreparedActivations {
+  std::vector<uint8_t> memory;
+  Activations view{};
+  int group_size = 0, zero_point = 0;
+};
+
 class Engine {
  public:
-  Engine(int threads, const Kernels* kernels) : pool(threads), k(*kernels) {}
+  // activation_bits 8 or 16: what products with quantized weights round their activations to.
+  Engine(int threads, const Kernels* kernels, int activation_bits)
+      : pool(threads), k(*kernels), planes(activation_bits / 8) {}
 
   ThreadPool pool;
   const Kernels& k;
+  const int planes;
 
-  // y (tokens, w.rows) = x (tokens, w.cols) · wᵀ
-  void linear(const Matrix& w, const float* x, int64_t tokens, float* y);
+  // y[i] (tokens, w[i].rows) = x (tokens, cols) · w[i]ᵀ; all matrices have the same columns.
+  void project(const Matrix* const* w, float* const* y, int64_t count, const float* x, int64_t tokens);
   // y (tokens, w.cols): rows of w
   void embed(const Matrix& w, const int64_t* rows, int64_t tokens, float* y);
+  // y (tokens, hidden) = sigmoid(scale·x) · (down · (silu(gate·x) ∘ (up·x))): the shared expert; scale has one row.
+  void shared_expert(const Expert& w, const Matrix& scale, const float* x, int64_t tokens, float* y);
   // Row p of y (pairs, hidden) = expert of p applied to row pair_token[p] of x (tokens, hidden). Pairs
   // [pair_start[e], pair_start[e+1]) belong to experts[e]; all experts have the same shapes and bits.
   void experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start, const int64_t* pair_token,
@@ -34,30 +62,41 @@ class Engine {
   // acc[pair_token[p]] += weights[p]·y[p], p ascending. Splits columns, never the order.
   void accumulate(float* acc, const float* y, const int64_t* pair_token, const float* weights, int64_t pairs,
                   int64_t hidden);
-  // One attention layer: q, gate, out (tokens, heads, head_dim); token t sees positions [0, position + t].
-  void attention(const float* q, const float* gate, const KVLayer& kv, int64_t tokens, int64_t heads, int64_t position,
-                 float scale, float* out);
-  // Appends k, v (tokens, kv_heads, head_dim) at `position`.
-  void append_kv(const KVLayer& kv, const float* k_in, const float* v_in, int64_t tokens, int64_t position);
-  // q, k (tokens, key_heads, dk); v, out (tokens, value_heads, dv); g, beta (tokens, value_heads);
-  // state (value_heads, dk, dv). Value head h reads key head h / (value_heads / key_heads).
-  void gated_delta(bool chunked, const float* q, const float* k_in, const float* v, const float* g, const float* beta,
-                   int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv, float* state,
-                   float* out);
-  // weights, selected (tokens, top_k) ← the top_k largest of softmax(logits (tokens, experts)), divided by their sum;
-  // descending, the lower index first among equals.
-  void route(const float* logits, int64_t tokens, int64_t experts, int64_t top_k, float* weights, int64_t* selected);
+  // q_gate (tokens, heads, 2, head_dim): queries and output gates; k_in, v_in (tokens, kv_heads, head_dim) are normed,
+  // rotated and appended at `position`; token t sees positions [0, position + t]. out (tokens, heads, head_dim).
+  void attention(const float* q_gate, const float* k_in, const float* v_in, const AttentionParams& p, const KVLayer& kv,
+                 int64_t tokens, int64_t position, float* out);
+  // qkv (tokens, channels) is overwritten; z, out (tokens, value_heads, dv); a, b (tokens, value_heads); conv_state
+  // (kernel − 1, channels) and state (value_heads, dk, dv) move on. Value head h reads key head h / (value_heads /
+  // key_heads).
+  void delta_net(bool chunked, float* qkv, const float* z, const float* a, const float* b, const DeltaParams& p,
+                 int64_t tokens, float* conv_state, float* state, float* out);
+  // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum; descending, the lower
+  // index first among equals.
+  void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, float* weights, int64_t* selected);
 
  private:
-  Activations prepare(const Matrix& w, const float* x, int64_t tokens, std::vector<uint8_t>& buffer);
+  void prepare(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens);
+  // Room in `to` for activations of `tokens` tokens, whose blocks begin anew at each of `starts` (one group without).
+  void make_room(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens);
+  ActivationsOut place(const PreparedActivations& to, int64_t cols, int64_t first, int64_t tokens, int64_t token) const;
+  // Activations of tokens [first, first + tokens) whose blocks begin at `first`.
+  Activations part(const Activations& all, const Matrix& w, int64_t first, int64_t tokens) const;
 
-  std::vector<uint8_t> input_, hidden_input_;
+  PreparedActivations input_, inner_;
   std::vector<float> scratch_;
+  std::vector<float> logits_;
 };
 
-// Affine quantization of w (rows, cols) float32: packed (rows, cols·bits/8), scales and biases (rows, cols/group_size)
-// as bf16 bits. Chooses for each group the scale of least squared error among a few shrunken ranges.
+// Affine quantization of w (rows, cols) float32, or symmetric where biases is null: packed (rows, cols·bits/8), least
+// significant bits first, row after row; scales and biases (rows, cols/group_size) as bf16 bits. Chooses for each group
+// the scale of least squared error among a few shrunken ranges.
 void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t cols, int bits, int group_size,
                      uint8_t* packed, uint16_t* scales, uint16_t* biases);
+
+// Rows as checkpoints have them (quantize_affine's order, MLX's) to the tiles that Matrix describes. Source and
+// destination may be the same memory if m.rows is a multiple of 16.
+void tile_rows(ThreadPool& pool, const Matrix& m, const uint8_t* data, const uint8_t* scales, const uint8_t* biases,
+               uint8_t* data_out, uint8_t* scales_out, uint8_t* biases_out);
 
 }  // namespace expertstream

@@ -38,7 +38,7 @@ double try_scale(const float* w, int n, float scale, float bias, int levels, uin
 void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t cols, int bits, int group_size,
                      uint8_t* packed, uint16_t* scales, uint16_t* biases) {
   const int64_t groups = cols / group_size;
-  const int levels = (1 << bits) - 1, per_byte = 8 / bits;
+  const int levels = (1 << bits) - 1, middle_level = 1 << (bits - 1), per_byte = 8 / bits;
   // A clipped outlier can cost less than a coarse grid, the more so the fewer the levels; at 8 bits it never does.
   const int shrinks = bits == 8 ? 1 : 8;
   pool.parallel_for(rows, std::max<int64_t>(1, rows / (pool.threads() * 8)), [&](int64_t begin, int64_t end, int) {
@@ -49,20 +49,31 @@ void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t col
         const auto [low, high] = std::minmax_element(x, x + group_size);
         double least = INFINITY;
         uint16_t scale = 0, bias = 0;
-        for (int s = 0; s < shrinks; ++s) {
-          const float keep = 1.0f - 0.04f * static_cast<float>(s), middle = *low / 2 + *high / 2;
-          const float a = middle + (*low - middle) * keep, b = middle + (*high - middle) * keep;
-          const uint16_t step = to_bf16((b - a) / static_cast<float>(levels)), zero = to_bf16(a);
-          const double error = try_scale(x, group_size, from_bf16(step), from_bf16(zero), levels, codes);
+        auto consider = [&](uint16_t step, float zero, uint16_t zero_bits) {
+          const double error = try_scale(x, group_size, from_bf16(step), zero, levels, codes);
           if (error < least) {
             least = error;
             scale = step;
-            bias = zero;
+            bias = zero_bits;
             std::memcpy(best, codes, sizeof best);
+          }
+        };
+        for (int s = 0; s < shrinks; ++s) {
+          const float keep = 1.0f - 0.04f * static_cast<float>(s);
+          if (biases) {
+            const float middle = *low / 2 + *high / 2;
+            const float a = middle + (*low - middle) * keep, b = middle + (*high - middle) * keep;
+            const uint16_t zero = to_bf16(a);
+            consider(to_bf16((b - a) / static_cast<float>(levels)), from_bf16(zero), zero);
+          } else {
+            // The grid reaches one step further down than up: the larger end goes there, whichever sign it has.
+            const float most = (-*low > *high ? *low : *high) * keep;
+            const uint16_t step = to_bf16(-most / static_cast<float>(middle_level));
+            consider(step, -from_bf16(step) * static_cast<float>(middle_level), 0);
           }
         }
         scales[r * groups + g] = scale;
-        biases[r * groups + g] = bias;
+        if (biases) biases[r * groups + g] = bias;
         uint8_t* out = packed + (r * cols + g * group_size) / per_byte;
         for (int i = 0; i < group_size; i += per_byte) {
           int byte = 0;

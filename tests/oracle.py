@@ -15,7 +15,7 @@ from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from expertstream.checkpoint.reader import open_checkpoint
 from expertstream.engine import LLM, embedded_model
 from expertstream.models import qwen3_5_moe
-from expertstream.ops.reference import dequantize
+from expertstream.ops.reference import dequantize, untile
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -180,9 +180,9 @@ def dequantize_expert(layout: Any, expert: int) -> list[np.ndarray]:
             ranges.append(np.frombuffer(file.read(length), np.uint8))
     matrices = []
     for i, m in enumerate(layout.format.matrices):
-        sizes = (m.data_bytes, m.scale_bytes, m.scale_bytes)
-        parts = [ranges[r][at : at + n] for (r, at), n in zip(layout.pieces[3 * i : 3 * i + 3], sizes, strict=True)]
-        matrices.append(dequantize(m, *parts))
+        pieces = zip(layout.pieces[3 * i : 3 * i + 3], m.part_bytes, strict=True)
+        parts = [ranges[r][at : at + n] for (r, at), n in pieces]
+        matrices.append(dequantize(m, *(untile(m, *parts) if m.quantized and layout.tiled else parts)))
     return matrices
 
 
@@ -226,11 +226,11 @@ def save_mlx(folder: Path, pack: Path, config: dict[str, Any], default: tuple[in
             for e in range(layout.num_experts)
         ]
         for i, (part, m) in enumerate(zip(("gate", "up", "down"), layout.format.matrices, strict=True)):
-            stacked = []
-            for (_, at), n in zip(
-                layout.pieces[3 * i : 3 * i + 3], (m.data_bytes, m.scale_bytes, m.scale_bytes), strict=True
-            ):
-                stacked.append(np.concatenate([record[at : at + n] for record in raw]))
+            pieces = [(at, at + n) for (_, at), n in zip(layout.pieces[3 * i : 3 * i + 3], m.part_bytes, strict=True)]
+            experts = [[record[a:b] for a, b in pieces] for record in raw]
+            if m.quantized:
+                experts = [list(untile(m, *parts)) for parts in experts]
+            stacked = [np.concatenate(part) for part in zip(*experts, strict=True)]
             put(f"model.layers.{layout.layer}.mlp.switch_mlp.{part}_proj", m, *stacked, lead=(layout.num_experts,))
     tensors["vision_tower.patch_embed.weight"] = torch.zeros(4, 4)
     full_config = {

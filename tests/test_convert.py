@@ -60,6 +60,20 @@ def test_dense_matrices_of_an_mlx_source_stay_dense(hf_folder: Path, tmp_path: P
     )
 
 
+def test_symmetric_weights_have_no_bias(hf_folder: Path, tmp_path: Path) -> None:
+    convert(hf_folder, tmp_path / "pack", BitPolicy(4, 32, 8, symmetric=True), threads=2)
+    checkpoint = open_checkpoint(tmp_path / "pack")
+    assert not any(name.endswith(".biases") for name in checkpoint.tensors)
+    matrix = checkpoint.experts(0, SMALL["num_experts"], 64, 128).format.gate
+    assert matrix.symmetric and matrix.nbytes * 8 == matrix.rows * matrix.cols * 4.5
+    model = oracle.dequantized_oracle(tmp_path / "pack", SMALL)
+    tokens = oracle.random_tokens(SMALL, 40)
+    with LLM(tmp_path / "pack", exact=True, kv_dtype="f32", memory="64MiB", context_length=256) as llm:
+        assert oracle.relative_error(oracle.our_logits(llm, tokens), oracle.oracle_logits(model, tokens)) < 1e-3
+    with LLM(tmp_path / "pack", ops="reference", kv_dtype="f32", memory="64MiB", context_length=256) as llm:
+        assert oracle.relative_error(oracle.our_logits(llm, tokens), oracle.oracle_logits(model, tokens)) < 1e-4
+
+
 def test_16_bits_keep_every_value(hf_folder: Path, tmp_path: Path) -> None:
     convert(hf_folder, tmp_path / "pack", BitPolicy(16, 64, 16), threads=1)
     tokens = oracle.random_tokens(SMALL, 30)

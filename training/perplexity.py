@@ -1,6 +1,6 @@
 """Held-out perplexity of checkpoints through this project's own engine.
 
-Run: python -m training.perplexity CORPUS_DIR MODEL [MODEL …] [--documents 300] [--experts-per-token N]
+Run: python -m training.perplexity CORPUS_DIR MODEL [MODEL …] [--documents 300] [--experts-per-token N] [--exact]
 The held-out documents are those that training/prepare.py kept apart (by prompt), one fresh context each.
 """
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--experts-per-token", type=int, default=0)
+    parser.add_argument("--exact", action="store_true", help="16-bit activations")
     args = parser.parse_args()
     with ProcessPoolExecutor() as pool:
         docs = [
@@ -44,7 +45,7 @@ def main() -> None:
         ]
     docs = list(dict.fromkeys(docs))[: args.documents]
     for path in args.models:
-        with LLM(path, experts_per_token=args.experts_per_token, context_length=2048) as llm:
+        with LLM(path, experts_per_token=args.experts_per_token, exact=args.exact, context_length=2048) as llm:
             sums = [negative_log_likelihood(llm, llm.tokenizer.encode(doc)) for doc in docs]
         total, count = map(sum, zip(*sums, strict=True))
         size = sum(f.stat().st_size for f in path.iterdir() if f.suffix == ".safetensors")

@@ -15,36 +15,58 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // One weight matrix as it lies in memory; owns nothing.
 //
-// bits 2, 4, 8: affine, w = q·scale + bias. A row is cols·bits/8 bytes of little-endian values, least significant
-//   first (the MLX layout); scales and biases are (rows, cols/group_size) of `dtype`; cols is a multiple of group_size.
-// bits 16, 32: dense (rows, cols) of `dtype`; scales and biases are null.
+// bits 2, 4, 8: affine, w = q·scale + bias, or symmetric, w = (q − 2^(bits−1))·scale with biases null. cols is a
+// multiple
+//   of group_size. Rows lie in tiles of 16, the last one padded with anything; a tile is cols·bits/32 vectors of 64
+//   bytes, and lane r of a vector is four bytes of the tile's row r: bits [p·bits, (p+1)·bits) of byte b of vector v
+//   are column v·32/bits + 4p + b. So one vector meets four activations of each plane p, broadcast, and sums of 16 rows
+//   stay in the lanes. scales and biases: (tiles, groups, 16 rows) of `dtype`. tile_rows() makes this from rows.
+// bits 16, 32: dense (rows, cols) of `dtype`, row after row; scales and biases are null.
 struct Matrix {
   const uint8_t* data;
   const uint8_t* scales;
   const uint8_t* biases;
   int32_t rows, cols, bits, group_size;
   DType dtype;
+  bool symmetric;
 };
 
-// Activations of several tokens, ready for a matrix of one (bits, group_size).
-//
-// For quantized weights x ≈ xq·dx with one int16 xq an element and one float dx a group; the error, at most
-// max|x|/65534 a group, is that of float32 sums in size. Elements are stored in planes: within each block of 512/bits
-// elements (64 weight bytes), plane p holds elements p, p+16/bits, p+2·16/bits, …, so that unpacked weight words meet
-// them without a shuffle. Rows are padded with zeros to whole blocks, groups to a multiple of 16.
-// For dense weights `x` alone is used.
-struct Activations {
-  const float* x;     // (tokens, cols)
-  const int16_t* xq;  // (tokens, padded_cols)
-  const float* dx;    // (tokens, padded_groups)
-  const float* xsum;  // (tokens, padded_groups): dx·Σxq, what a group's bias multiplies
-  int64_t tokens, padded_cols, padded_groups;
-};
-
-static inline int64_t padded_cols(int64_t cols, int bits) {
-  return (cols + 512 / bits - 1) / (512 / bits) * (512 / bits);
+constexpr int64_t kTileRows = 16;
+static inline int64_t value_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+static inline int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+static inline int64_t data_bytes(const Matrix& m) {
+  return (m.bits >= 16 ? m.rows : row_tiles(m.rows) * kTileRows) * (static_cast<int64_t>(m.cols) * m.bits / 8);
 }
-static inline int64_t padded_groups(int64_t cols, int group_size) { return (cols / group_size + 15) / 16 * 16; }
+static inline int64_t scale_bytes(const Matrix& m) {
+  return m.bits >= 16 ? 0 : row_tiles(m.rows) * kTileRows * (m.cols / m.group_size) * value_bytes(m.dtype);
+}
+static inline int64_t bias_bytes(const Matrix& m) { return m.symmetric ? 0 : scale_bytes(m); }
+
+// Activations of several tokens, ready for matrices of one group size.
+//
+// For quantized weights x ≈ dx·q with one float dx a group and one integer q an element, in one plane of int8 (|q| ≤
+// 127; error at most max|x|/254 a group) or in two, q = 256·high + low (|q| ≤ 32,512; error at most max|x|/65,024). A
+// line is one plane of one token. Tokens lie in blocks of kBlockLines lines, the last block with as many as are left;
+// within a block of m tokens, four columns of each line follow each other: (cols/4, m·planes lines, 4). For dense
+// weights `x` alone is used.
+struct Activations {
+  const float* x;  // (tokens, cols)
+  int64_t tokens;
+  int planes;
+  const int8_t* xq;     // as above; a token takes planes·cols bytes
+  const float* dx;      // (blocks, groups, m)
+  const float* xsum;    // (blocks, groups, m): dx·Σq, what a group's bias multiplies
+  const int32_t* zsum;  // (blocks, groups, m·planes): −2^(bits−1)·Σq of each line, where a symmetric dot product begins
+};
+constexpr int64_t kBlockLines = 12;
+
+// Where one token's activations go: pointers to its first line of one group, strides in elements.
+struct ActivationsOut {
+  int8_t* xq;        // next four columns: + 4·lines
+  float *dx, *xsum;  // next group: + lines / planes
+  int32_t* zsum;     // next group: + lines
+  int64_t lines;     // of the block
+};
 
 // Keys and values of one layer: (kv_heads, capacity, head_dim) of f32 or bf16.
 struct KVLayer {
@@ -57,10 +79,10 @@ struct KVLayer {
 struct Kernels {
   const char* name;
 
-  // One token: x (cols) → planes, scales and sums as described at Activations.
-  void (*quantize_activations)(const float* x, int64_t cols, int bits, int group_size, int16_t* xq, float* dx,
-                               float* xsum);
-  // y[t·ldy + r] = Σ_c w[r, c]·x[t, c] for rows [begin, end) and all tokens.
+  // One token: x (cols) → lines, scales and sums as described at Activations; zero_point: 2^(bits−1) or 0.
+  void (*quantize_activations)(const float* x, int64_t cols, int group_size, int planes, int zero_point,
+                               const ActivationsOut& out);
+  // y[t·ldy + r] = Σ_c w[r, c]·x[t, c] for rows [begin, end) and all tokens; begin is a multiple of 16.
   void (*matmul_rows)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy);
   // y (cols) ← row `row` of w as float32.
   void (*dequantize_row)(const Matrix& w, int64_t row, float* y);
@@ -77,8 +99,8 @@ struct Kernels {
   void (*sigmoid_gate)(float* y, const float* gate, int64_t n);
   // y ← y + a·x.
   void (*axpy)(float a, const float* x, int64_t n, float* y);
-  // h ← h + (acc + gate·shared).
-  void (*add_shared)(float* h, const float* acc, const float* shared, float gate, int64_t n);
+  // y ← a·y.
+  void (*scale)(float* y, float a, int64_t n);
   // x ← softmax(x).
   void (*softmax)(float* x, int64_t n);
   // y ← sigmoid(x); y may be x.
@@ -90,7 +112,8 @@ struct Kernels {
   void (*to_bf16)(const float* x, int64_t n, uint16_t* y);  // round to nearest even
 
   // Causal depthwise convolution and SiLU over channels [begin, end): x, y (tokens, channels), weight (kernel,
-  // channels), state (kernel−1, channels) holds the inputs before x, and is left holding the last ones. kernel ≤ 8.
+  // channels), state (kernel−1, channels) holds the inputs before x, and is left holding the last ones. kernel ≤ 8; y
+  // may be x.
   void (*conv)(const float* x, const float* weight, float* state, int64_t tokens, int64_t channels, int64_t kernel,
                int64_t begin, int64_t end, float* y);
 
@@ -99,14 +122,15 @@ struct Kernels {
   void (*attend)(const float* q, const KVLayer& kv, int64_t kv_head, int64_t heads, int64_t length, float scale,
                  float* scores, float* out);
 
-  // Gated-delta rule, one value head. q, k (tokens, dk) with row stride ldq; v, out (tokens, dv) with row stride ldv;
-  // g (log decay), beta (tokens) with stride ldg; state (dk, dv), updated.
+  // Gated-delta rule, one value head. q, k (tokens, dk) with row stride ldq; v (tokens, dv) with row stride ldv, out
+  // likewise with ldo; g (log decay), beta (tokens) with stride ldg; state (dk, dv), updated.
   void (*delta_step)(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
-                     int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out);
+                     int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out,
+                     int64_t ldo);
   // The same in chunked form for at most 64 tokens. scratch: kDeltaScratch floats.
   void (*delta_chunk)(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
                       int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out,
-                      float* scratch);
+                      int64_t ldo, float* scratch);
 };
 
 constexpr int64_t kDeltaChunk = 64;

@@ -1,6 +1,6 @@
 // Matrix products for one instruction set; included after its simd_*.h. Everything here has internal linkage.
 //
-// One tile is ROWS rows by TOKS tokens. What is computed for one (row, token) does not depend on the tile it falls in.
+// What is computed for one (row, token) does not depend on the tokens beside it.
 #pragma once
 
 #include <cstring>
@@ -25,67 +25,109 @@ inline F load_values(const uint8_t* p, DType dtype, int64_t n) {
   return f_load(f);
 }
 
-// Affine weights. A block is 64 bytes of a row; it holds GPB groups, or a group holds BPG blocks.
-// Σ_c (q·s + b)·x = Σ_groups dx·(s·Σ q·xq + b·Σ xq); the inner sums are exact integers.
-template <int BITS, int GPB, int BPG, int ROWS, int TOKS>
-inline void quantized_tile(const Matrix& w, int64_t row, const Activations& x, int64_t token, float* y, int64_t ldy) {
-  constexpr int64_t kElements = 512 / BITS;
-  const int64_t row_bytes = static_cast<int64_t>(w.cols) * BITS / 8, groups = w.cols / w.group_size;
-  const int64_t value_bytes = w.dtype == DType::f32 ? 4 : 2;
-  F acc[ROWS][TOKS];
-  for (auto& a : acc)
-    for (auto& b : a) b = f_zero();
+// One block of activations, from one of its tokens on.
+struct Lines {
+  const int8_t* xq;
+  const float *dx, *xsum;
+  const int32_t* zsum;
+  int64_t tokens;  // of the whole block: the stride
+};
 
-  for (int64_t g0 = 0; g0 < groups; g0 += 16) {
-    const int64_t n = groups - g0 < 16 ? groups - g0 : 16;
-    F scale[ROWS], dx[TOKS];
-    for (int t = 0; t < TOKS; ++t) dx[t] = f_load(x.dx + (token + t) * x.padded_groups + g0);
-    for (int r = 0; r < ROWS; ++r) {
-      const int64_t at = ((row + r) * groups + g0) * value_bytes;
-      scale[r] = load_values(w.scales + at, w.dtype, n);
-      F bias = load_values(w.biases + at, w.dtype, n);
-      for (int t = 0; t < TOKS; ++t)
-        acc[r][t] = f_fma(bias, f_load(x.xsum + (token + t) * x.padded_groups + g0), acc[r][t]);
+// Quantized weights: one tile of 16 rows by TOKENS tokens.
+// Σ_c (q·s + b)·x = Σ_groups dx·(s·Σ q·xq + b·Σ xq); the inner sums are exact integers.
+template <int BITS, int PLANES, int TOKENS>
+inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float* y, int64_t ldy) {
+  constexpr int kLines = TOKENS * PLANES, kPerByte = 8 / BITS;
+  constexpr int kSums = kLines == 1 ? 4 : kLines == 2 ? 2 : 1;  // sums a line: one would wait for its own last addition
+  constexpr int64_t kAhead = 2048;  // bytes: far enough that memory has answered when the loop gets there
+  const int64_t groups = w.cols / w.group_size, vectors = static_cast<int64_t>(w.group_size) * BITS / 32;
+  const int64_t values = 16 * value_bytes(w.dtype), stride = 4 * x.tokens * PLANES;
+  const uint8_t* p = w.data + tile * groups * vectors * 64;
+  const uint8_t* scales = w.scales + tile * groups * values;
+  const uint8_t* biases = w.biases + tile * groups * values;
+  const int8_t* xq = x.xq;
+  F total[TOKENS];
+#pragma GCC unroll 12
+  for (int t = 0; t < TOKENS; ++t) total[t] = f_zero();
+
+  for (int64_t g = 0; g < groups; ++g) {
+    I sum[kLines][kSums];
+#pragma GCC unroll 12
+    for (int l = 0; l < kLines; ++l) {
+      sum[l][0] = i_set1(w.symmetric ? x.zsum[g * x.tokens * PLANES + l] : 0);
+#pragma GCC unroll 4
+      for (int i = 1; i < kSums; ++i) sum[l][i] = i_set1(0);
     }
-    const int64_t first_block = g0 * BPG / GPB, blocks = (n * BPG + GPB - 1) / GPB;
-    auto block_of = [&](const uint8_t* const(&p)[ROWS], int64_t k) {
-      const int group = static_cast<int>(k * GPB / BPG);
-      F x_scale[TOKS];
-      for (int t = 0; t < TOKS; ++t) x_scale[t] = f_spread<GPB>(dx[t], group);
-      for (int r = 0; r < ROWS; ++r) {
-        const Planes<BITS> planes = unpack<BITS>(p[r]);
-        const F s = f_spread<GPB>(scale[r], group);
-        for (int t = 0; t < TOKS; ++t) {
-          const int16_t* xq = x.xq + (token + t) * x.padded_cols + (first_block + k) * kElements;
-          acc[r][t] = f_fma(f_from_int(dot<BITS>(planes, xq)), f_mul(s, x_scale[t]), acc[r][t]);
+    for (int64_t v = 0; v < vectors; v += 2) {
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair) {
+        const W packed = w_load(p);
+        __builtin_prefetch(p + kAhead);
+        p += 64;
+#pragma GCC unroll 4
+        for (int plane = 0; plane < kPerByte; ++plane) {
+          const W q = w_plane<BITS>(packed, plane);
+#pragma GCC unroll 12
+          for (int l = 0; l < kLines; ++l) {
+            I& s = sum[l][(pair * kPerByte + plane) % kSums];
+            s = i_dot<BITS>(s, q, xq + 4 * l);
+          }
+          xq += stride;
         }
       }
-    };
-    // A row's last block may run into the rows after it (its activations are 0 there), but not past the matrix: that
-    // one is copied, so that the loop over the others need not ask.
-    const int64_t last_byte = (row + ROWS - 1) * row_bytes + (first_block + blocks) * 64;
-    const int64_t inside = last_byte > w.rows * row_bytes ? blocks - 1 : blocks;
-    const uint8_t* p[ROWS];
-    for (int64_t k = 0; k < inside; ++k) {
-      for (int r = 0; r < ROWS; ++r) {
-        p[r] = w.data + (row + r) * row_bytes + (first_block + k) * 64;
-        // The next tile's same place. Without it waiting for memory and multiplying add up instead of overlapping.
-        __builtin_prefetch(p[r] + ROWS * row_bytes);
-      }
-      block_of(p, k);
     }
-    if (inside < blocks) {
-      uint8_t copies[ROWS][64] = {};
-      const int64_t at = (first_block + inside) * 64;
-      for (int r = 0; r < ROWS; ++r) {
-        std::memcpy(copies[r], w.data + (row + r) * row_bytes + at, static_cast<size_t>(row_bytes - at));
-        p[r] = copies[r];
-      }
-      block_of(p, inside);
+    const F scale = load_values(scales, w.dtype, 16);
+    scales += values;
+#pragma GCC unroll 12
+    for (int t = 0; t < TOKENS; ++t) {
+#pragma GCC unroll 2
+      for (int l = t * PLANES; l < (t + 1) * PLANES; ++l)
+#pragma GCC unroll 4
+        for (int i = 1; i < kSums; ++i) sum[l][0] = i_add(sum[l][0], sum[l][i]);
+      const I dot = PLANES == 1 ? sum[t][0] : i_join(sum[t * PLANES][0], sum[t * PLANES + PLANES - 1][0]);
+      total[t] = f_fma(f_mul(f_from_int(dot), f_set1(x.dx[g * x.tokens + t])), scale, total[t]);
+    }
+    if (!w.symmetric) {
+      const F bias = load_values(biases, w.dtype, 16);
+      biases += values;
+#pragma GCC unroll 12
+      for (int t = 0; t < TOKENS; ++t) total[t] = f_fma(bias, f_set1(x.xsum[g * x.tokens + t]), total[t]);
     }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < TOKS; ++t) y[(token + t) * ldy + row + r] = f_sum(acc[r][t]);
+  const int64_t rows = w.rows - tile * kTileRows;
+#pragma GCC unroll 12
+  for (int t = 0; t < TOKENS; ++t) f_store_n(y + t * ldy, total[t], rows < 16 ? rows : 16);
+}
+
+// A tile by all tokens of a block, the most at a time that registers hold.
+template <int BITS, int PLANES, int TOKENS>
+inline void quantized_block(const Matrix& w, int64_t tile, Lines x, int64_t left, float* y, int64_t ldy) {
+  for (; left >= TOKENS; left -= TOKENS) {
+    quantized_tile<BITS, PLANES, TOKENS>(w, tile, x, y, ldy);
+    x.xq += 4 * PLANES * TOKENS;
+    x.dx += TOKENS;
+    x.xsum += TOKENS;
+    x.zsum += PLANES * TOKENS;
+    y += TOKENS * ldy;
+  }
+  constexpr int kNext = TOKENS > 8 ? 8 : TOKENS > 4 ? 4 : TOKENS > 2 ? 2 : 1;
+  if constexpr (TOKENS > 1) quantized_block<BITS, PLANES, kNext>(w, tile, x, left, y, ldy);
+}
+
+template <int BITS, int PLANES>
+void quantized_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
+  constexpr int64_t kBlock = kBlockLines / PLANES;
+  const int64_t groups = w.cols / w.group_size, blocks = (x.tokens + kBlock - 1) / kBlock;
+  // As many blocks as stay in the second-level cache while all tiles pass over them.
+  const int64_t together = w.cols < (1 << 18) / kBlockLines ? (1 << 18) / (kBlockLines * w.cols) : 1;
+  for (int64_t b0 = 0; b0 < blocks; b0 += together)
+    for (int64_t tile = begin / kTileRows; tile * kTileRows < end; ++tile)
+      for (int64_t b = b0; b < blocks && b < b0 + together; ++b) {
+        const int64_t t = b * kBlock, m = x.tokens - t < kBlock ? x.tokens - t : kBlock;
+        const Lines lines{x.xq + t * PLANES * w.cols, x.dx + t * groups, x.xsum + t * groups,
+                          x.zsum + t * PLANES * groups, m};
+        quantized_block<BITS, PLANES, kMaxLines / PLANES>(w, tile, lines, m, y + t * ldy + tile * kTileRows, ldy);
+      }
 }
 
 template <DType DTYPE, int ROWS, int TOKS>
@@ -110,54 +152,34 @@ inline void dense_tile(const Matrix& w, int64_t row, const Activations& x, int64
     for (int t = 0; t < TOKS; ++t) y[(token + t) * ldy + row + r] = f_sum(acc[r][t]);
 }
 
-// Rows [begin, end) by all tokens, in tiles: four rows a step for one token, two rows by four tokens for many.
-#define TILES(TILE, ...)                                                                  \
-  int64_t r = begin;                                                                      \
-  if (x.tokens < 4)                                                                       \
-    for (; r + 4 <= end; r += 4)                                                          \
-      for (int64_t t = 0; t < x.tokens; ++t) TILE<__VA_ARGS__, 4, 1>(w, r, x, t, y, ldy); \
-  else                                                                                    \
-    for (; r + 2 <= end; r += 2) {                                                        \
-      int64_t t = 0;                                                                      \
-      for (; t + 4 <= x.tokens; t += 4) TILE<__VA_ARGS__, 2, 4>(w, r, x, t, y, ldy);      \
-      for (; t < x.tokens; ++t) TILE<__VA_ARGS__, 2, 1>(w, r, x, t, y, ldy);              \
-    }                                                                                     \
-  for (; r < end; ++r)                                                                    \
-    for (int64_t t = 0; t < x.tokens; ++t) TILE<__VA_ARGS__, 1, 1>(w, r, x, t, y, ldy)
-
-template <int BITS, int GPB, int BPG>
-void quantized_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
-  TILES(quantized_tile, BITS, GPB, BPG);
-}
+// Rows [begin, end) by all tokens: four rows a step for one token, two rows by four tokens for many.
 template <DType DTYPE>
 void dense_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
-  TILES(dense_tile, DTYPE);
+  int64_t r = begin;
+  if (x.tokens < 4) {
+    for (; r + 4 <= end; r += 4)
+      for (int64_t t = 0; t < x.tokens; ++t) dense_tile<DTYPE, 4, 1>(w, r, x, t, y, ldy);
+  } else {
+    for (; r + 2 <= end; r += 2) {
+      int64_t t = 0;
+      for (; t + 4 <= x.tokens; t += 4) dense_tile<DTYPE, 2, 4>(w, r, x, t, y, ldy);
+      for (; t < x.tokens; ++t) dense_tile<DTYPE, 2, 1>(w, r, x, t, y, ldy);
+    }
+  }
+  for (; r < end; ++r)
+    for (int64_t t = 0; t < x.tokens; ++t) dense_tile<DTYPE, 1, 1>(w, r, x, t, y, ldy);
 }
-#undef TILES
 
 void matmul_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
-  switch (w.bits * 1000 + w.group_size) {
-    case 2032:
-      return quantized_rows<2, 8, 1>(w, begin, end, x, y, ldy);
-    case 2064:
-      return quantized_rows<2, 4, 1>(w, begin, end, x, y, ldy);
-    case 2128:
-      return quantized_rows<2, 2, 1>(w, begin, end, x, y, ldy);
-    case 4032:
-      return quantized_rows<4, 4, 1>(w, begin, end, x, y, ldy);
-    case 4064:
-      return quantized_rows<4, 2, 1>(w, begin, end, x, y, ldy);
-    case 4128:
-      return quantized_rows<4, 1, 1>(w, begin, end, x, y, ldy);
-    case 8032:
-      return quantized_rows<8, 2, 1>(w, begin, end, x, y, ldy);
-    case 8064:
-      return quantized_rows<8, 1, 1>(w, begin, end, x, y, ldy);
-    case 8128:
-      return quantized_rows<8, 1, 2>(w, begin, end, x, y, ldy);
-    default:
-      break;
-  }
+  if (w.bits == 4)
+    return x.planes == 1 ? quantized_rows<4, 1>(w, begin, end, x, y, ldy)
+                         : quantized_rows<4, 2>(w, begin, end, x, y, ldy);
+  if (w.bits == 8)
+    return x.planes == 1 ? quantized_rows<8, 1>(w, begin, end, x, y, ldy)
+                         : quantized_rows<8, 2>(w, begin, end, x, y, ldy);
+  if (w.bits == 2)
+    return x.planes == 1 ? quantized_rows<2, 1>(w, begin, end, x, y, ldy)
+                         : quantized_rows<2, 2>(w, begin, end, x, y, ldy);
   if (w.dtype == DType::bf16) return dense_rows<DType::bf16>(w, begin, end, x, y, ldy);
   if (w.dtype == DType::f16) return dense_rows<DType::f16>(w, begin, end, x, y, ldy);
   return dense_rows<DType::f32>(w, begin, end, x, y, ldy);
@@ -165,62 +187,81 @@ void matmul_rows(const Matrix& w, int64_t begin, int64_t end, const Activations&
 
 // Values of one row as float32; affine: fma(q, scale, bias).
 void dequantize_row(const Matrix& w, int64_t row, float* y) {
-  const int64_t value_bytes = w.dtype == DType::f32 ? 4 : 2;
+  const int64_t size = value_bytes(w.dtype);
   if (w.bits >= 16) {
     for (int64_t c = 0; c < w.cols; c += 16)
-      f_store_n(y + c, load_values(w.data + (row * w.cols + c) * value_bytes, w.dtype, w.cols - c), w.cols - c);
+      f_store_n(y + c, load_values(w.data + (row * w.cols + c) * size, w.dtype, w.cols - c), w.cols - c);
     return;
   }
-  const int64_t groups = w.cols / w.group_size;
-  const uint8_t* data = w.data + row * (static_cast<int64_t>(w.cols) * w.bits / 8);
-  const int per_byte = 8 / w.bits, mask = (1 << w.bits) - 1;
+  const int64_t groups = w.cols / w.group_size, tile = row / kTileRows, lane = row % kTileRows;
+  const int64_t per_vector = 32 / w.bits;
+  const uint8_t* data = w.data + tile * (w.cols / per_vector) * 64 + lane * 4;
+  const int mask = (1 << w.bits) - 1;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = (row * groups + g) * value_bytes;
-    const F scale = load_values(w.scales + at, w.dtype, 1), bias = load_values(w.biases + at, w.dtype, 1);
-    const F s = f_spread<1>(scale, 0), b = f_spread<1>(bias, 0);
+    const int64_t at = ((tile * groups + g) * kTileRows + lane) * size;
+    float one[16];
+    f_store(one, load_values(w.scales + at, w.dtype, 1));
+    const float scale = one[0];
+    const float zero = static_cast<float>(1 << (w.bits - 1));
+    float bias = -zero * scale;
+    if (!w.symmetric) {
+      f_store(one, load_values(w.biases + at, w.dtype, 1));
+      bias = one[0];
+    }
     for (int64_t c = g * w.group_size; c < (g + 1) * w.group_size; c += 16) {
       float q[16];
-      for (int i = 0; i < 16; ++i)
-        q[i] = static_cast<float>((data[(c + i) / per_byte] >> ((c + i) % per_byte * w.bits)) & mask);
-      f_store(y + c, f_fma(f_load(q), s, b));
+      for (int i = 0; i < 16; ++i) {
+        const int64_t within = (c + i) % per_vector;
+        q[i] = static_cast<float>((data[(c + i) / per_vector * 64 + within % 4] >> (within / 4 * w.bits)) & mask);
+      }
+      f_store(y + c, f_fma(f_load(q), f_set1(scale), f_set1(bias)));
     }
   }
 }
 
-void quantize_activations(const float* x, int64_t cols, int bits, int group_size, int16_t* xq, float* dx, float* xsum) {
-  const int64_t groups = cols / group_size, block = 512 / bits, planes = 16 / bits;
-  std::memset(xq + cols / block * block, 0, static_cast<size_t>(padded_cols(cols, bits) - cols / block * block) * 2);
-  for (int64_t g = groups; g < padded_groups(cols, group_size); ++g) dx[g] = xsum[g] = 0.0f;
-  for (int64_t g = 0; g < groups; ++g) {
+void quantize_activations(const float* x, int64_t cols, int group_size, int planes, int zero_point,
+                          const ActivationsOut& out) {
+  const float levels = planes == 1 ? 127.0f : 32512.0f;
+  for (int64_t g = 0; g < cols / group_size; ++g) {
     const float* xg = x + g * group_size;
+    int8_t* to = out.xq + g * group_size * out.lines;
+    float* dx = out.dx + g * (out.lines / planes);
+    float* xsum = out.xsum + g * (out.lines / planes);
+    int32_t* zsum = out.zsum + g * out.lines;
     F largest = f_zero(), poison = f_zero();
     for (int i = 0; i < group_size; i += 16) {
       largest = f_max(f_abs(f_load(xg + i)), largest);
       poison = f_fma(f_load(xg + i), f_zero(), poison);  // 0, or NaN if a value is infinite or NaN
     }
-    if (f_sum(poison) != 0.0f) {
-      // Integers cannot carry it: the group's scale does, so that every product with it is NaN.
-      for (int i = 0; i < group_size; ++i) {
-        const int64_t c = g * group_size + i, within = c % block;
-        xq[c - within + within % planes * 32 + within / planes] = 0;
-      }
-      dx[g] = xsum[g] = __builtin_nanf("");
-      continue;
-    }
     const float most = f_maximum(largest);
-    const float inverse = most > 0.0f ? 32767.0f / most : 0.0f;
-    dx[g] = most / 32767.0f;
-    int32_t sum = 0;
+    const bool finite = f_sum(poison) == 0.0f;
+    const F inverse = f_set1(finite && most > 0.0f ? levels / most : 0.0f);
+    F sums[2] = {f_zero(), f_zero()};
     for (int i = 0; i < group_size; i += 16) {
-      int16_t q[16];
-      f_store_i16(q, f_round(f_mul(f_load(xg + i), f_set1(inverse))));
-      for (int j = 0; j < 16; ++j) {
-        const int64_t c = g * group_size + i + j, within = c % block;
-        xq[c - within + within % planes * 32 + within / planes] = q[j];
-        sum += q[j];
+      F parts[2];
+      parts[0] = finite ? f_round(f_mul(f_load(xg + i), inverse)) : f_zero();
+      if (planes == 2) {
+        // The quarter keeps halves from tying, so that low stays within [−128, 127].
+        const F high = f_round(f_fma(parts[0], f_set1(1.0f / 256), f_set1(0.25f / 256)));
+        parts[1] = f_fma(high, f_set1(-256.0f), parts[0]);
+        parts[0] = high;
+      }
+      for (int plane = 0; plane < planes; ++plane) {
+        sums[plane] = f_add(sums[plane], parts[plane]);
+        int8_t bytes[16];
+        f_store_i8(bytes, parts[plane]);
+        for (int j = 0; j < 4; ++j) std::memcpy(to + (i / 4 + j) * 4 * out.lines + 4 * plane, bytes + 4 * j, 4);
       }
     }
-    xsum[g] = dx[g] * static_cast<float>(sum);
+    float sum = 0.0f;
+    for (int plane = 0; plane < planes; ++plane) {
+      const float of_plane = f_sum(sums[plane]);  // whole and below 2^24: exact
+      zsum[plane] = -zero_point * static_cast<int32_t>(of_plane);
+      sum = sum * 256.0f + of_plane;
+    }
+    // Integers cannot carry what is not finite: the group's scale does, so that every product with it is NaN.
+    *dx = finite ? most / levels : __builtin_nanf("");
+    *xsum = *dx * sum;
   }
 }
 

@@ -61,7 +61,7 @@ inline int64_t lanes_at(int64_t width, int64_t c) { return width - c * 16 < 16 ?
 
 // S ← e^g S; d = (v − Sᵀk)·β; S ← S + k dᵀ; out = Sᵀq, 64 columns of S at a time so that they stay in the L1 cache.
 void delta_step(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
-                int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out) {
+                int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out, int64_t ldo) {
   for (int64_t c0 = 0; c0 < dv; c0 += kDeltaColumns) {
     const int64_t width = dv - c0 < kDeltaColumns ? dv - c0 : kDeltaColumns, vectors = (width + 15) / 16;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -89,7 +89,7 @@ void delta_step(const float* q, const float* k, const float* v, const float* g, 
           f_store_n(s, next, lanes_at(width, c));
         }
       }
-      for (int64_t c = 0; c < vectors; ++c) f_store_n(out + t * ldv + c0 + c * 16, sum[c], lanes_at(width, c));
+      for (int64_t c = 0; c < vectors; ++c) f_store_n(out + t * ldo + c0 + c * 16, sum[c], lanes_at(width, c));
     }
   }
 }
@@ -117,7 +117,7 @@ inline void state_times(const float* state, const float* x, int64_t dk, int64_t 
 //   S ← e^{γ_last} S + Σ_j e^{γ_last−γ_j} k_j d_jᵀ
 // which is delta_step unrolled; every exponent is ≤ 0. (Yang et al., Gated Delta Networks, 2024.)
 void delta_chunk(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
-                 int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out,
+                 int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out, int64_t ldo,
                  float* scratch) {
   float* among_keys = scratch;                             // (tokens, 64): β_i e^{γ_i−γ_j}(k_i·k_j), j < i
   float* scores = among_keys + kDeltaChunk * kDeltaChunk;  // (tokens, 64): e^{γ_i−γ_j}(q_i·k_j), j ≤ i
@@ -161,7 +161,7 @@ void delta_chunk(const float* q, const float* k, const float* v, const float* g,
       const F own = f_set1(scores[i * kDeltaChunk + i]);
       for (int64_t c = 0; c < vectors; ++c) {
         f_store(deltas + i * kDeltaColumns + c * 16, delta[c]);
-        f_store_n(out + i * ldv + c0 + c * 16, f_fma(own, delta[c], result[c]), lanes_at(width, c));
+        f_store_n(out + i * ldo + c0 + c * 16, f_fma(own, delta[c], result[c]), lanes_at(width, c));
       }
     }
     const F keep = f_set1(from_start[tokens - 1]);

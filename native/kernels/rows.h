@@ -90,12 +90,9 @@ void axpy(float a, const float* x, int64_t n, float* y) {
             [&](int64_t c, int64_t m) { f_store_n(y + c, f_fma(factor, f_load_n(x + c, m), f_load_n(y + c, m)), m); });
 }
 
-void add_shared(float* h, const float* acc, const float* shared, float gate, int64_t n) {
-  const F factor = f_set1(gate);
-  for_lanes(n, [&](int64_t c, int64_t m) {
-    const F moe = f_fma(factor, f_load_n(shared + c, m), f_load_n(acc + c, m));
-    f_store_n(h + c, f_add(f_load_n(h + c, m), moe), m);
-  });
+void scale(float* y, float a, int64_t n) {
+  const F factor = f_set1(a);
+  for_lanes(n, [&](int64_t c, int64_t m) { f_store_n(y + c, f_mul(factor, f_load_n(y + c, m)), m); });
 }
 
 void softmax(float* x, int64_t n) {

@@ -14,9 +14,9 @@ struct F {
 struct I {
   __m256i lo, hi;
 };
-template <int BITS>
-struct Planes {
-  __m256i lo[16 / BITS], hi[16 / BITS];
+// 64 bytes of a weight tile: lane r holds four bytes of row r.
+struct W {
+  __m256i lo, hi;
 };
 
 inline F f_set1(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
@@ -96,46 +96,50 @@ inline void f_store_bf16(uint16_t* p, F a) {
   store_bf16(p, a.lo);
   store_bf16(p + 8, a.hi);
 }
-inline void f_store_i16(int16_t* p, F a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(_mm256_cvttps_epi32(a.lo)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), narrow(_mm256_cvttps_epi32(a.hi)));
+inline void f_store_i8(int8_t* p, F a) {
+  __m128i lo = narrow(_mm256_cvttps_epi32(a.lo)), hi = narrow(_mm256_cvttps_epi32(a.hi));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(lo, hi));
 }
 
-template <int BITS>
-inline Planes<BITS> unpack(const uint8_t* w) {
-  Planes<BITS> r;
-  __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
-  __m256i mask = _mm256_set1_epi16((1 << BITS) - 1);
-#pragma GCC unroll 8
-  for (int p = 0; p < 16 / BITS; ++p) {
-    r.lo[p] = _mm256_and_si256(_mm256_srli_epi16(lo, p * BITS), mask);
-    r.hi[p] = _mm256_and_si256(_mm256_srli_epi16(hi, p * BITS), mask);
-  }
-  return r;
+constexpr int kMaxLines = 4;
+
+inline W w_load(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
 template <int BITS>
-inline I dot(const Planes<BITS>& w, const int16_t* xq) {
-  I r = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-#pragma GCC unroll 8
-  for (int p = 0; p < 16 / BITS; ++p) {
-    __m256i x0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(xq + 32 * p));
-    __m256i x1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(xq + 32 * p + 16));
-    r.lo = _mm256_add_epi32(r.lo, _mm256_madd_epi16(w.lo[p], x0));
-    r.hi = _mm256_add_epi32(r.hi, _mm256_madd_epi16(w.hi[p], x1));
+inline W w_plane(W w, int plane) {
+  if (BITS == 8) return w;
+  const __m256i mask = _mm256_set1_epi8(static_cast<char>((1 << BITS) - 1));
+  return {_mm256_and_si256(_mm256_srli_epi16(w.lo, plane * BITS), mask),
+          _mm256_and_si256(_mm256_srli_epi16(w.hi, plane * BITS), mask)};
+}
+inline I i_set1(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+inline I i_add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline I i_join(I high, I low) {
+  return {_mm256_add_epi32(_mm256_slli_epi32(high.lo, 8), low.lo),
+          _mm256_add_epi32(_mm256_slli_epi32(high.hi, 8), low.hi)};
+}
+template <int BITS>
+inline I i_dot(I acc, W w, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const __m256i xs = _mm256_set1_epi32(four);
+  if (BITS <= 4) {
+    // Pairs are below 2·15·128 and so fit the 16 bits that this instruction saturates to.
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w.lo, xs), ones)),
+            _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, xs), ones))};
   }
-  return r;
+  // 8 bits would not fit: even and odd bytes apart, as 16-bit values.
+  const __m256i low_byte = _mm256_set1_epi16(255);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), odd = _mm256_srai_epi16(xs, 8);
+  auto four_of = [&](__m256i v) {
+    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(v, low_byte), even),
+                            _mm256_madd_epi16(_mm256_srli_epi16(v, 8), odd));
+  };
+  return {_mm256_add_epi32(acc.lo, four_of(w.lo)), _mm256_add_epi32(acc.hi, four_of(w.hi))};
 }
 inline F f_from_int(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-template <int N>
-inline F f_spread(F s, int first) {
-  constexpr int shift = N == 1 ? 4 : N == 2 ? 3 : N == 4 ? 2 : 1;
-  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  __m256 from = first >= 8 ? s.hi : s.lo;
-  __m256i base = _mm256_set1_epi32(first & 7);
-  __m256i lo = _mm256_add_epi32(_mm256_srli_epi32(lane, shift), base);
-  __m256i hi = _mm256_add_epi32(_mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8)), shift), base);
-  return {_mm256_permutevar8x32_ps(from, lo), _mm256_permutevar8x32_ps(from, hi)};
-}
 
 }  // namespace

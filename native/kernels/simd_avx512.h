@@ -9,10 +9,7 @@ namespace {
 
 using F = __m512;
 using I = __m512i;
-template <int BITS>
-struct Planes {
-  __m512i v[16 / BITS];
-};
+using W = __m512i;  // 64 bytes of a weight tile: lane r holds four bytes of row r
 
 inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 
@@ -56,31 +53,28 @@ inline void f_store_bf16(uint16_t* p, F a) {
   rounded = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
-inline void f_store_i16(int16_t* p, F a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvttps_epi32(a)));
+inline void f_store_i8(int8_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
 }
 
+constexpr int kMaxLines = 12;
+
+inline W w_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 template <int BITS>
-inline Planes<BITS> unpack(const uint8_t* w) {
-  Planes<BITS> r;
-  __m512i words = _mm512_loadu_si512(w), mask = _mm512_set1_epi16((1 << BITS) - 1);
-#pragma GCC unroll 8
-  for (int p = 0; p < 16 / BITS; ++p) r.v[p] = _mm512_and_si512(_mm512_srli_epi16(words, p * BITS), mask);
-  return r;
+inline W w_plane(W w, int plane) {
+  if (BITS == 8) return w;
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
+  return _mm512_and_si512(plane ? _mm512_srli_epi16(w, static_cast<unsigned>(plane * BITS)) : w, mask);
 }
+inline I i_set1(int32_t a) { return _mm512_set1_epi32(a); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I i_join(I high, I low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
 template <int BITS>
-inline I dot(const Planes<BITS>& w, const int16_t* xq) {
-  __m512i r = _mm512_setzero_si512();
-#pragma GCC unroll 8
-  for (int p = 0; p < 16 / BITS; ++p) r = _mm512_dpwssd_epi32(r, w.v[p], _mm512_loadu_si512(xq + 32 * p));
-  return r;
+inline I i_dot(I acc, W w, const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
 }
 inline F f_from_int(I a) { return _mm512_cvtepi32_ps(a); }
-template <int N>
-inline F f_spread(F s, int first) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  constexpr int shift = N == 1 ? 4 : N == 2 ? 3 : N == 4 ? 2 : 1;
-  return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_srli_epi32(lane, shift), _mm512_set1_epi32(first)), s);
-}
 
 }  // namespace

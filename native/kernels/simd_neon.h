@@ -14,9 +14,9 @@ struct F {
 struct I {
   int32x4_t v[4];
 };
-template <int BITS>
-struct Planes {
-  int16x8_t v[16 / BITS][4];
+// 64 bytes of a weight tile: lane r holds four bytes of row r.
+struct W {
+  uint8x16_t v[4];
 };
 
 #define QUARTERS(expression)                         \
@@ -74,45 +74,57 @@ inline void f_store_bf16(uint16_t* p, F a) {
     vst1_u16(p + 4 * i, vmovn_u32(vbslq_u32(number, rounded, vorrq_u32(high, vdupq_n_u32(0x40)))));
   }
 }
-inline void f_store_i16(int16_t* p, F a) {
-  for (int i = 0; i < 4; ++i) vst1_s16(p + 4 * i, vmovn_s32(vcvtq_s32_f32(a.v[i])));
+inline void f_store_i8(int8_t* p, F a) {
+  int16x8_t lo = vcombine_s16(vmovn_s32(vcvtq_s32_f32(a.v[0])), vmovn_s32(vcvtq_s32_f32(a.v[1])));
+  int16x8_t hi = vcombine_s16(vmovn_s32(vcvtq_s32_f32(a.v[2])), vmovn_s32(vcvtq_s32_f32(a.v[3])));
+  vst1q_s8(p, vcombine_s8(vmovn_s16(lo), vmovn_s16(hi)));
 }
 
+constexpr int kMaxLines = 2;
+
+inline W w_load(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
 template <int BITS>
-inline Planes<BITS> unpack(const uint8_t* w) {
-  Planes<BITS> r;
-  const uint16x8_t mask = vdupq_n_u16((1 << BITS) - 1);
-  for (int i = 0; i < 4; ++i) {
-    uint16x8_t words = vreinterpretq_u16_u8(vld1q_u8(w + 16 * i));
-    for (int p = 0; p < 16 / BITS; ++p)
-      r.v[p][i] =
-          vreinterpretq_s16_u16(vandq_u16(vshlq_u16(words, vdupq_n_s16(static_cast<int16_t>(-p * BITS))), mask));
-  }
-  return r;
+inline W w_plane(W w, int plane) {
+  if (BITS == 8) return w;
+  const uint8x16_t mask = vdupq_n_u8((1 << BITS) - 1);
+  for (int i = 0; i < 4; ++i) w.v[i] = vandq_u8(vshlq_u8(w.v[i], vdupq_n_s8(static_cast<int8_t>(-plane * BITS))), mask);
+  return w;
+}
+inline I i_set1(int32_t a) { return {{vdupq_n_s32(a), vdupq_n_s32(a), vdupq_n_s32(a), vdupq_n_s32(a)}}; }
+inline I i_add(I a, I b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+  return a;
+}
+inline I i_join(I high, I low) {
+  for (int i = 0; i < 4; ++i) high.v[i] = vaddq_s32(vshlq_n_s32(high.v[i], 8), low.v[i]);
+  return high;
 }
 template <int BITS>
-inline I dot(const Planes<BITS>& w, const int16_t* xq) {
-  I r;
+inline I i_dot(I acc, W w, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
   for (int i = 0; i < 4; ++i) {
-    int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
-    for (int p = 0; p < 16 / BITS; ++p) {
-      int16x8_t x = vld1q_s16(xq + 32 * p + 8 * i);
-      low = vmlal_s16(low, vget_low_s16(w.v[p][i]), vget_low_s16(x));
-      high = vmlal_high_s16(high, w.v[p][i], x);
+    int16x8_t lo, hi;  // products of rows 0 and 1, and of rows 2 and 3
+    int32x4_t a, b;
+    if (BITS <= 4) {  // as signed bytes, products fit 16 bits
+      const int8x16_t ws = vreinterpretq_s8_u8(w.v[i]);
+      lo = vmull_s8(vget_low_s8(ws), vget_low_s8(xs));
+      hi = vmull_high_s8(ws, xs);
+      a = vpaddlq_s16(lo);
+      b = vpaddlq_s16(hi);
+    } else {
+      const int16x8_t x16 = vmovl_s8(vget_low_s8(xs));
+      lo = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(w.v[i])));
+      hi = vreinterpretq_s16_u16(vmovl_high_u8(w.v[i]));
+      a = vpaddq_s32(vmull_s16(vget_low_s16(lo), vget_low_s16(x16)), vmull_high_s16(lo, x16));
+      b = vpaddq_s32(vmull_s16(vget_low_s16(hi), vget_low_s16(x16)), vmull_high_s16(hi, x16));
     }
-    r.v[i] = vpaddq_s32(low, high);
+    acc.v[i] = vaddq_s32(acc.v[i], vpaddq_s32(a, b));
   }
-  return r;
+  return acc;
 }
 inline F f_from_int(I a) { QUARTERS(vcvtq_f32_s32(a.v[i])); }
-template <int N>
-inline F f_spread(F s, int first) {
-  float t[16];
-  f_store(t, s);
-  const float* g = t + first;
-  QUARTERS((N == 8) ? vcombine_f32(vdup_n_f32(g[(2 * i) % N]), vdup_n_f32(g[(2 * i + 1) % N]))
-                    : vdupq_n_f32(g[i * N / 4]));
-}
 
 #undef QUARTERS
 

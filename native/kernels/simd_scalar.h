@@ -13,10 +13,9 @@ struct F {
 struct I {
   int32_t v[16];
 };
-// The words of one 64-byte weight block, unpacked: plane p holds 32 values.
-template <int BITS>
-struct Planes {
-  int16_t v[16 / BITS][32];
+// 64 bytes of a weight tile: lane r holds four bytes of row r.
+struct W {
+  uint8_t v[64];
 };
 
 #define LANEWISE(expression)                          \
@@ -94,34 +93,45 @@ inline void f_store_bf16(uint16_t* p, F a) {
       p[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 }
-// Whole values in [−32768, 32767] to int16.
-inline void f_store_i16(int16_t* p, F a) {
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(a.v[i]);
+// Whole values in [−128, 127] to int8.
+inline void f_store_i8(int8_t* p, F a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
 
-template <int BITS>
-inline Planes<BITS> unpack(const uint8_t* w) {
-  Planes<BITS> r;
-  for (int j = 0; j < 32; ++j) {
-    uint16_t word = static_cast<uint16_t>(w[2 * j] | w[2 * j + 1] << 8);
-    for (int p = 0; p < 16 / BITS; ++p) r.v[p][j] = static_cast<int16_t>((word >> (p * BITS)) & ((1 << BITS) - 1));
-  }
+constexpr int kMaxLines = 4;  // lines of activations that one pass over a tile serves: as many as registers hold sums
+
+inline W w_load(const uint8_t* p) {
+  W r;
+  std::memcpy(r.v, p, 64);
   return r;
 }
-// Lane j: Σ over planes of words 2j and 2j+1.
+// The bits [plane·BITS, (plane + 1)·BITS) of every byte.
 template <int BITS>
-inline I dot(const Planes<BITS>& w, const int16_t* xq) {
-  I r{};
-  for (int p = 0; p < 16 / BITS; ++p)
-    for (int j = 0; j < 32; ++j) r.v[j / 2] += w.v[p][j] * xq[32 * p + j];
+inline W w_plane(W w, int plane) {
+  for (int i = 0; i < 64; ++i) w.v[i] = static_cast<uint8_t>((w.v[i] >> (plane * BITS)) & ((1 << BITS) - 1));
+  return w;
+}
+inline I i_set1(int32_t a) {
+  I r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a;
   return r;
+}
+inline I i_add(I a, I b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+// 256·high + low.
+inline I i_join(I high, I low) {
+  for (int i = 0; i < 16; ++i) high.v[i] = high.v[i] * 256 + low.v[i];
+  return high;
+}
+// Lane r: acc + Σ over its four bytes of w·x[0..3]; w below 2^BITS.
+template <int BITS>
+inline I i_dot(I acc, W w, const int8_t* x) {
+  for (int i = 0; i < 64; ++i) acc.v[i / 4] += w.v[i] * x[i % 4];
+  return acc;
 }
 inline F f_from_int(I a) { LANEWISE(static_cast<float>(a.v[i])); }
-// Lane i ← s[first + i/(16/N)]: the scale of each lane's group where a block holds N groups.
-template <int N>
-inline F f_spread(F s, int first) {
-  LANEWISE(s.v[first + i / (16 / N)]);
-}
 
 #undef LANEWISE
 

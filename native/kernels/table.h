@@ -7,7 +7,7 @@
    rms_norm,     gated_rms_norm,       \
    l2_norm,      swiglu,               \
    sigmoid_gate, axpy,                 \
-   add_shared,   softmax,              \
+   scale,        softmax,              \
    sigmoid,      decay,                \
    rotary,       to_bf16,              \
    conv,         attend,               \

@@ -10,17 +10,35 @@ SHORT_READ: int
 class Format:
     """A matrix without its memory. Raises ValueError for sizes or bits that cannot be."""
 
-    def __init__(self, rows: int, cols: int, bits: int, group_size: int, dtype: str) -> None: ...
-    @property
-    def data_bytes(self) -> int: ...
-    @property
-    def scale_bytes(self) -> int: ...
+    def __init__(
+        self, rows: int, cols: int, bits: int, group_size: int, dtype: str, symmetric: bool = False
+    ) -> None: ...
 
 class Matrix:
     """A matrix in memory that NumPy owns; keeps the arrays alive."""
 
     def __init__(
         self, format: Format, data: NDArray[np.uint8], scales: NDArray[np.uint8], biases: NDArray[np.uint8]
+    ) -> None: ...
+
+class Attention:
+    """What attention needs beside its projections; keeps the arrays alive."""
+
+    def __init__(self, q_norm: NDArray[np.float32], k_norm: NDArray[np.float32], heads: int, eps: float) -> None: ...
+
+class DeltaNet:
+    """What a gated-delta layer needs beside its projections; keeps the arrays alive."""
+
+    def __init__(
+        self,
+        conv_weight: NDArray[np.float32],
+        a_log: NDArray[np.float32],
+        dt_bias: NDArray[np.float32],
+        norm_weight: NDArray[np.float32],
+        key_heads: int,
+        value_heads: int,
+        dk: int,
+        eps: float,
     ) -> None: ...
 
 class Arena:
@@ -58,5 +76,5 @@ def available_isas() -> list[str]: ...
 class Engine:
     """The loops of the forward pass over a pool of threads. Its methods are those of native/ops.h."""
 
-    def __init__(self, threads: int, isa: str) -> None: ...
+    def __init__(self, threads: int, isa: str, activation_bits: int) -> None: ...
     def __getattr__(self, name: str) -> Any: ...

@@ -132,6 +132,12 @@ def _add_run(commands: Any) -> None:
         "--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)"
     )
     values = run.add_argument_group("precision (these change the text; what is lossy is said in the footer)")
+    values.add_argument(
+        "--exact",
+        action="store_true",
+        default=None,
+        help="16-bit activations instead of 8-bit ones: float32's result but for about 1e-4; a long prompt takes twice the time",
+    )
     values.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16)")
     values.add_argument(
         "--experts-per-token", type=int, metavar="N", help="lossy: use fewer experts than the model was trained with"
@@ -161,6 +167,9 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument(
         "--trunk-bits", type=int, choices=(4, 8, 16), default=8, help="of the trunk's matrices; 16 leaves them (8)"
+    )
+    convert.add_argument(
+        "--symmetric", action="store_true", help="no bias beside each scale: 16 bits less a group, coarser"
     )
     convert.add_argument("--threads", type=int, metavar="N", help="threads that quantize")
     convert.set_defaults(function=_convert)
@@ -222,7 +231,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 _ENGINE_OPTIONS = (
-    "memory", "residency", "policy", "reader", "queue_depth", "threads", "isa", "context_length", "verify", "kv_dtype", "experts_per_token",
+    "memory", "residency", "policy", "reader", "queue_depth", "threads", "isa", "context_length", "verify", "exact", "kv_dtype",
+    "experts_per_token",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -369,7 +379,7 @@ def _convert(options: argparse.Namespace) -> int:
     from .convert import convert
 
     threads = EngineConfig.from_options({"threads": options.threads}).thread_count
-    policy = BitPolicy(options.bits, options.group_size, options.trunk_bits)
+    policy = BitPolicy(options.bits, options.group_size, options.trunk_bits, options.symmetric)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -61,7 +61,7 @@ def format_bytes(count: float) -> str:
 class EngineConfig:
     """How a model is run; what is not set is found out from the machine and the checkpoint.
 
-    Of these only `experts_per_token` and `kv_dtype` change what is computed; the rest decides where bytes lie.
+    Of these only `experts_per_token`, `kv_dtype` and `exact` change what is computed; the rest decides where bytes lie.
     """
 
     memory_bytes: int | None = None  # trunk + state + slots; None: what is available now
@@ -74,6 +74,7 @@ class EngineConfig:
     isa: str = ""  # "": the fastest this machine has
     ops: str = "cpu"
     context_length: int = 0  # 0: 8,192, or what the model was trained for if that is less
+    exact: bool = False  # 16-bit activations in products with quantized weights, instead of 8-bit ones
     kv_dtype: str = "bf16"
     prefill_chunk: int = 2048
     experts_per_token: int = 0  # 0: as trained. Fewer is lossy.
@@ -103,6 +104,8 @@ class EngineConfig:
         for name, unit in (("split_bytes", 4096), ("prefill_chunk", 64)):
             if getattr(self, name) % unit:
                 raise UsageError(f"{name} is a multiple of {unit}, not {getattr(self, name)}")
+        if type(self.exact) is not bool:
+            raise UsageError(f"exact is True or False, not {self.exact!r}")
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise UsageError("memory is more than nothing")
 
@@ -129,6 +132,10 @@ class EngineConfig:
                 f"unknown option {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)} and memory"
             )
         return cls(**values)
+
+    @property
+    def activation_bits(self) -> int:
+        return 16 if self.exact else 8
 
     @property
     def thread_count(self) -> int:

@@ -95,7 +95,7 @@ class _Conversion:
     def _expert_format(self, layout: ExpertLayout) -> ExpertFormat:
         if self.checkpoint.quantization or self.policy.bits == 16:
             return layout.format
-        formats = [quantized_format(m, self.policy.bits, self.policy.group_size) for m in layout.format.matrices]
+        formats = [quantized_format(m, self.policy.bits, self.policy) for m in layout.format.matrices]
         for m in formats:
             if not m.quantized:
                 raise ConvertError(
@@ -118,7 +118,7 @@ class _Conversion:
                 continue
             groups = (m.rows, m.cols // m.group_size)
             tensors[f"{name}.weight"] = ("U32", (m.rows, m.cols * m.bits // 32), m.data_bytes)
-            for suffix in ("scales", "biases"):
+            for suffix in _value_suffixes(m):
                 tensors[f"{name}.{suffix}"] = (_DTYPE_NAMES[m.dtype], groups, m.scale_bytes)
         return tensors
 
@@ -129,7 +129,7 @@ class _Conversion:
         m = self._source_format(module)
         if self.checkpoint.quantization:  # somebody has chosen bits already, dense ones too
             return m
-        return quantized_format(m, self.policy.trunk_bits_of(module), self.policy.group_size)
+        return quantized_format(m, self.policy.trunk_bits_of(module), self.policy)
 
     def run(self) -> None:
         with self._errors_with_advice(), self._own_folder():
@@ -271,7 +271,7 @@ class _Conversion:
             return
         source, target = self._source_format(name), self._trunk_format(name)
         if source == target:
-            for suffix in ("weight", "scales", "biases") if source.quantized else ("weight",):
+            for suffix in ("weight", *_value_suffixes(source)):
                 yield f"{name}.{suffix}", self._copy(self.checkpoint.tensor(f"{name}.{suffix}"))
             return
         # Scales and biases follow the weights in the file but come out of the same pass over the source; they are small.
@@ -281,15 +281,13 @@ class _Conversion:
         def packed() -> Iterator[memoryview]:
             for begin, end, first, last in row_blocks(source):
                 values = to_f32(read_tensor(info, first, last), source.dtype).reshape(end - begin, source.cols)
-                q, scales, biases = self.ops.quantize(
-                    check_finite(values, f"{info.file}: tensor {info.name}"), target.bits, target.group_size
-                )
+                q, scales, biases = self._quantize(check_finite(values, f"{info.file}: tensor {info.name}"), target)
                 kept[0].append(scales)
                 kept[1].append(biases)
                 yield memoryview(q).cast("B")
 
         yield f"{name}.weight", packed()
-        for suffix, parts in zip(("scales", "biases"), kept, strict=True):
+        for suffix, parts in zip(_value_suffixes(target), kept, strict=False):
             yield f"{name}.{suffix}", iter([memoryview(np.concatenate(parts)).cast("B")])
 
     def _copy(self, info: TensorInfo) -> Iterator[memoryview]:
@@ -333,21 +331,18 @@ class _Conversion:
             os.posix_fadvise(file.fileno(), int(layout.offsets[expert, r]), length, os.POSIX_FADV_DONTNEED)
             ranges.append(data)
         for i, (source, target) in enumerate(zip(layout.format.matrices, format.matrices, strict=True)):
-            parts = []
-            for (r, at), size in zip(
-                layout.pieces[3 * i : 3 * i + 3],
-                (source.data_bytes, source.scale_bytes, source.scale_bytes),
-                strict=True,
-            ):
-                parts.append(ranges[r][at : at + size])
+            parts = [
+                ranges[r][at : at + size]
+                for (r, at), size in zip(layout.pieces[3 * i : 3 * i + 3], source.part_bytes, strict=True)
+            ]
             if source != target:
                 values = to_f32(parts[0], source.dtype).reshape(source.rows, source.cols)
                 where = f"{files[0].name}: layer {layout.layer}, expert {expert}"
-                parts = [
-                    p.view(np.uint8).ravel()
-                    for p in self.ops.quantize(check_finite(values, where), target.bits, target.group_size)
-                ]
-            yield from parts
+                parts = [p.view(np.uint8).ravel() for p in self._quantize(check_finite(values, where), target)]
+            yield from self.ops.tiled(target, *parts) if target.quantized else parts
+
+    def _quantize(self, values: Any, target: MatrixFormat) -> tuple[Any, Any, Any]:
+        return self.ops.quantize(values, target.bits, target.group_size, target.symmetric)
 
     def _finish(self, journal: dict[str, Any]) -> None:
         """Config, tokenizer and manifest; then the folder gets its name."""
@@ -387,6 +382,11 @@ class _Conversion:
         _sync_folder(self.destination.parent)
         # Last, so that a rename that fails can be tried again without doing the work anew; the reader does not look at it.
         (self.destination / _JOURNAL).unlink()
+
+
+def _value_suffixes(m: MatrixFormat) -> tuple[str, ...]:
+    """The tensors that stand beside a matrix's values."""
+    return () if not m.quantized else ("scales",) if m.symmetric else ("scales", "biases")
 
 
 def _sync_folder(path: Path) -> None:

@@ -128,10 +128,17 @@ class LLM:
                 store.close()
                 store = ExpertStore(layouts, direct=False)
             self.reader_name, reader = _make_reader(c)
+            self.ops = make_ops(c.ops, c.thread_count, c.isa, c.activation_bits)
             self.experts = ExpertCache(
-                store, self.plan.slots, self.plan.ring_slots, c.policy, reader, self.plan.residency, c.verify
+                store,
+                self.plan.slots,
+                self.plan.ring_slots,
+                c.policy,
+                reader,
+                self.plan.residency,
+                c.verify,
+                self.ops.tile,
             )
-            self.ops = make_ops(c.ops, c.thread_count, c.isa)
             self.model = model_module.Model(self.model_config, self.checkpoint, self.ops, self.experts, self.top_k)
         except BaseException:
             store.close()
@@ -186,7 +193,9 @@ class LLM:
         )
 
     def _isa(self) -> str:
-        return f", {self.ops.engine.isa}" if isinstance(self.ops, CpuOps) else ""
+        if not isinstance(self.ops, CpuOps):
+            return ""
+        return f", {self.ops.engine.isa}, {self.config.activation_bits}-bit activations"
 
     def session(self) -> Session:
         """A new, empty text."""

@@ -16,7 +16,7 @@ class Linear:
         self.weight, self.ops = ops.bind(weight), ops
 
     def __call__(self, x: F32) -> F32:
-        return self.ops.linear(x, self.weight)
+        return self.ops.project(x, [self.weight])[0]
 
 
 class Embedding:
@@ -29,7 +29,7 @@ class Embedding:
         return self.ops.embed(self.weight, tokens)
 
     def as_linear(self, x: F32) -> F32:
-        return self.ops.linear(x, self.weight)
+        return self.ops.project(x, [self.weight])[0]
 
 
 class RMSNorm:

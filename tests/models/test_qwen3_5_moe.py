@@ -74,11 +74,29 @@ def test_quantized_checkpoints_equal_the_oracle_on_the_same_values(tmp_path: Pat
     expected = oracle.oracle_logits(model, tokens)
     with LLM(tmp_path / "pack", ops="reference", kv_dtype="f32", memory="64MiB", context_length=512) as llm:
         assert oracle.relative_error(oracle.our_logits(llm, tokens), expected) < DENSE
-    with LLM(tmp_path / "pack", kv_dtype="f32", memory="64MiB", context_length=512) as llm:
+    with LLM(tmp_path / "pack", exact=True, kv_dtype="f32", memory="64MiB", context_length=512) as llm:
         errors = np.linalg.norm(oracle.our_logits(llm, tokens) - expected, axis=1) / np.linalg.norm(expected, axis=1)
         assert np.median(errors) < QUANTIZED / 2
         assert np.quantile(errors, 0.8) < QUANTIZED * 2
         assert oracle.our_greedy(llm, tokens[:20], 64) == oracle.oracle_greedy(model, tokens[:20], 64)
+
+
+def test_8_bit_activations_change_little_and_exact_ones_less(tmp_path: Path) -> None:
+    config = config_of(**QUANTIZED_SIZES)
+    source = oracle.save_hf(tmp_path / "src", config, oracle.make_oracle(config, torch.bfloat16), torch.bfloat16)
+    convert(source, tmp_path / "pack", BitPolicy(), threads=2)
+    tokens = oracle.random_tokens(config, 90)
+    logits = {}
+    for exact in (False, True):
+        with LLM(tmp_path / "pack", exact=exact, kv_dtype="f32", memory="64MiB", context_length=512) as llm:
+            logits[exact] = oracle.our_logits(llm, tokens)
+            assert ("16-bit" if exact else "8-bit") + " activations" in llm.describe()
+    expected = oracle.oracle_logits(oracle.dequantized_oracle(tmp_path / "pack", config), tokens)
+    error = {
+        exact: float(np.median(np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)))
+        for exact, got in logits.items()
+    }
+    assert error[True] < QUANTIZED / 2 and 10 * error[True] < error[False] < 0.1, error  # random routers flip easily
 
 
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ALIGNMENT = 4096  # O_DIRECT's unit: offsets, lengths and destinations of reads
 PIECE_ALIGNMENT = 64  # of the parts of a record: a cache line
 MANIFEST = "expertstream.json"
 PACK_FORMAT = "expertstream-pack"
-PACK_VERSION = 1
+PACK_VERSION = 2  # 2: experts in tiles
 
 
 def align(value: int, to: int = ALIGNMENT) -> int:
@@ -73,10 +73,15 @@ class ExpertLayout:
     lengths: tuple[int, ...]  # (R,)
     pieces: tuple[tuple[int, int], ...]  # nine of (range, offset in it): data, scales, biases of gate, up, down
     checksums: tuple[int, ...] | None = None  # xxh3-64 of each expert's one range, a pack's only
+    tiled: bool = False  # quantized matrices lie as the kernels want them, a pack's only
 
     @property
     def num_experts(self) -> int:
         return int(self.offsets.shape[0])
+
+    @property
+    def needs_tiling(self) -> bool:
+        return not self.tiled and any(m.quantized for m in self.format.matrices)
 
     @property
     def bytes_per_expert(self) -> int:
@@ -87,7 +92,7 @@ def record_pieces(format: ExpertFormat) -> tuple[list[int], int]:
     """Offsets of the nine parts in a pack's record, and the record's length, a multiple of 4,096."""
     offsets, at = [], 0
     for matrix in format.matrices:
-        for size in (matrix.data_bytes, matrix.scale_bytes, matrix.scale_bytes):
+        for size in matrix.part_bytes:
             offsets.append(at)
             at = align(at + size, PIECE_ALIGNMENT)
     return offsets, align(at)

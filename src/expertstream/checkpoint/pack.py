@@ -107,6 +107,7 @@ def expert_layout(
         (record_bytes,),
         tuple((0, at) for at in pieces),
         tuple(int(c, 16) for c in checksums),
+        tiled=True,
     )
 
 
@@ -140,9 +141,15 @@ def write_records(
 
 def _check_matrix(where: str, m: MatrixFormat, rows: int, cols: int) -> None:
     numbers = all(type(n) is int for n in (m.rows, m.cols, m.bits, m.group_size))
-    affine = numbers and m.bits in (2, 4, 8) and m.group_size in (32, 64, 128) and cols % m.group_size == 0
+    affine = (
+        numbers
+        and m.bits in (2, 4, 8)
+        and m.group_size in (32, 64, 128)
+        and cols % m.group_size == 0
+        and type(m.symmetric) is bool
+    )
     dense = numbers and m.bits == (32 if m.dtype == "f32" else 16) and m.group_size == 0
-    if m.dtype not in ("f32", "f16", "bf16") or not (affine or dense):
+    if m.dtype not in ("f32", "f16", "bf16") or not (affine or (dense and m.symmetric is False)):
         raise CheckpointError(f"{where}: unknown quantization: {m}")
     if (m.rows, m.cols) != (rows, cols):
         raise CheckpointError(f"{where}: a matrix of shape {(m.rows, m.cols)}, expected {(rows, cols)}")

@@ -27,19 +27,21 @@ class BitPolicy:
     bits: int = 4
     group_size: int = 64
     trunk_bits: int = 8
+    symmetric: bool = False  # no bias: 16 bits less a group
 
     def trunk_bits_of(self, module: str) -> int:
         keep = (".mlp.gate", ".shared_expert_gate", ".in_proj_a", ".in_proj_b")
         return 16 if module.endswith(keep) else self.trunk_bits
 
 
-def quantized_format(dense: MatrixFormat, bits: int, group_size: int) -> MatrixFormat:
+def quantized_format(dense: MatrixFormat, bits: int, policy: BitPolicy) -> MatrixFormat:
     """The format after quantizing to `bits`: dense stays if bits is 16, or if no group of 32 or more divides its columns."""
+    group_size = policy.group_size
     while group_size >= 32 and dense.cols % group_size:
         group_size //= 2
     if bits == 16 or group_size < 32:
         return dense
-    return MatrixFormat(dense.rows, dense.cols, bits, group_size, "bf16")
+    return MatrixFormat(dense.rows, dense.cols, bits, group_size, "bf16", policy.symmetric)
 
 
 def row_blocks(m: MatrixFormat) -> Iterator[tuple[int, int, int, int]]:

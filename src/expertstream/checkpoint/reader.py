@@ -103,10 +103,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected U32 for {bits}-bit weights"
             )
-        scales, biases = self.tensor(f"{module}.scales"), self.tensor(f"{module}.biases")
+        scales = self.tensor(f"{module}.scales")
         self._check_shape(info, (*lead, rows, cols * bits // 32))
-        for part in (scales, biases):
-            self._check_shape(part, (*lead, rows, cols // group))
+        self._check_shape(scales, (*lead, rows, cols // group))
+        if self.manifest is not None and f"{module}.biases" not in self.tensors:
+            return MatrixFormat(rows, cols, bits, group, self._float(scales), symmetric=True)
+        biases = self.tensor(f"{module}.biases")
+        self._check_shape(biases, (*lead, rows, cols // group))
         if scales.dtype != biases.dtype:
             raise CheckpointError(
                 f"{biases.file}: tensor {biases.name} has dtype {biases.dtype}, its scales {scales.dtype}"
@@ -126,7 +129,9 @@ class Checkpoint:
         empty = np.empty(0, np.uint8)
         scales, biases = empty, empty
         if format.quantized:
-            scales, biases = self.read(self.tensor(f"{module}.scales")), self.read(self.tensor(f"{module}.biases"))
+            scales = self.read(self.tensor(f"{module}.scales"))
+            if not format.symmetric:
+                biases = self.read(self.tensor(f"{module}.biases"))
         return Weight(format, self.read(self.tensor(f"{module}.weight")), scales, biases)
 
     def vector(self, name: str, spec: WeightSpec) -> F32:
@@ -155,7 +160,7 @@ class Checkpoint:
         """Where the routed experts of a layer lie: gate, up (inner, hidden), down (hidden, inner)."""
         layout = self._experts(layer, num_experts, inner, hidden)
         gate, up = layout.format.gate, layout.format.up
-        if (gate.bits, gate.group_size) != (up.bits, up.group_size):
+        if (gate.bits, gate.group_size, gate.symmetric) != (up.bits, up.group_size, up.symmetric):
             raise CheckpointError(
                 f"{self.path}: layer {layer}: gate and up of the experts have different bits or groups"
             )
@@ -199,7 +204,7 @@ class Checkpoint:
         parts: list[list[TensorInfo]] = []
         lengths, pieces = [], []
         for name, m in zip(shapes, formats, strict=True):
-            for suffix, size in (("weight", m.data_bytes), ("scales", m.scale_bytes), ("biases", m.scale_bytes)):
+            for suffix, size in zip(("weight", "scales", "biases"), m.part_bytes, strict=True):
                 if size:
                     pieces.append((len(parts), 0))
                     parts.append([self.tensor(f"{prefix}.{name}.{suffix}")])

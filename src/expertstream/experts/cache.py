@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import xxhash
 
 from .. import _native
 from ..errors import ReadError, RequestError
-from ..ops import ExpertBlock
+from ..ops import I64, ExpertBlock, ExpertFormat
 from .policy import make_policy
 from .stats import ExpertStats
 from .store import ExpertStore, plan_read
@@ -61,8 +61,10 @@ class ExpertCache:
         reader: Any,
         residency: str,
         verify: str,
+        tile: Callable[[ExpertFormat, Any, I64], None],
     ) -> None:
-        """slots: all of them, ring_slots of which belong to the ring. reader: a _native.Reader."""
+        """slots: all of them, ring_slots of which belong to the ring. reader: a _native.Reader. tile: Ops.tile, for checkpoints
+        whose experts do not lie as the kernels want them."""
         self.store, self.reader, self.residency = store, reader, residency
         self.arena = _native.Arena(slots * store.slot_bytes)
         reader.register_memory(self.arena)
@@ -82,7 +84,7 @@ class ExpertCache:
         self._offsets = np.zeros((slots, 9), np.int64)
         self._loads: dict[int, _Load] = {}  # by tag
         self._next_tag = 0
-        self._verify = verify
+        self._verify, self._tile = verify, tile
         self._verified: list[set[int]] = [set() for _ in range(layers)]
 
     @property
@@ -198,6 +200,8 @@ class ExpertCache:
                 raise ReadError(f"{self._where(layer, load.expert)}: read failed: {reason}")
             if load.pending == 0:
                 self._check(layer, load)
+                if self.store.layouts[layer].needs_tiling:
+                    self._tile(self.store.layouts[layer].format, self.arena, self._offsets[load.slot])
                 if self.residency == "os" and load.cached_bytes == load.bytes:
                     counters.hits += 1
                 else:

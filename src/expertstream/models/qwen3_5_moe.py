@@ -18,7 +18,7 @@ from ..errors import CheckpointError, RequestError
 from ..experts.cache import ExpertCache
 from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
 from ..layers import Embedding, Linear, RMSNorm, Rotary
-from ..ops import F32, I64, Ops
+from ..ops import F32, I64, AttentionWeights, DeltaWeights, Ops
 
 __all__ = ["Config", "Model", "expert_layouts", "weight_map"]
 
@@ -246,64 +246,41 @@ class GatedDeltaNet:
     """Linear attention with a gated delta rule (Yang et al., Gated Delta Networks, 2024)."""
 
     def __init__(self, w: Weights, name: str) -> None:
-        self.c, self.ops = w.config, w.ops
-        self.in_proj_qkv, self.in_proj_z = w.linear(f"{name}.in_proj_qkv"), w.linear(f"{name}.in_proj_z")
-        self.in_proj_b, self.in_proj_a = w.linear(f"{name}.in_proj_b"), w.linear(f"{name}.in_proj_a")
+        c, self.ops = w.config, w.ops
+        # All four read the same input, so they are multiplied together.
+        self.in_proj = [w.linear(f"{name}.in_proj_{part}").weight for part in ("qkv", "z", "a", "b")]
         self.out_proj = w.linear(f"{name}.out_proj")
-        self.conv_weight = w.vector(f"{name}.conv1d.weight")  # (kernel, channels)
-        self.a_log, self.dt_bias = w.vector(f"{name}.A_log"), w.vector(f"{name}.dt_bias")
-        self.norm_weight = w.vector(f"{name}.norm.weight")
+        self.weights = DeltaWeights(
+            conv=w.vector(f"{name}.conv1d.weight"),
+            a_log=w.vector(f"{name}.A_log"),
+            dt_bias=w.vector(f"{name}.dt_bias"),
+            norm=w.vector(f"{name}.norm.weight"),
+            key_heads=c.linear_num_key_heads,
+            value_heads=c.linear_num_value_heads,
+            key_dim=c.linear_key_head_dim,
+            eps=c.rms_norm_eps,
+        )
 
     def __call__(self, x: F32, state: DeltaState, chunked: bool) -> F32:
-        c, ops, T = self.c, self.ops, x.shape[0]
-        # Project, mix each channel with its own past, and split.
-        qkv = ops.conv(self.in_proj_qkv(x), self.conv_weight, state.conv_state)
-        heads = (T, c.linear_num_key_heads, c.linear_key_head_dim)
-        q = qkv[:, : c.key_dim].reshape(heads)
-        k = qkv[:, c.key_dim : 2 * c.key_dim].reshape(heads)
-        v = qkv[:, 2 * c.key_dim :].reshape(T, c.linear_num_value_heads, c.linear_value_head_dim)
-        # Keys and queries have unit length; queries also carry the 1/√d.
-        q = ops.l2_norm(np.ascontiguousarray(q), 1e-6, c.linear_key_head_dim**-0.5)
-        k = ops.l2_norm(np.ascontiguousarray(k), 1e-6, 1.0)
-        # How much of the state each head keeps, and how strongly it writes.
-        g, beta = ops.gates(self.in_proj_a(x), self.in_proj_b(x), self.a_log, self.dt_bias)
-        out = ops.gated_delta(q, k, np.ascontiguousarray(v), g, beta, state.recurrent_state, chunked)
-        z = self.in_proj_z(x).reshape(v.shape)
-        out = ops.gated_rms_norm(out, z, self.norm_weight, c.rms_norm_eps)
-        return self.out_proj(out.reshape(T, c.value_dim))
+        qkv, z, a, b = self.ops.project(x, self.in_proj)
+        return self.out_proj(
+            self.ops.delta_net(self.weights, qkv, z, a, b, state.conv_state, state.recurrent_state, chunked)
+        )
 
 
 class Attention:
     """Grouped-query attention with normed, partly rotated queries and keys, and an output gate."""
 
     def __init__(self, w: Weights, name: str) -> None:
-        self.c, self.ops = w.config, w.ops
-        self.q_proj, self.k_proj = w.linear(f"{name}.q_proj"), w.linear(f"{name}.k_proj")
-        self.v_proj, self.o_proj = w.linear(f"{name}.v_proj"), w.linear(f"{name}.o_proj")
-        self.q_norm, self.k_norm = w.norm(f"{name}.q_norm"), w.norm(f"{name}.k_norm")
+        c, self.ops = w.config, w.ops
+        self.in_proj = [w.linear(f"{name}.{part}_proj").weight for part in ("q", "k", "v")]
+        self.o_proj = w.linear(f"{name}.o_proj")
+        q_norm, k_norm = (w.norm(f"{name}.{part}_norm").weight for part in ("q", "k"))
+        self.weights = AttentionWeights(q_norm, k_norm, heads=c.num_attention_heads, eps=c.rms_norm_eps)
 
     def __call__(self, x: F32, state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
-        c, ops, T = self.c, self.ops, x.shape[0]
-        q_gate = self.q_proj(x).reshape(T, c.num_attention_heads, 2, c.head_dim)
-        q = self.q_norm(np.ascontiguousarray(q_gate[:, :, 0]))  # (T, heads, head_dim)
-        gate = np.ascontiguousarray(q_gate[:, :, 1])
-        k = self.k_norm(self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim))
-        v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
-        ops.rotary(q, cos, sin)
-        ops.rotary(k, cos, sin)
-        out = ops.attention(q, k, v, gate, state.keys, state.values, position)
-        return self.o_proj(out.reshape(T, -1))
-
-
-class SharedExpert:
-    """The expert that every token uses; part of the trunk."""
-
-    def __init__(self, w: Weights, name: str) -> None:
-        self.ops = w.ops
-        self.gate_proj, self.up_proj, self.down_proj = (w.linear(f"{name}.{p}_proj") for p in ("gate", "up", "down"))
-
-    def __call__(self, x: F32) -> F32:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        q_gate, k, v = self.ops.project(x, self.in_proj)
+        return self.o_proj(self.ops.attention(self.weights, q_gate, k, v, cos, sin, state.keys, state.values, position))
 
 
 class SparseMoeBlock:
@@ -315,23 +292,22 @@ class SparseMoeBlock:
     def __init__(self, w: Weights, layer: int, top_k: int, experts: ExpertCache) -> None:
         name = f"model.layers.{layer}.mlp"
         self.layer, self.top_k, self.experts, self.ops = layer, top_k, experts, w.ops
-        self.gate = w.linear(f"{name}.gate")
-        self.shared_expert = SharedExpert(w, f"{name}.shared_expert")
-        self.shared_expert_gate = w.linear(f"{name}.shared_expert_gate")
+        self.gate = w.linear(f"{name}.gate").weight
+        parts = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate")
+        self.shared_expert = [w.linear(f"{name}.{part}").weight for part in parts]
 
     def __call__(self, x: F32, h: F32) -> None:
         """Adds the block's output for x (T, H) to h (T, H), in place."""
         ops = self.ops
-        routing_weights, selected_experts = ops.route(self.gate(x), self.top_k)  # (T, top_k)
+        routing_weights, selected_experts = ops.route(x, self.gate, self.top_k)  # (T, top_k)
         # Pairs of (token, expert), grouped by expert.
         order = np.argsort(selected_experts, axis=None, kind="stable")
         pair_token, weights = order // self.top_k, routing_weights.ravel()[order]
         ids, counts = np.unique(selected_experts, return_counts=True)
         pair_start = np.concatenate([[0], np.cumsum(counts)])
-        acc = np.zeros_like(x)
         # The reads of all missing experts are under way before anything is computed.
         with self.experts.fetch(self.layer, ids.tolist()) as fetch:
-            shared = self.shared_expert(x)
+            acc = ops.shared_expert(x, *self.shared_expert)
             y = None if fetch.ordered else np.empty((order.shape[0], x.shape[1]), np.float32)
             for part in fetch:
                 first, last = part.positions[0], part.positions[-1] + 1
@@ -352,7 +328,7 @@ class SparseMoeBlock:
                     y[pairs] = outputs
             if y is not None:
                 ops.accumulate(acc, y, pair_token, weights)
-        ops.add_shared(h, acc, shared, self.shared_expert_gate(x))
+        h += acc
 
 
 class DecoderLayer:

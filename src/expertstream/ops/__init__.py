@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 __all__ = [
     "F32",
     "I64",
+    "AttentionWeights",
+    "DeltaWeights",
     "ExpertBlock",
     "ExpertFormat",
     "MatrixFormat",
@@ -34,7 +36,8 @@ DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 class MatrixFormat:
     """What the bytes of one matrix mean: (rows, cols), out by in.
 
-    bits 2, 4, 8: affine, w = q·scale + bias a group, `dtype` being the scales'; 16, 32: dense, `dtype` being the values'.
+    bits 2, 4, 8: affine, w = q·scale + bias a group, or symmetric, w = (q − 2^(bits−1))·scale with no bias stored; `dtype` is
+    the scales'. 16, 32: dense, `dtype` is the values'.
     """
 
     rows: int
@@ -42,6 +45,7 @@ class MatrixFormat:
     bits: int
     group_size: int
     dtype: str
+    symmetric: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -53,12 +57,20 @@ class MatrixFormat:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the scales; as many again for the biases."""
         return self.rows * (self.cols // self.group_size) * DTYPE_BYTES[self.dtype] if self.quantized else 0
 
     @property
+    def bias_bytes(self) -> int:
+        return 0 if self.symmetric else self.scale_bytes
+
+    @property
+    def part_bytes(self) -> tuple[int, int, int]:
+        """Bytes of the values, the scales and the biases, as checkpoints store them."""
+        return self.data_bytes, self.scale_bytes, self.bias_bytes
+
+    @property
     def nbytes(self) -> int:
-        return self.data_bytes + 2 * self.scale_bytes
+        return sum(self.part_bytes)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class ExpertFormat:
 
 @dataclass(eq=False)
 class Weight:
-    """One matrix in memory. data, scales, biases: flat uint8, as the checkpoint has them (MLX's order of bits)."""
+    """One matrix in memory. data, scales, biases: flat uint8, row after row as checkpoints have them (MLX's order of bits)."""
 
     format: MatrixFormat
     data: NDArray[np.uint8]
@@ -87,56 +99,88 @@ class Weight:
 
 @dataclass(frozen=True)
 class ExpertBlock:
-    """Experts that lie in an arena: offsets (experts, 9) of data, scales and biases of gate, up and down."""
+    """Experts that lie in an arena: offsets (experts, 9) of data, scales and biases of gate, up and down, quantized ones in tiles
+    (reference.untile says which byte is what)."""
 
     format: ExpertFormat
     arena: Any  # _native.Arena
     offsets: I64
 
 
+@dataclass(eq=False)
+class AttentionWeights:
+    """What attention needs beside its projections: norms (head_dim,) of queries and keys."""
+
+    q_norm: F32
+    k_norm: F32
+    heads: int
+    eps: float
+    handle: Any = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class DeltaWeights:
+    """What a gated-delta layer needs beside its projections; C = 2·key_heads·key_dim + value_heads·value_dim channels."""
+
+    conv: F32  # (kernel, C)
+    a_log: F32  # (value_heads,)
+    dt_bias: F32  # (value_heads,)
+    norm: F32  # (value_dim,)
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    eps: float
+    handle: Any = field(default=None, repr=False)
+
+
 class Ops(Protocol):
     """The contract. An implementation keeps no state but threads and buffers; calls come one at a time."""
 
     def bind(self, weight: Weight) -> Weight:
-        """Prepares a weight for linear() and embed(); returns it."""
+        """Prepares a weight for the other ops; returns it. Its bytes may have moved into the handle."""
+
+    def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
+        """In place: one expert's quantized matrices, row after row in an arena at offsets (9,), into the tiles of ExpertBlock."""
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
         """(T,) → (T, H), rows of the weight."""
 
-    def linear(self, x: F32, weight: Weight) -> F32:
-        """(T, cols) → (T, rows): x·wᵀ."""
+    def project(self, x: F32, weights: list[Weight]) -> list[F32]:
+        """x·wᵀ for each of several weights: (T, cols) → (T, rows)."""
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         """x·rsqrt(mean(x²) + eps)·weight over the last axis; weight includes any +1."""
 
-    def gated_rms_norm(self, x: F32, z: F32, weight: F32, eps: float) -> F32:
-        """rms_norm(x)·silu(z)."""
+    def attention(
+        self,
+        w: AttentionWeights,
+        q_gate: F32,
+        k: F32,
+        v: F32,
+        cos: F32,
+        sin: F32,
+        keys: Any,
+        values: Any,
+        position: int,
+    ) -> F32:
+        """Grouped-query attention with an output gate. q_gate (T, heads·2·d): each head's query, then its gate; k, v
+        (T, kv_heads·d). Queries and keys are normed, and rotated by halves in their first 2·half values (cos, sin (T, half)); k, v
+        are appended at `position` of keys, values (kv_heads, capacity, d; float32, or bfloat16 bits); queries attend causally,
+        scaled by d^-½; times sigmoid(gate). Returns (T, heads·d)."""
 
-    def l2_norm(self, x: F32, eps: float, scale: float) -> F32:
-        """x·rsqrt(Σx² + eps)·scale over the last axis."""
+    def delta_net(
+        self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
+    ) -> F32:
+        """The gated delta rule. qkv (T, C), whose memory may be used up, goes through a causal depthwise convolution and SiLU;
+        queries and keys get unit length, queries a factor d^-½; with the log decay g = −exp(a_log)·softplus(a + dt_bias) and
+        beta = sigmoid(b), a token at a time or in chunks of 64: S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; o = Sᵀq. Returns
+        rms_norm(o)·silu(z), (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
 
-    def rotary(self, x: F32, cos: F32, sin: F32) -> None:
-        """In place: rotate-half on the first 2·half values of x (T, heads, d); cos, sin (T, half)."""
+    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
+        """softmax(x·wᵀ) over all experts, the top_k largest, divided by their sum: routing_weights, selected_experts (T, top_k)."""
 
-    def attention(self, q: F32, k: F32, v: F32, gate: F32, keys: Any, values: Any, position: int) -> F32:
-        """Appends k, v (T, kv_heads, d) at `position` of keys, values (kv_heads, capacity, d; float32, or bfloat16 bits), then
-        q (T, heads, d) attends causally, scaled by d^-½; times sigmoid(gate). Returns (T, heads, d)."""
-
-    def conv(self, x: F32, weight: F32, state: F32) -> F32:
-        """Causal depthwise convolution and SiLU: x (T, C), weight (kernel, C), state (kernel−1, C) updated in place."""
-
-    def gates(self, a: F32, b: F32, a_log: F32, dt_bias: F32) -> tuple[F32, F32]:
-        """g = −exp(a_log)·softplus(a + dt_bias), the log decay, and beta = sigmoid(b); (T, Hv) each."""
-
-    def gated_delta(self, q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32, chunked: bool) -> F32:
-        """S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; out = Sᵀq, a token at a time or in chunks of 64. q, k (T, Hk, dk),
-        v (T, Hv, dv), g, beta (T, Hv), state (Hv, dk, dv) updated in place. Returns (T, Hv, dv)."""
-
-    def route(self, logits: F32, top_k: int) -> tuple[F32, I64]:
-        """softmax over all experts, the top_k largest, divided by their sum: routing_weights, selected_experts (T, top_k)."""
-
-    def swiglu(self, gate: F32, up: F32) -> F32:
-        """silu(gate)·up."""
+    def shared_expert(self, x: F32, gate: Weight, up: Weight, down: Weight, scale: Weight) -> F32:
+        """sigmoid(x·scaleᵀ)·down(silu(gate(x))·up(x)): (T, H) → (T, H); scale has one row."""
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
         """(pairs, H): row p is its expert applied to x[pair_token[p]]. Expert e of the block has pairs
@@ -144,9 +188,6 @@ class Ops(Protocol):
 
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         """In place, p ascending: acc[pair_token[p]] += weights[p]·y[p]."""
-
-    def add_shared(self, h: F32, acc: F32, shared: F32, gate_logit: F32) -> None:
-        """In place: h += acc + sigmoid(gate_logit)·shared; h, acc, shared (T, H), gate_logit (T, 1)."""
 
 
 def from_bf16(bits: NDArray[np.uint16]) -> F32:
@@ -169,7 +210,7 @@ def to_f32(raw: NDArray[np.uint8], dtype: str) -> F32:
     return np.asarray(raw.view(np.float16 if dtype == "f16" else np.float32), np.float32)
 
 
-def make_ops(name: str, threads: int, isa: str) -> Ops:
+def make_ops(name: str, threads: int, isa: str, activation_bits: int = 8) -> Ops:
     """ "cpu" or "reference". Raises UsageError for an instruction set that this machine does not have."""
     if name == "reference":
         from .reference import ReferenceOps
@@ -177,4 +218,4 @@ def make_ops(name: str, threads: int, isa: str) -> Ops:
         return ReferenceOps()
     from .cpu import CpuOps
 
-    return CpuOps(threads, isa)
+    return CpuOps(threads, isa, activation_bits)

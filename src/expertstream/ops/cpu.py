@@ -1,27 +1,37 @@
-"""The native ops: shapes here, loops in C++. Quantized products use 16-bit activations and exact integer sums
-(native/kernels/kernels.h); everything else is float32."""
+"""The native ops: shapes here, loops in C++. Products with quantized weights round their activations to 8 or 16 bits a group and
+add up exact integers (native/kernels/kernels.h); everything else is float32."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _native
 from ..errors import UsageError
-from . import F32, I64, ExpertBlock, ExpertFormat, MatrixFormat, Weight
+from . import DTYPE_BYTES, F32, I64, AttentionWeights, DeltaWeights, ExpertBlock, ExpertFormat, MatrixFormat, Weight
 
 __all__ = ["CpuOps"]
 
+_EMPTY = np.empty(0, np.uint8)
+
 
 def _format(m: MatrixFormat) -> Any:
-    return _native.Format(m.rows, m.cols, m.bits, m.group_size, m.dtype)
+    return _native.Format(m.rows, m.cols, m.bits, m.group_size, m.dtype, m.symmetric)
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """Memory that begins at a cache line, so that no vector lies across two."""
+    room = np.empty(size + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size]
 
 
 class CpuOps:
     """Not thread-safe: the threads are inside. `isa` caps the instruction set: the fastest this machine has up to it is taken."""
 
-    def __init__(self, threads: int, isa: str = "") -> None:
+    def __init__(self, threads: int, isa: str = "", activation_bits: int = 8) -> None:
         known, available = _native.known_isas(), _native.available_isas()
         if isa and isa not in known:
             raise UsageError(
@@ -29,72 +39,85 @@ class CpuOps:
             )
         chosen = [name for name in available if not isa or known.index(name) <= known.index(isa)][-1]
         try:
-            self.engine = _native.Engine(threads, chosen)
+            self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
             raise UsageError(f"{threads} threads cannot be started: {error}") from None
         self._formats: dict[ExpertFormat, list[Any]] = {}
 
     def bind(self, weight: Weight) -> Weight:
-        weight.handle = _native.Matrix(_format(weight.format), weight.data, weight.scales, weight.biases)
+        m = weight.format
+        if m.quantized:
+            weight.data, weight.scales, weight.biases = self.tiled(m, weight.data, weight.scales, weight.biases)
+        weight.handle = _native.Matrix(_format(m), weight.data, weight.scales, weight.biases)
         return weight
+
+    def tiled(self, m: MatrixFormat, data: Any, scales: Any, biases: Any) -> tuple[Any, Any, Any]:
+        """Copies of a quantized matrix's flat bytes, in tiles of 16 rows, the last one padded."""
+        rows = -(-m.rows // 16) * 16
+        groups = rows * (m.cols // m.group_size) * DTYPE_BYTES[m.dtype]
+        out = _aligned(rows * m.cols * m.bits // 8), _aligned(groups), _EMPTY if m.symmetric else _aligned(groups)
+        self.engine.tile(_format(m), data, scales, biases, *out)
+        return out
+
+    def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
+        memory = arena.view()
+        for i, m in enumerate(format.matrices):
+            if m.quantized:
+                starts = offsets[3 * i : 3 * i + 3]
+                parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
+                self.engine.tile(_format(m), *parts, *parts)
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
         y = np.empty((tokens.shape[0], weight.format.cols), np.float32)
         self.engine.embed(weight.handle, tokens, y)
         return y
 
-    def linear(self, x: F32, weight: Weight) -> F32:
-        y = np.empty((x.shape[0], weight.format.rows), np.float32)
-        self.engine.linear(weight.handle, x, y)
-        return y
+    def project(self, x: F32, weights: list[Weight]) -> list[F32]:
+        return self.engine.project([w.handle for w in weights], x)  # type: ignore[no-any-return]
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         y = np.empty_like(x)
         self.engine.rms_norm(x, weight, eps, y)
         return y
 
-    def gated_rms_norm(self, x: F32, z: F32, weight: F32, eps: float) -> F32:
-        y = np.empty_like(x)
-        self.engine.gated_rms_norm(x, z, weight, eps, y)
-        return y
-
-    def l2_norm(self, x: F32, eps: float, scale: float) -> F32:
-        y = np.empty_like(x)
-        self.engine.l2_norm(x, x.shape[-1], eps, scale, y)
-        return y
-
-    def rotary(self, x: F32, cos: F32, sin: F32) -> None:
-        self.engine.rotary(x, cos, sin)
-
-    def attention(self, q: F32, k: F32, v: F32, gate: F32, keys: Any, values: Any, position: int) -> F32:
-        out = np.empty_like(q)
-        self.engine.attention(q, k, v, gate, keys, values, position, q.shape[2] ** -0.5, out)
+    def attention(
+        self,
+        w: AttentionWeights,
+        q_gate: F32,
+        k: F32,
+        v: F32,
+        cos: F32,
+        sin: F32,
+        keys: Any,
+        values: Any,
+        position: int,
+    ) -> F32:
+        if w.handle is None:
+            w.handle = _native.Attention(w.q_norm, w.k_norm, w.heads, w.eps)
+        out = np.empty((q_gate.shape[0], q_gate.shape[1] // 2), np.float32)
+        self.engine.attention(w.handle, q_gate, k, v, cos, sin, keys, values, position, out)
         return out
 
-    def conv(self, x: F32, weight: F32, state: F32) -> F32:
-        y = np.empty_like(x)
-        self.engine.conv(x, weight, state, y)
-        return y
-
-    def gates(self, a: F32, b: F32, a_log: F32, dt_bias: F32) -> tuple[F32, F32]:
-        g, beta = np.empty_like(a), np.empty_like(b)
-        self.engine.gates(a, b, a_log, dt_bias, g, beta)
-        return g, beta
-
-    def gated_delta(self, q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32, chunked: bool) -> F32:
-        out = np.empty_like(v)
-        self.engine.gated_delta(chunked, q, k, v, g, beta, state, out)
+    def delta_net(
+        self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
+    ) -> F32:
+        if w.handle is None:
+            w.handle = _native.DeltaNet(
+                w.conv, w.a_log, w.dt_bias, w.norm, w.key_heads, w.value_heads, w.key_dim, w.eps
+            )
+        out = np.empty_like(z)
+        self.engine.delta_net(w.handle, chunked, qkv, z, a, b, conv_state, state, out)
         return out
 
-    def route(self, logits: F32, top_k: int) -> tuple[F32, I64]:
-        weights = np.empty((logits.shape[0], top_k), np.float32)
-        selected = np.empty((logits.shape[0], top_k), np.int64)
-        self.engine.route(logits, top_k, weights, selected)
+    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
+        weights = np.empty((x.shape[0], top_k), np.float32)
+        selected = np.empty((x.shape[0], top_k), np.int64)
+        self.engine.route(weight.handle, x, top_k, weights, selected)
         return weights, selected
 
-    def swiglu(self, gate: F32, up: F32) -> F32:
-        y = np.empty_like(gate)
-        self.engine.swiglu(gate, up, y)
+    def shared_expert(self, x: F32, gate: Weight, up: Weight, down: Weight, scale: Weight) -> F32:
+        y = np.empty_like(x)
+        self.engine.shared_expert(gate.handle, up.handle, down.handle, scale.handle, x, y)
         return y
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
@@ -108,9 +131,6 @@ class CpuOps:
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         self.engine.accumulate(acc, y, pair_token, weights)
 
-    def add_shared(self, h: F32, acc: F32, shared: F32, gate_logit: F32) -> None:
-        self.engine.add_shared(h, acc, shared, gate_logit)
-
-    def quantize(self, w: F32, bits: int, group_size: int) -> tuple[Any, Any, Any]:
+    def quantize(self, w: F32, bits: int, group_size: int, symmetric: bool = False) -> tuple[Any, Any, Any]:
         """(rows, cols) float32 → packed uint8 (rows, cols·bits/8), scales and biases (rows, groups) as bfloat16 bits."""
-        return self.engine.quantize(w, bits, group_size)  # type: ignore[no-any-return]
+        return self.engine.quantize(w, bits, group_size, symmetric)  # type: ignore[no-any-return]
