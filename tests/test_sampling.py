@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertstream import SamplingParams, UsageError
-from expertstream.sampling import Sampler
+from expertstream.sampling import Sampler, _at_least
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
 
@@ -34,6 +34,18 @@ def test_truncation() -> None:
     assert (draws(temperature=1.0, top_p=0.7)[2:] == 0).all() and draws(temperature=1.0, top_p=0.7)[1] > 0.2
     assert draws(temperature=1.0, top_p=0.0)[0] == 1
     assert (draws(temperature=1.0, min_p=0.3)[2:] == 0).all()
+
+
+@given(seed=st.integers(0, 1000), top_k=st.integers(1, 40), size=st.integers(1, 9000), steps=st.sampled_from([4, 1000]))
+def test_top_k_of_a_long_vocabulary_is_what_sorting_gives(seed: int, top_k: int, size: int, steps: int) -> None:
+    logits = (np.round(np.random.default_rng(seed).standard_normal(size) * steps) / steps).astype(
+        np.float32
+    )  # with ties
+    sampler = Sampler(SamplingParams(temperature=1.0, top_k=top_k, seed=seed), [])
+    allowed = set(np.argsort(-logits, kind="stable")[:top_k].tolist())
+    assert {sampler(logits).token for _ in range(20)} <= allowed
+    found = _at_least(logits, top_k)
+    assert allowed <= set(found.tolist()) and (np.diff(found) > 0).all()
 
 
 def test_penalties() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +38,40 @@ class TokenLogprob:
     top_logprobs: tuple[tuple[str, float], ...]
 
 
+class ExpertSpans:
+    """The expert counters of one generation. They are read only when somebody asks: adding up every layer's at every token would cost
+    more than the token's own bookkeeping."""
+
+    def __init__(self, counters: ExpertStats) -> None:
+        self._counters = counters
+        self._begin = counters.copy()
+        self._prefilled: ExpertStats | None = None
+        self._end: ExpertStats | None = None
+
+    def end_prefill(self) -> None:
+        self._prefilled = self._counters.copy()
+
+    def end(self) -> None:
+        """What is counted later belongs to others."""
+        self._end = self._counters.copy()
+
+    @property
+    def _now(self) -> ExpertStats:
+        return self._end or self._counters
+
+    @property
+    def prefill(self) -> ExpertStats:
+        return (self._prefilled or self._now).since(self._begin)
+
+    @property
+    def decode(self) -> ExpertStats:
+        return self._now.since(self._prefilled or self._now)
+
+    @property
+    def all(self) -> ExpertStats:
+        return self._now.since(self._begin)
+
+
 @dataclass
 class GenerationStats:
     """What one generation took. Seconds and rates are of the wall clock; experts are counted, in prefill and decode apart."""
@@ -47,10 +81,21 @@ class GenerationStats:
     ttft_seconds: float = 0.0  # time to first token: prefill and the first draw
     decode_seconds: float = 0.0  # of the tokens after the first
     seed: int = 0
-    prefill_experts: LayerStats = field(default_factory=LayerStats)
-    decode_experts: LayerStats = field(default_factory=LayerStats)
-    layers: list[LayerStats] = field(default_factory=list)  # prefill and decode together
     lossy: str = ""  # what was asked for that changes the model's output, "" if nothing
+    experts: ExpertSpans = field(default_factory=lambda: ExpertSpans(ExpertStats(0)))
+
+    @property
+    def prefill_experts(self) -> LayerStats:
+        return self.experts.prefill.total()
+
+    @property
+    def decode_experts(self) -> LayerStats:
+        return self.experts.decode.total()
+
+    @property
+    def layers(self) -> list[LayerStats]:
+        """Prefill and decode together."""
+        return self.experts.all.layers
 
     @property
     def prefill_tps(self) -> float:
@@ -61,10 +106,12 @@ class GenerationStats:
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        result = asdict(self)
+        result: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "experts"}
         result |= {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps}
         for name in ("prefill_experts", "decode_experts"):
-            result[name]["hit_rate"] = getattr(self, name).hit_rate
+            span: LayerStats = getattr(self, name)
+            result[name] = {**asdict(span), "hit_rate": span.hit_rate}
+        result["layers"] = [asdict(layer) for layer in self.layers]
         return result
 
 
@@ -279,18 +326,19 @@ class Session:
     ) -> Iterator[GenerationResponse]:
         llm = self.llm
         sampler = Sampler(params, tokens.tolist())
-        stats = GenerationStats(prompt_tokens=int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy)
+        experts = ExpertSpans(llm.experts.stats)
+        stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
         detokenizer, stops = Detokenizer(llm.tokenizer), StopStrings(params.stop)
-        count = _counter(llm.experts.stats, stats)
-        for step in stream_generate(
+        steps = stream_generate(
             llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
-        ):
+        )
+        for step in steps:
             stats.generated_tokens += 1
             if stats.generated_tokens == 1:
                 stats.ttft_seconds = step.seconds
+                experts.end_prefill()
             else:
                 stats.decode_seconds += step.seconds
-            count()
             token, logprob, reason = step.choice.token, None, None
             self._unread = [token]
             if step.choice.logprob is not None:
@@ -306,6 +354,8 @@ class Session:
                 piece += stops.rest()
             if stops.found:
                 reason = "stop"
+            if reason is not None:
+                experts.end()
             yield GenerationResponse(piece, token, logprob, reason, stats)
             if reason is not None:
                 return
@@ -333,21 +383,6 @@ class StopStrings:
     def rest(self) -> str:
         held, self._held = self._held, ""
         return "" if self.found else held
-
-
-def _counter(counters: ExpertStats, stats: GenerationStats) -> Callable[[], None]:
-    """A function that brings stats up to date with the expert counters; its first call ends the prefill."""
-    begin = counters.copy()
-    after_prefill: list[ExpertStats] = []
-
-    def count() -> None:
-        if not after_prefill:
-            after_prefill.append(counters.copy())
-            stats.prefill_experts = after_prefill[0].since(begin).total()
-        stats.decode_experts = counters.since(after_prefill[0]).total()
-        stats.layers = counters.since(begin).layers
-
-    return count
 
 
 def _make_reader(c: EngineConfig) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError, UsageError
-from .ops import F32
+from .ops import F32, I64
 
 __all__ = ["Sampler", "SamplingParams"]
 
@@ -142,16 +142,12 @@ class Sampler:
 
     def _draw(self, logits: F32) -> int:
         p = self.params
-        # Most likely first; among equals the lower number, so that a seed means one text.
-        if 0 < p.top_k < logits.shape[0]:
-            least = np.partition(logits, -p.top_k)[-p.top_k]
-            above = np.flatnonzero(logits > least)
-            order = np.concatenate([above, np.flatnonzero(logits == least)[: p.top_k - above.shape[0]]])
+        order = _at_least(logits, p.top_k) if p.top_k else np.arange(logits.shape[0])
+        if p.top_k or p.top_p < 1:
+            # Most likely first; among equals the lower number, so that a seed means one text.
             order = order[np.argsort(-logits[order], kind="stable")]
-        elif p.top_p < 1:
-            order = np.argsort(-logits, kind="stable")
-        else:
-            order = np.arange(logits.shape[0])
+            if p.top_k:
+                order = order[: p.top_k]
         chosen = logits[order].astype(np.float64)
         # Near temperature 0 the quotient overflows to -inf, whose probability is 0, as it should be.
         with np.errstate(over="ignore"):
@@ -167,3 +163,14 @@ class Sampler:
         cumulative = np.cumsum(probs)
         at = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
         return int(order[min(at, order.shape[0] - 1)])
+
+
+def _at_least(logits: F32, count: int) -> I64:
+    """Tokens, ascending, among which are the `count` likeliest, and few others: a vocabulary is long, and sorting it takes longer than
+    some models take for a token. The count-th largest of the maxima of `blocks` is no more than the count-th largest logit."""
+    width = 64
+    blocks = logits.shape[0] // width
+    if blocks < 2 * count:
+        return np.arange(logits.shape[0])
+    maxima = logits[: blocks * width].reshape(blocks, width).max(1)
+    return np.flatnonzero(logits >= np.partition(maxima, -count)[-count])

@@ -101,6 +101,18 @@ class ExpertCache:
         self._busy = True
         return Fetch(self, layer, experts)
 
+    def resident_block(self, layer: int, experts: list[int]) -> ExpertBlock | None:
+        """The experts (distinct) where all of them are resident, which counts as a use of each; else None, and nothing has happened."""
+        resident = self._resident[layer]
+        slots = [resident.get(expert, -1) for expert in experts]
+        if -1 in slots or self._busy or self.store.closed:
+            return None
+        touch = self._policies[layer].touch
+        for expert in experts:
+            touch(expert)
+        self.stats.layers[layer].hits += len(experts)
+        return self.block(layer, slots)
+
     def close(self) -> None:
         """Closes the files; a second time does nothing."""
         self.drain()

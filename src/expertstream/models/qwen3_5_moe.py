@@ -293,6 +293,7 @@ class SparseMoeBlock:
         name = f"model.layers.{layer}.mlp"
         self.layer, self.top_k, self.experts, self.ops = layer, top_k, experts, w.ops
         self.gate = w.linear(f"{name}.gate").weight
+        self._one_token, self._one_each = np.zeros(top_k, np.int64), np.arange(top_k + 1)
         parts = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate")
         self.shared_expert = [w.linear(f"{name}.{part}").weight for part in parts]
 
@@ -302,9 +303,19 @@ class SparseMoeBlock:
         routing_weights, selected_experts = ops.route(x, self.gate, self.top_k)  # (T, top_k)
         # Pairs of (token, expert), grouped by expert.
         order = np.argsort(selected_experts, axis=None, kind="stable")
-        pair_token, weights = order // self.top_k, routing_weights.ravel()[order]
-        ids, counts = np.unique(selected_experts, return_counts=True)
-        pair_start = np.concatenate([[0], np.cumsum(counts)])
+        weights = routing_weights.ravel()[order]
+        if x.shape[0] == 1:
+            pair_token, pair_start, ids = self._one_token, self._one_each, selected_experts[0, order]
+            block = self.experts.resident_block(self.layer, ids.tolist())
+            if block is not None:  # nothing to wait for, nothing to put together
+                acc = ops.shared_expert(x, *self.shared_expert)
+                ops.accumulate(acc, ops.experts(x, block, pair_start, pair_token), pair_token, weights)
+                h += acc
+                return
+        else:
+            pair_token = order // self.top_k
+            ids, counts = np.unique(selected_experts, return_counts=True)
+            pair_start = np.concatenate([[0], np.cumsum(counts)])
         # The reads of all missing experts are under way before anything is computed.
         with self.experts.fetch(self.layer, ids.tolist()) as fetch:
             acc = ops.shared_expert(x, *self.shared_expert)

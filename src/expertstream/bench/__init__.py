@@ -1,0 +1,1 @@
+"""Instruments: synthetic checkpoints, measurements of a machine and of the engine on it, predictions, pictures."""

@@ -1,0 +1,66 @@
+"""The sizes of known models, as the config.json of a Qwen3.5-MoE checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import read_json
+from ..errors import UsageError
+from ..models.qwen3_5_moe import Config
+
+__all__ = ["GEOMETRIES", "geometry_config"]
+
+_COMMON: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text", "vocab_size": 248320, "head_dim": 256, "num_key_value_heads": 2, "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "attention_bias": False, "attn_output_gate": True, "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}, "full_attention_interval": 4,
+    "eos_token_id": None,
+}  # fmt: skip
+
+
+def _sizes(
+    hidden: int, layers: int, heads: int, value_heads: int, experts: int, top_k: int, inner: int, **others: Any
+) -> dict[str, Any]:
+    return {
+        **_COMMON, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "linear_num_value_heads": value_heads, "num_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": inner,
+        "shared_expert_intermediate_size": inner, **others,
+    }  # fmt: skip
+
+
+# The sizes of the releases' config.json; of qwen3-next-80b the sizes only: its tensors have other names.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "qwen3.5-397b-a17b": _sizes(4096, 60, 32, 64, 512, 10, 1024),
+    "qwen3.5-122b-a10b": _sizes(3072, 48, 32, 64, 256, 8, 1024),
+    "qwen3.5-35b-a3b": _sizes(2048, 40, 16, 32, 256, 8, 512),
+    "qwen3-next-80b": _sizes(2048, 48, 16, 32, 512, 10, 512, vocab_size=151936),
+    # For tests and quick looks: seconds to write, and larger than a small control group.
+    "small": _sizes(
+        1024, 12, 8, 8, 128, 4, 512, head_dim=128, linear_num_key_heads=4, linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=8192
+    ),
+}  # fmt: skip
+
+
+def geometry_config(name: str, layers: int = 0) -> dict[str, Any]:
+    """The config of a named geometry (a unique part of a name will do), or of a config.json or the folder that holds one; `layers`
+    of it if not 0. Raises UsageError, CheckpointError."""
+    path = Path(name)
+    if path.name == "config.json" or (path / "config.json").is_file():
+        whole = read_json(path if path.name == "config.json" else path / "config.json")
+        config = dict(whole.get("text_config") or whole)
+        for key in ("quantization", "quantization_config"):
+            config.pop(key, None)
+    else:
+        found = [known for known in GEOMETRIES if name.lower() in known]
+        if name not in GEOMETRIES and len(found) != 1:
+            raise UsageError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}, or give a config.json")
+        config = dict(GEOMETRIES[name if name in GEOMETRIES else found[0]])
+    if layers:
+        c = Config.from_json(config, name)
+        if not 0 < layers <= c.num_hidden_layers:
+            raise UsageError(f"{name} has {c.num_hidden_layers} layers, so --layers is 1 to that, not {layers}")
+        config |= {"num_hidden_layers": layers, "layer_types": list(c.layer_types[:layers])}
+    Config.from_json(config, name)
+    return config

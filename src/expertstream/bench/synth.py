@@ -1,0 +1,323 @@
+"""Synthetic packs: a model's sizes with random weights, written at the disk's speed, to measure before downloading the real one.
+
+Random weights need care to behave like a model. Codes are zero-mean and matrices keep activations of size 1, so that no layer blows
+up; what returns to the residual stream is small beside the embeddings, so that routing follows the token and does not freeze on a few
+experts (which shows hit rates that no real model has). Routing is near uniform, or Zipf by way of one constant channel: channel 0 of
+every embedding is the same, nothing writes to it, and the router's column 0 holds the logarithm of each expert's share.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..checkpoint.format import MANIFEST, PACK_FORMAT, PACK_VERSION, WeightSpec, record_pieces
+from ..checkpoint.pack import TRUNK, experts_file, write_records
+from ..checkpoint.quantize import BitPolicy, quantized_format
+from ..checkpoint.safetensors import header_bytes
+from ..config import format_bytes
+from ..engine import embedded_model
+from ..errors import UsageError
+from ..models.qwen3_5_moe import Config, weight_map
+from ..ops import ExpertFormat, MatrixFormat, to_bf16
+from ..ops.cpu import CpuOps
+
+__all__ = ["Matrix", "Synthesizer", "trunk_formats", "write_synthetic"]
+
+TRACE = "routing-trace.npz"
+_SPREAD = {2: 0.8165, 4: 4.3205, 8: 73.32}  # deviation of the codes 1…2^bits − 1 around the middle one
+_BACK = ("o_proj", "out_proj", "down_proj")  # what is added to the residual stream
+_POOL = 32 << 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One random matrix as a checkpoint stores it, row after row. Dense: values (rows, cols) of bf16 bits, no scales."""
+
+    format: MatrixFormat
+    data: NDArray[np.uint8]
+    scales: NDArray[np.uint8]
+    biases: NDArray[np.uint8]
+
+
+class Synthesizer:
+    """Draws matrices. Bytes come from a pool of random ones, at ever other places: as random as a benchmark needs, and far faster."""
+
+    def __init__(self, c: Config, policy: BitPolicy, routing: str, seed: int, scale_dtype: str) -> None:
+        self.config, self.policy, self.routing, self.scale_dtype = c, policy, routing, scale_dtype
+        self.rng = np.random.default_rng(seed)
+        self.pools: dict[int, NDArray[np.uint8]] = {}
+
+    def _bytes(self, bits: int, count: int) -> NDArray[np.uint8]:
+        """Packed codes, each between 1 and 2^bits − 1: zero-mean around 2^(bits−1)."""
+        pool = self.pools.get(bits)
+        if pool is None:
+            pool = self.rng.integers(1, 1 << bits, _POOL, np.uint8)
+            for part in range(1, 8 // bits):
+                pool |= self.rng.integers(1, 1 << bits, _POOL, np.uint8) << (part * bits)
+            self.pools[bits] = pool
+        out = np.empty(count, np.uint8)
+        at = 0
+        while at < count:
+            begin = int(self.rng.integers(0, _POOL // 2))
+            step = min(count - at, _POOL - begin)
+            out[at : at + step] = pool[begin : begin + step]
+            at += step
+        return out
+
+    def quantized(self, m: MatrixFormat, deviation: float) -> Matrix:
+        """Values of this standard deviation, scales within a factor of 1.25 either way."""
+        groups = m.rows * m.cols // m.group_size
+        step = deviation / _SPREAD[m.bits] * self.rng.uniform(0.8, 1.25, min(groups, 65536))
+        scales = np.resize(_narrow(step, m.dtype), groups)
+        empty = np.empty(0, np.uint8)
+        biases = (
+            empty if m.symmetric else _narrow(-(1 << (m.bits - 1)) * _wide(scales, m.dtype), m.dtype).view(np.uint8)
+        )
+        return Matrix(m, self._bytes(m.bits, m.data_bytes), scales.view(np.uint8), biases)
+
+    def matrix(self, module: str, m: MatrixFormat) -> Matrix:
+        """A trunk matrix by its role."""
+        if module == "model.embed_tokens":
+            return self._with_constant_channel(self.quantized(m, 1.0), 1.0)
+        deviation = m.cols**-0.5 * (0.3 if module.endswith(_BACK) else 1.0)
+        if m.quantized:
+            matrix = self.quantized(m, deviation)
+            return self._without_first_row(matrix) if module.endswith(_BACK) else matrix
+        values = self.rng.standard_normal((m.rows, m.cols), np.float32) * np.float32(deviation)
+        if module.endswith(".mlp.gate"):
+            values *= 2  # sharp enough that rounding does not often change who is chosen
+            values[:, 0] = self._log_shares(m.rows)
+        empty = np.empty(0, np.uint8)
+        return Matrix(m, to_bf16(values).view(np.uint8).ravel(), empty, empty)
+
+    def _log_shares(self, experts: int) -> Any:
+        if self.routing != "zipf":
+            return 0.0
+        order = self.rng.permutation(experts)
+        return -0.6 * np.log(1 + order).astype(np.float32)
+
+    def _with_constant_channel(self, w: Matrix, value: float) -> Matrix:
+        """Column 0 of every row nearly `value`: its code the largest. Its scale differs a little from row to row."""
+        if w.format.quantized:
+            rows = w.data.reshape(w.format.rows, -1)
+            rows[:, 0] |= (1 << w.format.bits) - 1
+        return w
+
+    def _without_first_row(self, w: Matrix) -> Matrix:
+        """Row 0, which writes to channel 0 of the residual stream, all zero."""
+        middle = 1 << (w.format.bits - 1)
+        byte = sum(middle << shift for shift in range(0, 8, w.format.bits))
+        w.data[: w.data.size // w.format.rows] = byte
+        return w
+
+    def vector(self, name: str, spec: WeightSpec) -> NDArray[np.float32]:
+        """A trunk tensor that is not a matrix, as a Hugging Face checkpoint stores it (norms without their +1)."""
+        if name.endswith("A_log"):
+            return np.log(self.rng.uniform(1, 16, spec.shape)).astype(np.float32)
+        if name.endswith("dt_bias"):
+            return np.full(spec.shape, -4, np.float32)
+        if name.endswith("linear_attn.norm.weight"):
+            return np.ones(spec.shape, np.float32)
+        if spec.kind == "conv":
+            return self.rng.standard_normal(spec.shape, np.float32) * np.float32(0.5)
+        return np.zeros(spec.shape, np.float32)
+
+    def experts(self, format: ExpertFormat) -> Iterator[Matrix]:
+        """gate, up and down of one expert, for ever."""
+        while True:
+            for i, m in enumerate(format.matrices):
+                w = self.quantized(m, m.cols**-0.5 * (0.3 if i == 2 else 1.0))
+                yield self._without_first_row(w) if i == 2 else w
+
+
+def _narrow(values: Any, dtype: str) -> NDArray[Any]:
+    return to_bf16(np.asarray(values, np.float32)) if dtype == "bf16" else np.asarray(values, np.float16)
+
+
+def _wide(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    if dtype == "bf16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _dense(rows: int, cols: int) -> MatrixFormat:
+    return MatrixFormat(rows, cols, 16, 0, "bf16")
+
+
+def _with_scales(m: MatrixFormat, dtype: str) -> MatrixFormat:
+    return MatrixFormat(m.rows, m.cols, m.bits, m.group_size, dtype, m.symmetric) if m.quantized else m
+
+
+def trunk_formats(c: Config, policy: BitPolicy, scale_dtype: str) -> dict[str, MatrixFormat]:
+    """module → format of every trunk matrix."""
+    return {
+        name: _with_scales(quantized_format(_dense(*spec.shape), policy.trunk_bits_of(name), policy), scale_dtype)
+        for name, spec in weight_map(c).items()
+        if spec.kind == "matrix"
+    }
+
+
+def expert_format(c: Config, policy: BitPolicy, scale_dtype: str) -> ExpertFormat:
+    shapes = ((c.moe_intermediate_size, c.hidden_size),) * 2 + ((c.hidden_size, c.moe_intermediate_size),)
+    return ExpertFormat(
+        *(_with_scales(quantized_format(_dense(*shape), policy.bits, policy), scale_dtype) for shape in shapes)
+    )
+
+
+def write_synthetic(
+    folder: Path,
+    config: dict[str, Any],
+    policy: BitPolicy | None = None,
+    routing: str = "uniform",
+    trace: Path | None = None,
+    gguf: Path | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Writes a pack; returns its bytes. `gguf`: also the same values as a GGUF file, which needs symmetric groups of 32. `trace`: a
+    recorded routing trace that `bench decode` is to follow. Raises UsageError."""
+    policy = policy or BitPolicy()
+    if gguf is not None and not (
+        policy.symmetric and policy.group_size == 32 and (policy.bits, policy.trunk_bits) in ((4, 4), (4, 8))
+    ):
+        raise UsageError("a GGUF twin has 4-bit experts in symmetric groups of 32 (Q4_0), and a trunk of 4 or 8 bits")
+    if folder.exists():
+        raise UsageError(f"{folder}: exists already; choose another name or remove it")
+    c = Config.from_json(config, str(folder))
+    dtype = "f16" if policy.symmetric else "bf16"
+    synthesizer = Synthesizer(c, policy, routing, seed, dtype)
+    ops, formats, experts = CpuOps(threads), trunk_formats(c, policy, dtype), expert_format(c, policy, dtype)
+    if any(not m.quantized for m in experts.matrices):
+        raise UsageError(
+            f"experts of {c.moe_intermediate_size}×{c.hidden_size} cannot be quantized in groups of 32 or more"
+        )
+    tensors = _plan_trunk(c, formats)
+    total = sum(nbytes for _, _, nbytes in tensors.values())
+    total += c.num_hidden_layers * c.num_experts * record_pieces(experts)[1]
+    free = shutil.disk_usage(folder.absolute().parent).free
+    if free < total * (2 if gguf is not None else 1):
+        raise UsageError(f"{folder}: {format_bytes(total)} are needed, {format_bytes(free)} are free")
+    work = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    twin = None
+    if gguf is not None:
+        from .gguf_twin import GGUFTwin
+
+        twin = GGUFTwin(gguf, c, formats, experts, embedded_model())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with (work / TRUNK).open("wb") as file:
+        checksums = _write_trunk(file, c, formats, tensors, synthesizer, twin, advance)
+    layers = []
+    for layer in range(c.num_hidden_layers):
+        with (work / experts_file(layer)).open("wb") as file:
+            records = _records(synthesizer, experts, c.num_experts, ops, twin, layer, advance)
+            layers.append(write_records(file, layer, c.num_experts, experts, records))
+    table = {name: {"bits": m.bits, "group_size": m.group_size} for name, m in formats.items() if m.quantized}
+    quantization = {"bits": policy.bits, "group_size": policy.group_size, **table}
+    (work / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded_model() / name, work / name)
+    if trace is not None:
+        shutil.copy(trace, work / TRACE)
+    manifest = {
+        "format": PACK_FORMAT, "version": PACK_VERSION, "convention": "hf", "trunk_checksums": checksums, "layers": layers,
+        "source": {"name": "synthetic", "seed": seed, "routing": routing},
+    }  # fmt: skip
+    (work / MANIFEST).write_text(json.dumps(manifest))
+    if twin is not None:
+        twin.close()
+    work.rename(folder)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _plan_trunk(c: Config, formats: dict[str, MatrixFormat]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    names = {"bf16": "BF16", "f16": "F16"}
+    for name, spec in weight_map(c).items():
+        if spec.kind != "matrix":
+            tensors[name] = ("F32", spec.shape, 4 * int(np.prod(spec.shape)))
+            continue
+        m = formats[name]
+        if not m.quantized:
+            tensors[f"{name}.weight"] = ("BF16", (m.rows, m.cols), m.data_bytes)
+            continue
+        tensors[f"{name}.weight"] = ("U32", (m.rows, m.cols * m.bits // 32), m.data_bytes)
+        for suffix in ("scales",) if m.symmetric else ("scales", "biases"):
+            tensors[f"{name}.{suffix}"] = (names[m.dtype], (m.rows, m.cols // m.group_size), m.scale_bytes)
+    return tensors
+
+
+def _write_trunk(
+    file: Any,
+    c: Config,
+    formats: dict[str, MatrixFormat],
+    tensors: dict[str, tuple[str, tuple[int, ...], int]],
+    synthesizer: Synthesizer,
+    twin: Any,
+    advance: Callable[[int], None],
+) -> dict[str, str]:
+    file.write(header_bytes(tensors, {"format": "pt"}, aligned=True))
+    checksums = {}
+    names = iter(tensors)
+    for name, spec in weight_map(c).items():
+        if spec.kind == "matrix":
+            w = synthesizer.matrix(name, formats[name])
+            parts = [part for part in (w.data, w.scales, w.biases) if part.size]
+            if twin is not None:
+                twin.matrix(name, w)
+        else:
+            values = synthesizer.vector(name, spec)
+            parts = [values.view(np.uint8).ravel()]
+            if twin is not None:
+                twin.vector(name, values)
+        for part in parts:
+            file.write(part.data)
+            checksums[next(names)] = xxhash.xxh3_64_hexdigest(part.data)
+            advance(part.size)
+    return checksums
+
+
+def _records(
+    synthesizer: Synthesizer,
+    format: ExpertFormat,
+    count: int,
+    ops: CpuOps,
+    twin: Any,
+    layer: int,
+    advance: Callable[[int], None],
+) -> Iterator[NDArray[np.uint8]]:
+    offsets, record_bytes = record_pieces(format)
+    draw = synthesizer.experts(format)
+    for expert in range(count):
+        record = np.zeros(record_bytes, np.uint8)
+        for i, m in enumerate(format.matrices):
+            w = next(draw)
+            if twin is not None:
+                twin.expert(layer, expert, i, w)
+            # Random rows are random tiles; only a twin needs them to hold the same values.
+            parts = (
+                ops.tiled(m, w.data, w.scales, w.biases) if twin is not None or i == 2 else (w.data, w.scales, w.biases)
+            )
+            for at, part in zip(offsets[3 * i : 3 * i + 3], parts, strict=True):
+                record[at : at + part.size] = part
+        yield record
+        advance(record_bytes)
