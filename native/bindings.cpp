@@ -92,9 +92,10 @@ void embed(Engine& engine, const BoundMatrix& w, Ids rows, Out y) {
   engine.embed(w.m, rows.data(), size_of(rows), y.data());
 }
 
-// offsets (experts, 9): where in the arena each expert's gate, up and down data, scales and biases lie.
-void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& formats, Ids offsets, In x, Ids pair_start,
-             Ids pair_token, Out y) {
+// Experts that lie in an arena, checked. offsets (experts, 9): where each one's gate, up and down data, scales and
+// biases lie.
+std::vector<Expert> bind_experts(const Arena& arena, const std::vector<Matrix>& formats, const Ids& offsets,
+                                 const In& x, const Ids& pair_start, const Ids& pair_token) {
   require(formats.size() == 3, "experts: three matrices");
   const Matrix &gate = formats[0], &up = formats[1], &down = formats[2];
   const int64_t count = size_of(offsets) / 9, pairs = size_of(pair_token), hidden = gate.cols,
@@ -104,7 +105,7 @@ void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& form
   require(up.bits == gate.bits && up.group_size == gate.group_size && up.symmetric == gate.symmetric,
           "experts: gate and up share bits and group_size");
   require(size_of(offsets) == count * 9 && size_of(pair_start) == count + 1, "experts: offsets and pair_start");
-  require(tokens * hidden == size_of(x) && size_of(y) == pairs * hidden, "experts: x and y");
+  require(tokens * hidden == size_of(x), "experts: x");
   require(pair_start.data()[0] == 0 && pair_start.data()[count] == pairs, "experts: pair_start");
   for (int64_t e = 0; e < count; ++e)
     require(pair_start.data()[e] <= pair_start.data()[e + 1], "experts: pair_start ascends");
@@ -126,8 +127,23 @@ void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& form
       parts[i]->biases = arena.data() + at[2];
     }
   }
+  return bound;
+}
+
+void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& formats, Ids offsets, In x, Ids pair_start,
+             Ids pair_token, Out y) {
+  const std::vector<Expert> bound = bind_experts(arena, formats, offsets, x, pair_start, pair_token);
+  require(size_of(y) == size_of(pair_token) * formats[0].cols, "experts: y");
   nb::gil_scoped_release release;
   engine.experts(bound, x.data(), pair_start.data(), pair_token.data(), y.data());
+}
+
+void moe(Engine& engine, const Arena& arena, const std::vector<Matrix>& formats, Ids offsets, In x, Ids pair_start,
+         Ids pair_token, In weights, Out acc) {
+  const std::vector<Expert> bound = bind_experts(arena, formats, offsets, x, pair_start, pair_token);
+  require(size_of(weights) == size_of(pair_token) && size_of(acc) == size_of(x), "moe: weights and acc");
+  nb::gil_scoped_release release;
+  engine.moe(bound, x.data(), pair_start.data(), pair_token.data(), weights.data(), acc.data());
 }
 
 void accumulate(Engine& engine, Out acc, In y, Ids pair_token, In weights) {
@@ -378,6 +394,8 @@ NB_MODULE(_native, m) {
       .def("project", &project, "w"_a, "x"_a)
       .def("embed", &embed)
       .def("experts", &experts)
+      .def("moe", &moe, "arena"_a, "formats"_a, "offsets"_a, "x"_a, "pair_start"_a, "pair_token"_a, "weights"_a,
+           "acc"_a.noconvert())
       .def("shared_expert", &shared_expert, "gate"_a, "up"_a, "down"_a, "scale"_a, "x"_a, "y"_a.noconvert())
       .def("accumulate", &accumulate, "acc"_a.noconvert(), "y"_a, "pair_token"_a, "weights"_a)
       .def("attention", &attention, "params"_a, "q_gate"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "keys"_a.noconvert(),

@@ -9,6 +9,7 @@ namespace expertstream {
 namespace {
 // Tiles a thread takes at a time: enough to pay for the hand-over, few enough to share a small matrix.
 int64_t tile_grain(int64_t tiles, int threads) { return std::max<int64_t>(1, tiles / (threads * 8)); }
+constexpr int64_t kQueryRows = 48;  // of a block of attention: their sums stay in the second-level cache
 int zero_point(const Matrix& m) { return m.symmetric ? 1 << (m.bits - 1) : 0; }
 }  // namespace
 
@@ -119,9 +120,20 @@ void Engine::shared_expert(const Expert& w, const Matrix& scale, const float* x,
   });
 }
 
-void Engine::experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
-                     const int64_t* pair_token, float* y) {
-  if (experts.empty()) return;
+template <class Body>
+void Engine::over_expert_rows(int64_t count, const int64_t* pair_start, int64_t rows, int64_t unit, Body body) {
+  const int64_t units = (rows + unit - 1) / unit, each = tile_grain(units * count, pool.threads()),
+                grain = std::min(each, units), pieces = (units + grain - 1) / grain;
+  pool.parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t e = task / pieces, first = task % pieces * grain * unit;
+      if (pair_start[e] < pair_start[e + 1]) body(e, first, std::min(first + grain * unit, rows));
+    }
+  });
+}
+
+void Engine::experts_inner(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
+                           const int64_t* pair_token) {
   const int64_t count = static_cast<int64_t>(experts.size()), pairs = pair_start[count];
   const Matrix &gate_format = experts[0].gate, &down_format = experts[0].down;
   const int64_t hidden = gate_format.cols, inner = gate_format.rows;
@@ -151,42 +163,66 @@ void Engine::experts(const std::vector<Expert>& experts, const float* x, const i
   // quantizes as well.
   if (!dense_inner) make_room(inner_, down_format, nullptr, pairs);
   inner_.view.x = gate;
-  auto over_rows = [&](int64_t rows, int64_t unit, auto&& body) {
-    const int64_t units = (rows + unit - 1) / unit, each = tile_grain(units * count, pool.threads()),
-                  grain = std::min(each, units), pieces = (units + grain - 1) / grain;
-    pool.parallel_for(count * pieces, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t e = task / pieces, first = task % pieces * grain * unit;
-        if (pair_start[e] < pair_start[e + 1]) body(e, first, std::min(first + grain * unit, rows));
-      }
-    });
-  };
-  over_rows(inner, dense_inner ? kTileRows : down_format.group_size, [&](int64_t e, int64_t begin, int64_t end) {
-    const Expert& expert = experts[static_cast<size_t>(e)];
-    const int64_t first = pair_start[e], tokens = pair_start[e + 1] - first;
-    const Activations acts = part(input_.view, expert.gate, first, tokens);
-    k.matmul_rows(expert.gate, begin, end, acts, gate + first * inner, inner);
-    k.matmul_rows(expert.up, begin, end, acts, up + first * inner, inner);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t at = (first + t) * inner + begin;
-      k.swiglu(gate + at, up + at, end - begin, gate + at);
-      if (dense_inner) continue;
-      ActivationsOut out = place(inner_, inner, first, tokens, t);
-      const int64_t group = begin / down_format.group_size;
-      out.xq += begin * out.lines;
-      out.dx += group * (out.lines / planes);
-      out.xsum += group * (out.lines / planes);
-      out.zsum += group * out.lines;
-      k.quantize_activations(gate + at, end - begin, down_format.group_size, planes, zero_point(down_format), out);
-    }
-  });
+  over_expert_rows(count, pair_start, inner, dense_inner ? kTileRows : down_format.group_size,
+                   [&](int64_t e, int64_t begin, int64_t end) {
+                     const Expert& expert = experts[static_cast<size_t>(e)];
+                     const int64_t first = pair_start[e], tokens = pair_start[e + 1] - first;
+                     const Activations acts = part(input_.view, expert.gate, first, tokens);
+                     k.matmul_rows(expert.gate, begin, end, acts, gate + first * inner, inner);
+                     k.matmul_rows(expert.up, begin, end, acts, up + first * inner, inner);
+                     for (int64_t t = 0; t < tokens; ++t) {
+                       const int64_t at = (first + t) * inner + begin;
+                       k.swiglu(gate + at, up + at, end - begin, gate + at);
+                       if (dense_inner) continue;
+                       ActivationsOut out = place(inner_, inner, first, tokens, t);
+                       const int64_t group = begin / down_format.group_size;
+                       out.xq += begin * out.lines;
+                       out.dx += group * (out.lines / planes);
+                       out.xsum += group * (out.lines / planes);
+                       out.zsum += group * out.lines;
+                       k.quantize_activations(gate + at, end - begin, down_format.group_size, planes,
+                                              zero_point(down_format), out);
+                     }
+                   });
+}
 
-  // 3. down.
-  over_rows(hidden, kTileRows, [&](int64_t e, int64_t begin, int64_t end) {
-    const Matrix& down = experts[static_cast<size_t>(e)].down;
-    const int64_t first = pair_start[e];
-    k.matmul_rows(down, begin, end, part(inner_.view, down, first, pair_start[e + 1] - first), y + first * hidden,
-                  hidden);
+void Engine::experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
+                     const int64_t* pair_token, float* y) {
+  if (experts.empty()) return;
+  experts_inner(experts, x, pair_start, pair_token);
+  const int64_t hidden = experts[0].down.rows;
+  over_expert_rows(static_cast<int64_t>(experts.size()), pair_start, hidden, kTileRows,
+                   [&](int64_t e, int64_t begin, int64_t end) {
+                     const Matrix& down = experts[static_cast<size_t>(e)].down;
+                     const int64_t first = pair_start[e];
+                     k.matmul_rows(down, begin, end, part(inner_.view, down, first, pair_start[e + 1] - first),
+                                   y + first * hidden, hidden);
+                   });
+}
+
+void Engine::moe(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
+                 const int64_t* pair_token, const float* weights, float* acc) {
+  if (experts.empty()) return;
+  experts_inner(experts, x, pair_start, pair_token);
+  const int64_t count = static_cast<int64_t>(experts.size()), hidden = experts[0].down.rows;
+  int64_t most = 0;
+  for (int64_t e = 0; e < count; ++e) most = std::max(most, pair_start[e + 1] - pair_start[e]);
+  // A task owns some columns of acc and takes the experts in order: no output of an expert leaves the cache.
+  constexpr int64_t kColumns = 64;
+  outputs_.resize(static_cast<size_t>(pool.threads() * most * kColumns));
+  pool.parallel_for((hidden + kColumns - 1) / kColumns, 1, [&](int64_t first_block, int64_t end_block, int thread) {
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const int64_t begin = block * kColumns, end = std::min(begin + kColumns, hidden);
+      float* y = outputs_.data() + thread * most * kColumns;
+      for (int64_t e = 0; e < count; ++e) {
+        const Matrix& down = experts[static_cast<size_t>(e)].down;
+        const int64_t first = pair_start[e], tokens = pair_start[e + 1] - first;
+        if (tokens == 0) continue;
+        k.matmul_rows(down, begin, end, part(inner_.view, down, first, tokens), y - begin, kColumns);
+        for (int64_t t = 0; t < tokens; ++t)
+          k.axpy(weights[first + t], y + t * kColumns, end - begin, acc + pair_token[first + t] * hidden + begin);
+      }
+    }
   });
 }
 
@@ -202,20 +238,28 @@ void Engine::accumulate(float* acc, const float* y, const int64_t* pair_token, c
 
 void Engine::attention(const float* q_gate, const float* k_in, const float* v_in, const AttentionParams& p,
                        const KVLayer& kv, int64_t tokens, int64_t position, float* out) {
-  const int64_t d = kv.head_dim, per_kv = p.heads / kv.kv_heads, longest = position + tokens;
-  const int64_t parts = (per_kv + 3) / 4;  // up to four query heads share a pass over their keys
-  const int64_t score_floats = pool.threads() * 4 * longest;
-  scratch_.resize(static_cast<size_t>(score_floats + tokens * p.heads * d + pool.threads() * d));
-  float *q = scratch_.data() + score_floats, *keys = q + tokens * p.heads * d;
+  const int64_t d = kv.head_dim, per_kv = p.heads / kv.kv_heads;
+  // Rows are the query heads of a KV head, of several tokens; a task is such rows against one segment of positions, or
+  // for many tokens against all of them, one after another. Both give the same bits.
+  const int64_t together = std::clamp<int64_t>(kQueryRows / per_kv, 1, tokens), rows = together * per_kv;
+  const int64_t blocks = (tokens + together - 1) / together, segments = (position + tokens + kSegment - 1) / kSegment;
+  const bool split = blocks * kv.kv_heads < 2 * pool.threads();
+  const int64_t state = rows * (d + 2), own = rows * d + 2 * state + segment_scratch(d, rows);
+  const int64_t query_floats = tokens * p.heads * d;
+  const int64_t partial_floats = split ? blocks * kv.kv_heads * segments * state : 0;
+  scratch_.resize(static_cast<size_t>(query_floats + partial_floats + pool.threads() * own));
+  float *q = scratch_.data(), *partials = q + query_floats, *keys = partials + partial_floats;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
   // 1. Norm and rotate; keys and values go into the cache.
   pool.parallel_for(tokens, 8, [&](int64_t begin, int64_t end, int thread) {
-    float* key = keys + thread * d;
+    float* key = keys + thread * own;
     for (int64_t t = begin; t < end; ++t) {
       const float *cos = p.cos + t * p.rotary_half, *sin = p.sin + t * p.rotary_half;
       for (int64_t h = 0; h < p.heads; ++h) {
         float* to = q + (t * p.heads + h) * d;
         k.rms_norm(q_gate + (t * p.heads + h) * 2 * d, p.q_norm, d, p.eps, to);
         k.rotary(to, cos, sin, p.rotary_half);
+        k.scale(to, scale, d);
       }
       for (int64_t h = 0; h < kv.kv_heads; ++h) {
         const int64_t from = (t * kv.kv_heads + h) * d, to = (h * kv.capacity + position + t) * d;
@@ -231,17 +275,63 @@ void Engine::attention(const float* q_gate, const float* k_in, const float* v_in
       }
     }
   });
-  // 2. Attend, and gate.
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  pool.parallel_for(tokens * kv.kv_heads * parts, 1, [&](int64_t begin, int64_t end, int thread) {
+  // 2. Attend.
+  auto attend = [&](int64_t block, int64_t kv_head, int64_t first, int64_t last, float* result, float* room) {
+    const int64_t t0 = block * together, count = std::min(together, tokens - t0), n = count * per_kv;
+    float *queries = room, *next = queries + rows * d, *scratch = next + state;
+    std::vector<int64_t> visible(static_cast<size_t>(n));
+    for (int64_t t = 0; t < count; ++t) {
+      std::memcpy(queries + t * per_kv * d, q + ((t0 + t) * p.heads + kv_head * per_kv) * d,
+                  static_cast<size_t>(per_kv * d) * 4);
+      for (int64_t h = 0; h < per_kv; ++h) visible[static_cast<size_t>(t * per_kv + h)] = position + t0 + t + 1;
+    }
+    for (int64_t s = first; s < last; ++s) {
+      const int64_t begin = s * kSegment, end = std::min(begin + kSegment, position + t0 + count);
+      float* to = s == first ? result : next;
+      if (begin >= end && s > first) break;
+      k.attend_segment(queries, n, visible.data(), kv, kv_head, begin, std::max(begin, end), to + rows * d,
+                       to + rows * d + rows, to, scratch);
+      if (s > first)
+        k.merge_segments(n, d, result + rows * d, result + rows * d + rows, result, to + rows * d, to + rows * d + rows,
+                         to);
+    }
+  };
+  auto finish = [&](int64_t block, int64_t kv_head, const float* result) {
+    const int64_t t0 = block * together, count = std::min(together, tokens - t0);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t h = 0; h < per_kv; ++h) {
+        const int64_t row = t * per_kv + h, head = (t0 + t) * p.heads + kv_head * per_kv + h;
+        std::memcpy(out + head * d, result + row * d, static_cast<size_t>(d) * 4);
+        k.scale(out + head * d, 1.0f / result[rows * d + rows + row], d);
+        k.sigmoid_gate(out + head * d, q_gate + (2 * head + 1) * d, d);
+      }
+  };
+  const int64_t tasks = blocks * kv.kv_heads;
+  if (!split) {
+    pool.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t task = begin; task < end; ++task) {
+        float* room = keys + thread * own;
+        float* result = room + own - state;
+        attend(task / kv.kv_heads, task % kv.kv_heads, 0, segments, result, room);
+        finish(task / kv.kv_heads, task % kv.kv_heads, result);
+      }
+    });
+    return;
+  }
+  pool.parallel_for(tasks * segments, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i)
+      attend(i / segments / kv.kv_heads, i / segments % kv.kv_heads, i % segments, i % segments + 1,
+             partials + i * state, keys + thread * own);
+  });
+  pool.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t = task / (kv.kv_heads * parts), kv_head = task / parts % kv.kv_heads;
-      const int64_t first = kv_head * per_kv + task % parts * 4,
-                    count = std::min<int64_t>(4, (kv_head + 1) * per_kv - first);
-      const int64_t head = t * p.heads + first;
-      k.attend(q + head * d, kv, kv_head, count, position + t + 1, scale, scratch_.data() + thread * 4 * longest,
-               out + head * d);
-      for (int64_t h = head; h < head + count; ++h) k.sigmoid_gate(out + h * d, q_gate + (2 * h + 1) * d, d);
+      float* result = partials + task * segments * state;
+      for (int64_t s = 1; s < segments; ++s) {
+        const float* next = result + s * state;
+        k.merge_segments(rows, d, result + rows * d, result + rows * d + rows, result, next + rows * d,
+                         next + rows * d + rows, next);
+      }
+      finish(task / kv.kv_heads, task % kv.kv_heads, result);
     }
   });
 }
@@ -249,7 +339,7 @@ void Engine::attention(const float* q_gate, const float* k_in, const float* v_in
 void Engine::delta_net(bool chunked, float* qkv, const float* z, const float* a, const float* b, const DeltaParams& p,
                        int64_t tokens, float* conv_state, float* state, float* out) {
   const int64_t key_dim = p.key_heads * p.dk, value_dim = p.value_heads * p.dv, channels = 2 * key_dim + value_dim;
-  const int64_t scratch = pool.threads() * kDeltaScratch;
+  const int64_t own = delta_scratch(p.dk, p.dv), scratch = pool.threads() * own;
   scratch_.resize(static_cast<size_t>(scratch + 2 * tokens * p.value_heads));
   float *g = scratch_.data() + scratch, *beta = g + tokens * p.value_heads;
   // 1. Mix each channel with its own past. One token is not worth waking threads for.
@@ -282,7 +372,7 @@ void Engine::delta_net(bool chunked, float* qkv, const float* z, const float* a,
         float *s = state + h * p.dk * p.dv, *o = out + t * value_dim + h * p.dv;
         if (chunked)
           k.delta_chunk(q, key, v, gt, bt, n, p.dk, p.dv, channels, channels, p.value_heads, s, o, value_dim,
-                        scratch_.data() + thread * kDeltaScratch);
+                        scratch_.data() + thread * own);
         else
           k.delta_step(q, key, v, gt, bt, n, p.dk, p.dv, channels, channels, p.value_heads, s, o, value_dim);
         for (int64_t i = 0; i < n; ++i)

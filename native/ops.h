@@ -59,6 +59,10 @@ class Engine {
   // [pair_start[e], pair_start[e+1]) belong to experts[e]; all experts have the same shapes and bits.
   void experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start, const int64_t* pair_token,
                float* y);
+  // The same, summed at once: acc[pair_token[p]] += weights[p]·(expert of p applied to x[pair_token[p]]), p ascending.
+  // The bits are those of experts() and then accumulate().
+  void moe(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start, const int64_t* pair_token,
+           const float* weights, float* acc);
   // acc[pair_token[p]] += weights[p]·y[p], p ascending. Splits columns, never the order.
   void accumulate(float* acc, const float* y, const int64_t* pair_token, const float* weights, int64_t pairs,
                   int64_t hidden);
@@ -76,6 +80,12 @@ class Engine {
   void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, float* weights, int64_t* selected);
 
  private:
+  // The first half of experts(): silu(gate·x)·(up·x) of every pair, ready for down, in inner_.
+  void experts_inner(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
+                     const int64_t* pair_token);
+  // body(expert, first row, end row) over all experts that have pairs, rows in multiples of `unit`.
+  template <class Body>
+  void over_expert_rows(int64_t count, const int64_t* pair_start, int64_t rows, int64_t unit, Body body);
   void prepare(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens);
   // Room in `to` for activations of `tokens` tokens, whose blocks begin anew at each of `starts` (one group without).
   void make_room(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens);
@@ -85,7 +95,7 @@ class Engine {
 
   PreparedActivations input_, inner_;
   std::vector<float> scratch_;
-  std::vector<float> logits_;
+  std::vector<float> logits_, outputs_;
 };
 
 // Affine quantization of w (rows, cols) float32, or symmetric where biases is null: packed (rows, cols·bits/8), least

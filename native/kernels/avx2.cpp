@@ -1,5 +1,6 @@
 #include "simd_avx2.h"
 // The order matters: what follows is written in terms of the types and functions above.
+#include "gemm.h"
 #include "matmul.h"
 #include "mixers.h"
 #include "rows.h"

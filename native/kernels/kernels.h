@@ -117,25 +117,36 @@ struct Kernels {
   void (*conv)(const float* x, const float* weight, float* state, int64_t tokens, int64_t channels, int64_t kernel,
                int64_t begin, int64_t end, float* y);
 
-  // `heads` query heads (1 to 4) that share a KV head, one token: q, out (heads, head_dim); positions [0, length) are
-  // seen. scores: scratch of heads·length floats.
-  void (*attend)(const float* q, const KVLayer& kv, int64_t kv_head, int64_t heads, int64_t length, float scale,
-                 float* scores, float* out);
+  // One segment of attention: `rows` scaled queries q (rows, head_dim) against positions [begin, end) of one KV head,
+  // end − begin ≤ kSegment; row r sees those below visible[r]. Per row: the largest score, Σ e^(score − largest), and
+  // Σ e^(score − largest)·v in out (rows, head_dim); nothing seen gives −1e30, 0, 0. scratch: segment_scratch(head_dim,
+  // rows) floats.
+  void (*attend_segment)(const float* q, int64_t rows, const int64_t* visible, const KVLayer& kv, int64_t kv_head,
+                         int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch);
+  // Merges a later segment of the same rows into (largest, sum, out).
+  void (*merge_segments)(int64_t rows, int64_t head_dim, float* largest, float* sum, float* out,
+                         const float* next_largest, const float* next_sum, const float* next_out);
 
   // Gated-delta rule, one value head. q, k (tokens, dk) with row stride ldq; v (tokens, dv) with row stride ldv, out
   // likewise with ldo; g (log decay), beta (tokens) with stride ldg; state (dk, dv), updated.
   void (*delta_step)(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
                      int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out,
                      int64_t ldo);
-  // The same in chunked form for at most 64 tokens. scratch: kDeltaScratch floats.
+  // The same in chunked form for at most kDeltaChunk tokens. scratch: delta_scratch(dk, dv) floats.
   void (*delta_chunk)(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
                       int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out,
                       int64_t ldo, float* scratch);
 };
 
+constexpr int64_t kSegment = 1024;  // positions; where segments begin does not depend on how a text is cut
+constexpr int64_t kKeys = 64;       // of a segment that are worked on together
+static inline int64_t segment_scratch(int64_t head_dim, int64_t rows) { return 2 * kKeys * head_dim + rows * kKeys; }
+
 constexpr int64_t kDeltaChunk = 64;
-constexpr int64_t kDeltaColumns = 64;  // columns of the state that are worked on together
-constexpr int64_t kDeltaScratch = 2 * kDeltaChunk * kDeltaChunk + kDeltaChunk * (kDeltaColumns + 3);
+constexpr int64_t kDeltaColumns = 64;  // columns of the state that a step works on together
+static inline int64_t delta_scratch(int64_t dk, int64_t dv) {
+  return 2 * kDeltaChunk * kDeltaChunk + dk * kDeltaChunk + kDeltaChunk * dv + 3 * kDeltaChunk;
+}
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)

@@ -134,36 +134,47 @@ template <DType DTYPE, int ROWS, int TOKS>
 inline void dense_tile(const Matrix& w, int64_t row, const Activations& x, int64_t token, float* y, int64_t ldy) {
   constexpr int64_t kBytes = DTYPE == DType::f32 ? 4 : 2;
   F acc[ROWS][TOKS];
-  for (auto& a : acc)
-    for (auto& b : a) b = f_zero();
-  for (int64_t c = 0; c < w.cols; c += 16) {
-    const int64_t n = w.cols - c;
-    F xs[TOKS];
-    for (int t = 0; t < TOKS; ++t) {
-      const float* p = x.x + (token + t) * w.cols + c;
-      xs[t] = n >= 16 ? f_load(p) : f_load_n(p, n);
-    }
-    for (int r = 0; r < ROWS; ++r) {
-      const F wv = load_values(w.data + ((row + r) * w.cols + c) * kBytes, DTYPE, n);
-      for (int t = 0; t < TOKS; ++t) acc[r][t] = f_fma(wv, xs[t], acc[r][t]);
-    }
-  }
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKS; ++t) acc[r][t] = f_zero();
+  const float* xs = x.x + token * w.cols;
+  const uint8_t* ws = w.data + row * w.cols * kBytes;
+  int64_t c = 0;
+  auto step = [&](int64_t n) __attribute__((always_inline)) {
+    F values[TOKS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKS; ++t) values[t] = n >= 16 ? f_load(xs + t * w.cols + c) : f_load_n(xs + t * w.cols + c, n);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const uint8_t* p = ws + (r * w.cols + c) * kBytes;
+      if (TOKS == 1) __builtin_prefetch(p + ROWS * w.cols * kBytes);  // the next rows' same place
+      const F weight = load_values(p, DTYPE, n);
+#pragma GCC unroll 8
+      for (int t = 0; t < TOKS; ++t) acc[r][t] = f_fma(weight, values[t], acc[r][t]);
+    }
+  };
+  for (; c + 16 <= w.cols; c += 16) step(16);
+  if (c < w.cols) step(w.cols - c);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
     for (int t = 0; t < TOKS; ++t) y[(token + t) * ldy + row + r] = f_sum(acc[r][t]);
 }
 
-// Rows [begin, end) by all tokens: four rows a step for one token, two rows by four tokens for many.
+// Rows [begin, end) by all tokens: four rows a step for one token, a block of both for many.
 template <DType DTYPE>
 void dense_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
   int64_t r = begin;
-  if (x.tokens < 4) {
+  if (x.tokens < kDenseTokens) {
     for (; r + 4 <= end; r += 4)
       for (int64_t t = 0; t < x.tokens; ++t) dense_tile<DTYPE, 4, 1>(w, r, x, t, y, ldy);
   } else {
-    for (; r + 2 <= end; r += 2) {
+    for (; r + kDenseRows <= end; r += kDenseRows) {
       int64_t t = 0;
-      for (; t + 4 <= x.tokens; t += 4) dense_tile<DTYPE, 2, 4>(w, r, x, t, y, ldy);
-      for (; t < x.tokens; ++t) dense_tile<DTYPE, 2, 1>(w, r, x, t, y, ldy);
+      for (; t + kDenseTokens <= x.tokens; t += kDenseTokens)
+        dense_tile<DTYPE, kDenseRows, kDenseTokens>(w, r, x, t, y, ldy);
+      for (; t < x.tokens; ++t) dense_tile<DTYPE, kDenseRows, 1>(w, r, x, t, y, ldy);
     }
   }
   for (; r < end; ++r)

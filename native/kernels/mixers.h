@@ -1,59 +1,80 @@
-// Attention over a KV cache and the gated-delta rule for one instruction set; included after rows.h.
+// Attention over a KV cache and the gated-delta rule for one instruction set; included after gemm.h.
 #pragma once
 
-#include "rows.h"
+#include "gemm.h"
 
 namespace {
 
-template <int HEADS>
-void attend_heads(const float* q, const KVLayer& kv, int64_t kv_head, int64_t length, float scale, float* scores,
-                  float* out) {
-  const int64_t d = kv.head_dim, row_bytes = d * (kv.dtype == DType::f32 ? 4 : 2);
-  const int64_t value_bytes = row_bytes / d;
-  const uint8_t* keys = static_cast<const uint8_t*>(kv.k) + kv_head * kv.capacity * row_bytes;
-  const uint8_t* values = static_cast<const uint8_t*>(kv.v) + kv_head * kv.capacity * row_bytes;
-  for (int64_t p = 0; p < length; ++p) {
-    F acc[HEADS];
-    for (auto& a : acc) a = f_zero();
-    for_lanes(d, [&](int64_t c, int64_t m) {
-      const F key = load_values(keys + p * row_bytes + c * value_bytes, kv.dtype, m);
-      for (int h = 0; h < HEADS; ++h) acc[h] = f_fma(f_load_n(q + h * d + c, m), key, acc[h]);
-    });
-    for (int h = 0; h < HEADS; ++h) scores[h * length + p] = f_sum(acc[h]) * scale;
+void attend_segment(const float* q, int64_t rows, const int64_t* visible, const KVLayer& kv, int64_t kv_head,
+                    int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch) {
+  const int64_t d = kv.head_dim, size = value_bytes(kv.dtype);
+  const uint8_t* keys = static_cast<const uint8_t*>(kv.k) + kv_head * kv.capacity * d * size;
+  const uint8_t* values = static_cast<const uint8_t*>(kv.v) + kv_head * kv.capacity * d * size;
+  float *turned = scratch, *wide = turned + kKeys * d,
+        *scores = wide + kKeys * d;  // (d, kKeys), (kKeys, d), (rows, kKeys)
+  for (int64_t r = 0; r < rows; ++r) {
+    largest[r] = -1e30f;
+    sum[r] = 0.0f;
   }
-  for (int h = 0; h < HEADS; ++h) softmax(scores + h * length, length);
-  // 64 columns at a time: their sums stay in registers while every position passes once.
-  for (int64_t c0 = 0; c0 < d; c0 += 64) {
-    F acc[HEADS][4];
-    for (auto& a : acc)
-      for (auto& b : a) b = f_zero();
-    const int64_t width = d - c0 < 64 ? d - c0 : 64;
-    for (int64_t p = 0; p < length; ++p) {
-      const uint8_t* row = values + p * row_bytes + c0 * value_bytes;
-      for (int64_t c = 0; c * 16 < width; ++c) {
-        const F value = load_values(row + c * 16 * value_bytes, kv.dtype, width - c * 16);
-        for (int h = 0; h < HEADS; ++h) acc[h][c] = f_fma(f_set1(scores[h * length + p]), value, acc[h][c]);
+  set_zero(out, rows, d, d);
+  for (int64_t p0 = begin; p0 < end; p0 += kKeys) {
+    const int64_t n = end - p0 < kKeys ? end - p0 : kKeys;
+    // 1. Keys turned, so that a query's value meets 16 keys at once.
+    for (int64_t p = 0; p < n; ++p)
+      for_lanes(d, [&](int64_t c, int64_t m) {
+        float t[16];
+        f_store(t, load_values(keys + ((p0 + p) * d + c) * size, kv.dtype, m));
+        for (int64_t i = 0; i < m; ++i) turned[(c + i) * kKeys + p] = t[i];
+      });
+    set_zero(scores, rows, n, kKeys);
+    gemm(rows, n, d, q, d, turned, kKeys, scores, kKeys);
+    // 2. The softmax so far, corrected to the new largest score.
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = scores + r * kKeys;
+      const int64_t seen = visible[r] - p0 < 0 ? 0 : visible[r] - p0 < n ? visible[r] - p0 : n;
+      float most = largest[r];
+      for (int64_t p = 0; p < seen; ++p) most = s[p] > most ? s[p] : most;
+      const F shift = f_set1(most);
+      F total = f_zero();
+      for_lanes(seen, [&](int64_t c, int64_t m) {
+        f_store_n(s + c, f_exp(f_sub(f_load_n(s + c, m), shift)), m);
+        total = f_add(total, f_load_n(s + c, m));  // reloaded so that lanes past the end count as 0
+      });
+      for (int64_t p = seen; p < n; ++p) s[p] = 0.0f;
+      if (most > largest[r]) {
+        const float keep = exp_one(largest[r] - most);
+        sum[r] *= keep;
+        scale(out + r * d, keep, d);
+        largest[r] = most;
       }
+      sum[r] += f_sum(total);
     }
-    for (int h = 0; h < HEADS; ++h)
-      for (int64_t c = 0; c * 16 < width; ++c) {
-        const int64_t n = width - c * 16;
-        f_store_n(out + h * d + c0 + c * 16, acc[h][c], n < 16 ? n : 16);
-      }
+    // 3. Values, weighted.
+    const float* v = reinterpret_cast<const float*>(values) + p0 * d;
+    if (kv.dtype != DType::f32) {
+      for_lanes(n * d, [&](int64_t c, int64_t m) {
+        f_store_n(wide + c, load_values(values + (p0 * d + c) * size, kv.dtype, m), m);
+      });
+      v = wide;
+    }
+    gemm(rows, d, n, scores, kKeys, v, d, out, d);
   }
 }
 
-void attend(const float* q, const KVLayer& kv, int64_t kv_head, int64_t heads, int64_t length, float scale,
-            float* scores, float* out) {
-  switch (heads) {
-    case 4:
-      return attend_heads<4>(q, kv, kv_head, length, scale, scores, out);
-    case 3:
-      return attend_heads<3>(q, kv, kv_head, length, scale, scores, out);
-    case 2:
-      return attend_heads<2>(q, kv, kv_head, length, scale, scores, out);
-    default:
-      return attend_heads<1>(q, kv, kv_head, length, scale, scores, out);
+void merge_segments(int64_t rows, int64_t head_dim, float* largest, float* sum, float* out, const float* next_largest,
+                    const float* next_sum, const float* next_out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (next_sum[r] == 0.0f) continue;
+    float keep = 1.0f, take = 1.0f;
+    if (next_largest[r] > largest[r]) {
+      keep = exp_one(largest[r] - next_largest[r]);
+      largest[r] = next_largest[r];
+    } else {
+      take = exp_one(next_largest[r] - largest[r]);
+    }
+    sum[r] = std::fma(take, next_sum[r], keep * sum[r]);
+    scale(out + r * head_dim, keep, head_dim);
+    axpy(take, next_out + r * head_dim, head_dim, out + r * head_dim);
   }
 }
 
@@ -94,23 +115,6 @@ void delta_step(const float* q, const float* k, const float* v, const float* g, 
   }
 }
 
-inline float dot_of(const float* a, const float* b, int64_t n) {
-  F sum = f_zero();
-  for_lanes(n, [&](int64_t c, int64_t m) { sum = f_fma(f_load_n(a + c, m), f_load_n(b + c, m), sum); });
-  return f_sum(sum);
-}
-
-// acc[c] = Sᵀx for one token and up to 64 columns.
-inline void state_times(const float* state, const float* x, int64_t dk, int64_t dv, int64_t width, F acc[4]) {
-  const int64_t vectors = (width + 15) / 16;
-  for (int c = 0; c < 4; ++c) acc[c] = f_zero();
-  for (int64_t i = 0; i < dk; ++i) {
-    const F xi = f_set1(x[i]);
-    for (int64_t c = 0; c < vectors; ++c)
-      acc[c] = f_fma(xi, f_load_n(state + i * dv + c * 16, lanes_at(width, c)), acc[c]);
-  }
-}
-
 // With γ_i the sum of g up to token i, and S the state before the chunk:
 //   d_i = β_i(v_i − e^{γ_i} Sᵀk_i) − Σ_{j<i} β_i e^{γ_i−γ_j}(k_i·k_j) d_j
 //   out_i = e^{γ_i} Sᵀq_i + Σ_{j≤i} e^{γ_i−γ_j}(q_i·k_j) d_j
@@ -119,61 +123,69 @@ inline void state_times(const float* state, const float* x, int64_t dk, int64_t 
 void delta_chunk(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
                  int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out, int64_t ldo,
                  float* scratch) {
-  float* among_keys = scratch;                             // (tokens, 64): β_i e^{γ_i−γ_j}(k_i·k_j), j < i
-  float* scores = among_keys + kDeltaChunk * kDeltaChunk;  // (tokens, 64): e^{γ_i−γ_j}(q_i·k_j), j ≤ i
-  float* deltas = scores + kDeltaChunk * kDeltaChunk;      // (tokens, 64 columns)
-  float* gamma = deltas + kDeltaChunk * kDeltaColumns;     // (tokens)
-  float* from_start = gamma + kDeltaChunk;                 // e^{γ_i}
-  float* to_end = from_start + kDeltaChunk;                // e^{γ_last−γ_i}
-  float sum = 0.0f;
-  for (int64_t i = 0; i < tokens; ++i) gamma[i] = sum = sum + g[i * ldg];
+  constexpr int64_t kLd = kDeltaChunk, kRows = 16;  // rows that are worked on together
+  float* among_keys = scratch;                      // (tokens, kLd): −β_i e^{γ_i−γ_j}(k_i·k_j), j < i
+  float* scores = among_keys + kDeltaChunk * kLd;   // (tokens, kLd): e^{γ_i−γ_j}(q_i·k_j), j ≤ i, else 0
+  float* turned = scores + kDeltaChunk * kLd;       // (dk, kLd): keys
+  float* deltas = turned + dk * kLd;                // (tokens, dv)
+  float* gamma = deltas + kDeltaChunk * dv;         // (tokens)
+  float* from_start = gamma + kDeltaChunk;          // e^{γ_i}
+  float* to_end = from_start + kDeltaChunk;         // e^{γ_last−γ_i}
+  float total = 0.0f;
+  for (int64_t i = 0; i < tokens; ++i) gamma[i] = total = total + g[i * ldg];
   for (int64_t i = 0; i < tokens; ++i) {
     from_start[i] = exp_one(gamma[i]);
     to_end[i] = exp_one(gamma[tokens - 1] - gamma[i]);
-    for (int64_t j = 0; j <= i; ++j) {
-      const float ratio = exp_one(gamma[i] - gamma[j]);
-      scores[i * kDeltaChunk + j] = ratio * dot_of(q + i * ldq, k + j * ldq, dk);
-      among_keys[i * kDeltaChunk + j] = beta[i * ldg] * ratio * dot_of(k + i * ldq, k + j * ldq, dk);
+    for (int64_t r = 0; r < dk; ++r) turned[r * kLd + i] = k[i * ldq + r];
+  }
+  // 1. Products among the chunk's tokens, each row up to its own token.
+  for (int64_t i0 = 0; i0 < tokens; i0 += kRows) {
+    const int64_t rows = tokens - i0 < kRows ? tokens - i0 : kRows, n = i0 + rows;
+    set_zero(among_keys + i0 * kLd, rows, n, kLd);
+    set_zero(scores + i0 * kLd, rows, n, kLd);
+    gemm(rows, n, dk, k + i0 * ldq, ldq, turned, kLd, among_keys + i0 * kLd, kLd);
+    gemm(rows, n, dk, q + i0 * ldq, ldq, turned, kLd, scores + i0 * kLd, kLd);
+    for (int64_t i = i0; i < n; ++i) {
+      const F now = f_set1(gamma[i]), rate = f_set1(-beta[i * ldg]);
+      for_lanes(n, [&](int64_t c, int64_t m) {
+        const F ratio = f_exp(f_sub(now, f_load_n(gamma + c, m)));
+        float *key = among_keys + i * kLd + c, *score = scores + i * kLd + c;
+        f_store_n(key, f_mul(rate, f_mul(ratio, f_load_n(key, m))), m);
+        f_store_n(score, f_mul(ratio, f_load_n(score, m)), m);
+      });
+      for (int64_t j = i + 1; j < n; ++j) scores[i * kLd + j] = 0.0f;
     }
   }
-  for (int64_t c0 = 0; c0 < dv; c0 += kDeltaColumns) {
-    const int64_t width = dv - c0 < kDeltaColumns ? dv - c0 : kDeltaColumns, vectors = (width + 15) / 16;
-    float* s = state + c0;
-    for (int64_t i = 0; i < tokens; ++i) {
-      F seen[4], query[4];
-      state_times(s, k + i * ldq, dk, dv, width, seen);
-      state_times(s, q + i * ldq, dk, dv, width, query);
+  // 2. d: a unit triangular system, solved a block of rows at a time.
+  set_zero(deltas, tokens, dv, dv);
+  gemm(tokens, dv, dk, k, ldq, state, dv, deltas, dv);
+  for (int64_t i0 = 0; i0 < tokens; i0 += kRows) {
+    const int64_t rows = tokens - i0 < kRows ? tokens - i0 : kRows;
+    for (int64_t i = i0; i < i0 + rows; ++i) {
       const F start = f_set1(from_start[i]), rate = f_set1(beta[i * ldg]);
-      F delta[4], result[4];
-      for (int64_t c = 0; c < vectors; ++c) {
-        const F value = f_load_n(v + i * ldv + c0 + c * 16, lanes_at(width, c));
-        delta[c] = f_mul(rate, f_sub(value, f_mul(start, seen[c])));
-        result[c] = f_mul(start, query[c]);
-      }
-      for (int64_t j = 0; j < i; ++j) {
-        const F key = f_set1(-among_keys[i * kDeltaChunk + j]), score = f_set1(scores[i * kDeltaChunk + j]);
-        for (int64_t c = 0; c < vectors; ++c) {
-          const F earlier = f_load(deltas + j * kDeltaColumns + c * 16);
-          delta[c] = f_fma(key, earlier, delta[c]);
-          result[c] = f_fma(score, earlier, result[c]);
-        }
-      }
-      const F own = f_set1(scores[i * kDeltaChunk + i]);
-      for (int64_t c = 0; c < vectors; ++c) {
-        f_store(deltas + i * kDeltaColumns + c * 16, delta[c]);
-        f_store_n(out + i * ldo + c0 + c * 16, f_fma(own, delta[c], result[c]), lanes_at(width, c));
-      }
+      for_lanes(dv, [&](int64_t c, int64_t m) {
+        float* d = deltas + i * dv + c;
+        f_store_n(d, f_mul(rate, f_sub(f_load_n(v + i * ldv + c, m), f_mul(start, f_load_n(d, m)))), m);
+      });
     }
-    const F keep = f_set1(from_start[tokens - 1]);
-    for (int64_t r = 0; r < dk; ++r)
-      for (int64_t c = 0; c < vectors; ++c) {
-        float* at = s + r * dv + c * 16;
-        F next = f_mul(keep, f_load_n(at, lanes_at(width, c)));
-        for (int64_t j = 0; j < tokens; ++j)
-          next = f_fma(f_set1(k[j * ldq + r] * to_end[j]), f_load(deltas + j * kDeltaColumns + c * 16), next);
-        f_store_n(at, next, lanes_at(width, c));
-      }
+    gemm(rows, dv, i0, among_keys + i0 * kLd, kLd, deltas, dv, deltas + i0 * dv, dv);
+    for (int64_t i = i0 + 1; i < i0 + rows; ++i)
+      gemm(1, dv, i - i0, among_keys + i * kLd + i0, kLd, deltas + i0 * dv, dv, deltas + i * dv, dv);
   }
+  // 3. What is read.
+  set_zero(out, tokens, dv, ldo);
+  gemm(tokens, dv, dk, q, ldq, state, dv, out, ldo);
+  for (int64_t i0 = 0; i0 < tokens; i0 += kRows) {
+    const int64_t rows = tokens - i0 < kRows ? tokens - i0 : kRows;
+    for (int64_t i = i0; i < i0 + rows; ++i) scale(out + i * ldo, from_start[i], dv);
+    gemm(rows, dv, i0 + rows, scores + i0 * kLd, kLd, deltas, dv, out + i0 * ldo, ldo);
+  }
+  // 4. What is kept.
+  for (int64_t r = 0; r < dk; ++r) {
+    scale(state + r * dv, from_start[tokens - 1], dv);
+    for (int64_t i = 0; i < tokens; ++i) turned[r * kLd + i] *= to_end[i];
+  }
+  gemm(dk, dv, tokens, turned, kLd, deltas, dv, state, dv);
 }
 
 }  // namespace

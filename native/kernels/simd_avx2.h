@@ -102,6 +102,8 @@ inline void f_store_i8(int8_t* p, F a) {
 }
 
 constexpr int kMaxLines = 4;
+constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
+constexpr int kDenseRows = 2, kDenseTokens = 3;
 
 inline W w_load(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

@@ -58,6 +58,8 @@ inline void f_store_i8(int8_t* p, F a) {
 }
 
 constexpr int kMaxLines = 12;
+constexpr int kGemmRows = 6, kGemmVectors = 4;  // sums of a float product that registers hold
+constexpr int kDenseRows = 4, kDenseTokens = 6;
 
 inline W w_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 template <int BITS>
@@ -71,9 +73,9 @@ inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_join(I high, I low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
 template <int BITS>
 inline I i_dot(I acc, W w, const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+  // Written out because the compiler broadcasts into a register of its own first, and then runs out of them.
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+  return acc;
 }
 inline F f_from_int(I a) { return _mm512_cvtepi32_ps(a); }
 

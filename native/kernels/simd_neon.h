@@ -81,6 +81,8 @@ inline void f_store_i8(int8_t* p, F a) {
 }
 
 constexpr int kMaxLines = 2;
+constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
+constexpr int kDenseRows = 2, kDenseTokens = 3;
 
 inline W w_load(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
 template <int BITS>

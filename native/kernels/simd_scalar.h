@@ -99,6 +99,8 @@ inline void f_store_i8(int8_t* p, F a) {
 }
 
 constexpr int kMaxLines = 4;  // lines of activations that one pass over a tile serves: as many as registers hold sums
+constexpr int kGemmRows = 2, kGemmVectors = 1;  // sums of a float product that registers hold
+constexpr int kDenseRows = 2, kDenseTokens = 2;
 
 inline W w_load(const uint8_t* p) {
   W r;

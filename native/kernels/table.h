@@ -1,14 +1,15 @@
 // The one list of what a table holds, in the order of struct Kernels.
 #pragma once
 
-#define KERNEL_TABLE(NAME)             \
-  {NAME,         quantize_activations, \
-   matmul_rows,  dequantize_row,       \
-   rms_norm,     gated_rms_norm,       \
-   l2_norm,      swiglu,               \
-   sigmoid_gate, axpy,                 \
-   scale,        softmax,              \
-   sigmoid,      decay,                \
-   rotary,       to_bf16,              \
-   conv,         attend,               \
-   delta_step,   delta_chunk}
+#define KERNEL_TABLE(NAME)               \
+  {NAME,           quantize_activations, \
+   matmul_rows,    dequantize_row,       \
+   rms_norm,       gated_rms_norm,       \
+   l2_norm,        swiglu,               \
+   sigmoid_gate,   axpy,                 \
+   scale,          softmax,              \
+   sigmoid,        decay,                \
+   rotary,         to_bf16,              \
+   conv,           attend_segment,       \
+   merge_segments, delta_step,           \
+   delta_chunk}

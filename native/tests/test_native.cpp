@@ -180,6 +180,9 @@ void test_experts(const std::vector<const Kernels*>& tables) {
       std::vector<float> y(8 * hidden), acc(4 * hidden);
       engine.experts(experts, x.data(), start.data(), token.data(), y.data());
       engine.accumulate(acc.data(), y.data(), token.data(), weights.data(), 8, hidden);
+      std::vector<float> at_once(4 * hidden);
+      engine.moe(experts, x.data(), start.data(), token.data(), weights.data(), at_once.data());
+      check(same_bits(acc, at_once), "moe is experts and accumulate");
       y.insert(y.end(), acc.begin(), acc.end());
       return y;
     };

@@ -250,6 +250,9 @@ def test_experts_and_accumulate(seed: int, t: int, count: int, bits: int, symmet
     NATIVE.accumulate(sums[0], ours, pair_token, weights)
     REFERENCE.accumulate(sums[1], ours, pair_token, weights)
     close(sums[0], sums[1])
+    at_once = normal(seed + 7, t, hidden)
+    NATIVE.moe(at_once, x, block, pair_start, pair_token, weights)
+    assert np.array_equal(at_once, sums[0])
 
 
 @examples

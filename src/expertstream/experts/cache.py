@@ -26,6 +26,8 @@ from .store import ExpertStore, plan_read
 
 __all__ = ["ExpertCache", "Fetch", "Part"]
 
+_TOGETHER = 32  # experts of a long prompt that are computed at once: what they give stays in the processor's cache
+
 
 @dataclass(frozen=True)
 class Part:
@@ -329,7 +331,7 @@ class Fetch:
         position = 0
         while position < len(self.experts):
             ready = []
-            while position in self._slots:
+            while position in self._slots and len(ready) < _TOGETHER:
                 ready.append(position)
                 position += 1
             if not ready:

@@ -309,7 +309,7 @@ class SparseMoeBlock:
             block = self.experts.resident_block(self.layer, ids.tolist())
             if block is not None:  # nothing to wait for, nothing to put together
                 acc = ops.shared_expert(x, *self.shared_expert)
-                ops.accumulate(acc, ops.experts(x, block, pair_start, pair_token), pair_token, weights)
+                ops.moe(acc, x, block, pair_start, pair_token, weights)
                 h += acc
                 return
         else:
@@ -319,24 +319,18 @@ class SparseMoeBlock:
         # The reads of all missing experts are under way before anything is computed.
         with self.experts.fetch(self.layer, ids.tolist()) as fetch:
             acc = ops.shared_expert(x, *self.shared_expert)
+            # In order, each part is summed at once; else outputs wait until all are there.
             y = None if fetch.ordered else np.empty((order.shape[0], x.shape[1]), np.float32)
             for part in fetch:
-                first, last = part.positions[0], part.positions[-1] + 1
                 starts = pair_start[part.positions]
                 lengths = pair_start[np.array(part.positions) + 1] - starts
-                if last - first == len(part.positions):  # neighbours: one run of pairs
-                    pairs: Any = slice(pair_start[first], pair_start[last])
+                part_start = np.concatenate([[0], np.cumsum(lengths)])
+                if y is None:  # neighbours: one run of pairs
+                    run = slice(starts[0], starts[0] + part_start[-1])
+                    ops.moe(acc, x, part.block, part_start, pair_token[run], weights[run])
                 else:
                     pairs = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
-                outputs = ops.experts(
-                    x, part.block, np.concatenate([[0], np.cumsum(lengths)]), np.ascontiguousarray(pair_token[pairs])
-                )
-                if y is None:
-                    ops.accumulate(
-                        acc, outputs, np.ascontiguousarray(pair_token[pairs]), np.ascontiguousarray(weights[pairs])
-                    )
-                else:
-                    y[pairs] = outputs
+                    y[pairs] = ops.experts(x, part.block, part_start, pair_token[pairs])
             if y is not None:
                 ops.accumulate(acc, y, pair_token, weights)
         h += acc

@@ -186,6 +186,9 @@ class Ops(Protocol):
         """(pairs, H): row p is its expert applied to x[pair_token[p]]. Expert e of the block has pairs
         [pair_start[e], pair_start[e+1])."""
 
+    def moe(self, acc: F32, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: F32) -> None:
+        """experts() and accumulate() in one: in place, acc[pair_token[p]] += weights[p]·(its expert applied to x[pair_token[p]])."""
+
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         """In place, p ascending: acc[pair_token[p]] += weights[p]·y[p]."""
 

@@ -120,13 +120,19 @@ class CpuOps:
         self.engine.shared_expert(gate.handle, up.handle, down.handle, scale.handle, x, y)
         return y
 
-    def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
-        formats = self._formats.get(block.format)
+    def _of(self, format: ExpertFormat) -> list[Any]:
+        formats = self._formats.get(format)
         if formats is None:
-            formats = self._formats[block.format] = [_format(m) for m in block.format.matrices]
+            formats = self._formats[format] = [_format(m) for m in format.matrices]
+        return formats
+
+    def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
         y = np.empty((pair_token.shape[0], x.shape[1]), np.float32)
-        self.engine.experts(block.arena, formats, block.offsets, x, pair_start, pair_token, y)
+        self.engine.experts(block.arena, self._of(block.format), block.offsets, x, pair_start, pair_token, y)
         return y
+
+    def moe(self, acc: F32, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: F32) -> None:
+        self.engine.moe(block.arena, self._of(block.format), block.offsets, x, pair_start, pair_token, weights, acc)
 
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         self.engine.accumulate(acc, y, pair_token, weights)

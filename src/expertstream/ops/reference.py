@@ -175,6 +175,9 @@ class ReferenceOps:
             y[pairs] = (_silu(xs @ gate.T) * (xs @ up.T)) @ down.T
         return y
 
+    def moe(self, acc: F32, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: F32) -> None:
+        self.accumulate(acc, self.experts(x, block, pair_start, pair_token), pair_token, weights)
+
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         for token, weight, row in zip(pair_token, weights, y, strict=True):
             acc[token] += weight * row
