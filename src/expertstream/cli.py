@@ -122,7 +122,13 @@ def _add_run(commands: Any) -> None:
     )
     memory.add_argument("--policy", choices=POLICIES, help="which expert makes room (lru)")
     memory.add_argument("--reader", choices=READERS, help="how experts are read (auto: io_uring if it can be used)")
-    memory.add_argument("--queue-depth", type=int, metavar="N", help="reads in flight (32)")
+    memory.add_argument("--queue-depth", type=int, metavar="N", help="reads in flight (16)")
+    memory.add_argument(
+        "--prefetch",
+        type=int,
+        metavar="N",
+        help="experts of the next layer to read ahead where guesses prove right (6; 0: none)",
+    )
     memory.add_argument("--threads", type=int, metavar="N", help="threads that compute (as many as the processor has)")
     memory.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512_vnni or neon (the fastest there is)")
     memory.add_argument(
@@ -231,7 +237,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 _ENGINE_OPTIONS = (
-    "memory", "residency", "policy", "reader", "queue_depth", "threads", "isa", "context_length", "verify", "exact", "kv_dtype",
+    "memory", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa", "context_length", "verify", "exact", "kv_dtype",
     "experts_per_token",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (

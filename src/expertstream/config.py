@@ -68,8 +68,9 @@ class EngineConfig:
     residency: str = "auto"
     policy: str = "lru"
     reader: str = "auto"
-    queue_depth: int = 32
-    split_bytes: int = 1 << 20
+    queue_depth: int = 16
+    split_bytes: int = 256 << 10
+    prefetch: int = 6  # experts of the next layer that may be read before its router has spoken
     threads: int = 0  # 0: as many as this process may use
     isa: str = ""  # "": the fastest this machine has
     ops: str = "cpu"
@@ -94,6 +95,7 @@ class EngineConfig:
         for name, least, most in (
             ("queue_depth", 1, 1024),
             ("split_bytes", 4096, 1 << 30),
+            ("prefetch", 0, 64),
             ("threads", 0, 1024),
             ("context_length", 0, 1 << 30),
             ("prefill_chunk", 64, 65536),

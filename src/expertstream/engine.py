@@ -185,6 +185,7 @@ class LLM:
                 self.plan.residency,
                 c.verify,
                 self.ops.tile,
+                self.plan.ahead_slots,
             )
             self.model = model_module.Model(self.model_config, self.checkpoint, self.ops, self.experts, self.top_k)
         except BaseException:
@@ -215,6 +216,7 @@ class LLM:
                     top_k=self.top_k,
                     residency=c.residency,
                     direct=store.direct,
+                    prefetch=c.prefetch,
                 )
             except BudgetError:
                 if last:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from expertstream import LLM, ReadError, _native
+from expertstream.experts.prefetch import Prefetcher
 from expertstream.experts.store import ExpertStore
 
 from .. import oracle
@@ -21,9 +22,11 @@ from ..conftest import SMALL
 TOKENS = oracle.random_tokens(SMALL, 40)
 
 
-def logits_of(folder: Path, **options: Any) -> np.ndarray:
-    """Prefill of 30 tokens, then 10 steps: the logits after each of them."""
+def logits_of(folder: Path, eager: bool = False, **options: Any) -> np.ndarray:
+    """Prefill of 30 tokens, then 10 steps: the logits after each of them. eager: read ahead from the first token on, right or wrong."""
     with LLM(folder, context_length=256, prefill_chunk=64, **options) as llm:
+        if eager:
+            llm.experts.prefetcher.threshold = 0.0
         cache = llm.session().cache
         parts = [llm.model(TOKENS[:30], cache, all_logits=True)]
         parts += [llm.model(TOKENS[t : t + 1], cache) for t in range(30, 40)]
@@ -47,6 +50,7 @@ def expected(pack_folder: Path) -> np.ndarray:
 PLACEMENTS = [
     *({"residency": "slots", "experts": n, "reader": r, "threads": t, "policy": p} for n in (3, 20, 200) for r in ("uring", "pread") for t in (1, 2, 4) for p in ("lru", "lfu")),
     *({"residency": "os", "experts": 20, "reader": r, "threads": t} for r in ("uring", "pread") for t in (1, 2, 4)),
+    *({"residency": k, "experts": n, "prefetch": p, "eager": True, "reader": r} for k in ("slots", "os") for n in (12, 40) for p in (1, 6) for r in ("uring", "pread")),
 ]  # fmt: skip
 
 
@@ -115,7 +119,7 @@ def test_counters_add_up(pack_folder: Path) -> None:
         total = llm.experts.stats.total()
         assert total.hits + total.misses == len(TOKENS) * SMALL["num_hidden_layers"] * SMALL["num_experts_per_tok"]
         assert total.hits > 0 and total.misses > 0
-        assert total.bytes_read == total.misses * llm.plan.slot_bytes
+        assert total.bytes_read == (total.misses + total.prefetched_in_vain) * llm.plan.slot_bytes
         assert total.misses - total.evictions >= llm.experts.resident
         assert 1 <= total.max_in_flight <= 32 and total.stall_seconds > 0
         assert 0 < total.hit_rate < 1
@@ -256,7 +260,47 @@ def test_missing_expert_file_at_open(pack_folder: Path, tmp_path: Path) -> None:
         LLM(moved, memory="64MiB", context_length=256)
 
 
-def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expected: np.ndarray) -> None:
+def test_reading_ahead_is_counted_and_never_fails_a_request_that_does_not_need_it(
+    pack_folder: Path, faults: None
+) -> None:
+    with LLM(pack_folder, memory=budget_for(pack_folder, 40), context_length=256, prefetch=4) as llm:
+        llm.experts.prefetcher.threshold = 0.0
+        cache = llm.session().cache
+        for t in range(20):
+            llm.model(TOKENS[t : t + 1], cache)
+        total = llm.experts.stats.total()
+        assert total.prefetched > 0 and total.prefetched_in_vain > 0
+        assert llm.experts.stats.layers[0].prefetched == 0  # nobody knows the next token
+        # A guess for an expert that nobody asks for fails unheard; one that is asked for fails by name.
+        layer = llm.experts.store.layouts[1].layer
+        missing = [e for e in range(SMALL["num_experts"]) if e not in llm.experts._resident[layer]]
+        for asked in (False, True):
+            _native.set_fault(0, 1, errno.EIO)
+            with llm.experts.fetch(0, list(llm.experts._resident[0])[:1]) as fetch:
+                llm.experts.hint(layer, missing[:1])
+                assert len(list(fetch)) == 1
+            _native.clear_faults()
+            if asked:
+                with pytest.raises(ReadError, match=f"layer 1, expert {missing[0]}: read failed: Input/output error"):
+                    list(llm.experts.fetch(layer, missing[:1]))
+            else:
+                with llm.experts.fetch(layer, missing[1:2]) as fetch:
+                    assert len(list(fetch)) == 1
+
+
+def test_a_rank_is_followed_while_it_is_right() -> None:
+    prefetcher = Prefetcher(4, memory=0.1)
+    for step in range(60):
+        followed = prefetcher.guess(1, [7, 3])
+        prefetcher.learn(1, [7, 9] if step < 30 else [9, 3])
+        # Right or wrong is learned whether or not it was followed.
+        if step == 29:
+            assert followed == [7]
+    assert prefetcher.guess(1, [7, 3]) == [3]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expected: np.ndarray, eager: bool) -> None:
     """KeyboardInterrupt at every line of the cache in turn, as Ctrl-C would; whoever catches it may go on with the same model."""
     import sys
 
@@ -274,9 +318,11 @@ def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expecte
                 raise Interrupt
         return tracer
 
-    with LLM(pack_folder, memory=budget_for(pack_folder, 12), context_length=256, prefill_chunk=64) as llm:
+    with LLM(pack_folder, memory=budget_for(pack_folder, 12 + 8 * eager), context_length=256, prefill_chunk=64) as llm:
         interrupted = 0
-        for line in [*range(1, 400, 3), *range(400, 4000, 37)]:
+        if eager:
+            llm.experts.prefetcher.threshold = 0.0
+        for line in [*range(1, 400, 3 + 4 * eager), *range(400, 4000, 37)]:
             cache = llm.session().cache
             lines_until[0] = line
             sys.settrace(tracer)
@@ -294,5 +340,6 @@ def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expecte
             assert np.array_equal(np.concatenate(parts), expected), line
             experts = llm.experts
             slots = experts._free_ring + experts._free + [s for layer in experts._resident for s in layer.values()]
+            slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
             assert sorted(slots) == list(range(llm.plan.slots)), line
-        assert interrupted > 150
+        assert interrupted > 120

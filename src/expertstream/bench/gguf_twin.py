@@ -20,17 +20,34 @@ from ..ops import ExpertFormat, MatrixFormat, from_bf16
 
 __all__ = ["GGUFTwin"]
 
+# Ours to llama.cpp's; those of a layer without their prefix.
 _NAMES = {
-    "input_layernorm.weight": "attn_norm.weight", "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "linear_attn.in_proj_qkv": "attn_qkv.weight", "linear_attn.in_proj_z": "attn_gate.weight", "linear_attn.in_proj_b": "ssm_beta.weight",
-    "linear_attn.in_proj_a": "ssm_alpha.weight", "linear_attn.conv1d.weight": "ssm_conv1d.weight", "linear_attn.A_log": "ssm_a",
-    "linear_attn.dt_bias": "ssm_dt.bias", "linear_attn.norm.weight": "ssm_norm.weight", "linear_attn.out_proj": "ssm_out.weight",
-    "self_attn.q_proj": "attn_q.weight", "self_attn.k_proj": "attn_k.weight", "self_attn.v_proj": "attn_v.weight",
-    "self_attn.o_proj": "attn_output.weight", "self_attn.q_norm.weight": "attn_q_norm.weight", "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "mlp.gate": "ffn_gate_inp.weight", "mlp.shared_expert.gate_proj": "ffn_gate_shexp.weight", "mlp.shared_expert.up_proj": "ffn_up_shexp.weight",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp.weight", "mlp.shared_expert_gate": "ffn_gate_inp_shexp.weight",
-    "model.embed_tokens": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head": "output.weight",
-}  # fmt: skip
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "linear_attn.in_proj_qkv": "attn_qkv.weight",
+    "linear_attn.in_proj_z": "attn_gate.weight",
+    "linear_attn.in_proj_b": "ssm_beta.weight",
+    "linear_attn.in_proj_a": "ssm_alpha.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj": "ssm_out.weight",
+    "self_attn.q_proj": "attn_q.weight",
+    "self_attn.k_proj": "attn_k.weight",
+    "self_attn.v_proj": "attn_v.weight",
+    "self_attn.o_proj": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "mlp.gate": "ffn_gate_inp.weight",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp.weight",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp.weight",
+    "model.embed_tokens": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head": "output.weight",
+}
 _EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 
 

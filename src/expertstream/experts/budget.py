@@ -21,6 +21,7 @@ class MemoryPlan:
     slot_bytes: int
     slots: int
     ring_slots: int
+    ahead_slots: int  # of the ring, for experts that are read ahead of the router
     total_experts: int
     residency: str  # slots or os
 
@@ -51,6 +52,7 @@ def plan_memory(
     top_k: int,
     residency: str,
     direct: bool,
+    prefetch: int = 0,
 ) -> MemoryPlan:
     """Divides memory_bytes, or default_budget(available_bytes). Raises BudgetError below the floor (everything but the slots,
     and one layer's top-k), with the number that would do, and for more than is available."""
@@ -73,10 +75,12 @@ def plan_memory(
     if residency == "auto":
         # Without O_DIRECT the page cache holds a copy of whatever our slots hold: then let it be the only one.
         residency = "slots" if direct or slots >= total else "os"
-    ring = min(slots, max(top_k, min(16, slots // 8)))
+    ahead = min(prefetch, (slots - top_k) // 8)
+    ring = min(slots, max(top_k, min(16, slots // 8)) + ahead)
     if residency == "os":
-        slots = ring = min(slots, max(top_k, 16))
-    plan = MemoryPlan(budget, trunk_bytes, state_bytes, scratch_bytes, slot_bytes, slots, ring, total, residency)
+        slots = ring = min(slots, max(top_k, 16) + ahead)
+    ahead = min(ahead, ring - top_k)
+    plan = MemoryPlan(budget, trunk_bytes, state_bytes, scratch_bytes, slot_bytes, slots, ring, ahead, total, residency)
     if plan.used_bytes > available_bytes:
         raise BudgetError(
             f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "

@@ -21,6 +21,7 @@ from .. import _native
 from ..errors import ReadError, RequestError
 from ..ops import I64, ExpertBlock, ExpertFormat
 from .policy import make_policy
+from .prefetch import Prefetcher
 from .stats import ExpertStats
 from .store import ExpertStore, plan_read
 
@@ -49,6 +50,7 @@ class _Load:
     pending: int  # reads still to come
     cached_bytes: int = 0
     bytes: int = 0
+    error: int = 0  # of a read ahead of its time: told when somebody asks for the expert
 
 
 class ExpertCache:
@@ -64,15 +66,16 @@ class ExpertCache:
         residency: str,
         verify: str,
         tile: Callable[[ExpertFormat, Any, I64], None],
+        ahead_slots: int = 0,
     ) -> None:
-        """slots: all of them, ring_slots of which belong to the ring. reader: a _native.Reader. tile: Ops.tile, for checkpoints
-        whose experts do not lie as the kernels want them."""
+        """slots: all of them, ring_slots of which belong to the ring, and ahead_slots of these to experts that are read before they
+        are asked for. reader: a _native.Reader. tile: Ops.tile, for checkpoints whose experts do not lie as the kernels want them."""
         self.store, self.reader, self.residency = store, reader, residency
         self.arena = _native.Arena(slots * store.slot_bytes)
         reader.register_memory(self.arena)
         layers = len(store.layouts)
         self.stats = ExpertStats(layers)
-        self.ring = ring_slots
+        self.ring, self.prefetcher = ring_slots, Prefetcher(ahead_slots)
         share, extra = divmod(slots - ring_slots, layers)
         self.quotas = [min(share + (i < extra), store.layouts[i].num_experts) for i in range(layers)]
         self._free_ring = list(range(ring_slots))[::-1]
@@ -85,6 +88,10 @@ class ExpertCache:
         self._busy = False  # between the beginning of a fetch and its orderly end
         self._offsets = np.zeros((slots, 9), np.int64)
         self._loads: dict[int, _Load] = {}  # by tag
+        self._ahead: dict[
+            tuple[int, int], _Load
+        ] = {}  # by layer and expert: read, or being read, and not yet asked for
+        self._wrong: list[_Load] = []  # read ahead, not asked for, still on their way
         self._next_tag = 0
         self._verify, self._tile = verify, tile
         self._verified: list[set[int]] = [set() for _ in range(layers)]
@@ -101,7 +108,20 @@ class ExpertCache:
         if self._busy:
             self._recover()
         self._busy = True
+        self.prefetcher.learn(layer, experts)
         return Fetch(self, layer, experts)
+
+    def hint(self, layer: int, ranked: list[int]) -> None:
+        """The experts that a layer will probably ask for, likeliest first: some of those that are missing are read ahead."""
+        loads = []
+        for expert in self.prefetcher.guess(layer, ranked):
+            if len(self._ahead) + len(self._wrong) >= self.prefetcher.most:
+                break
+            if expert not in self._resident[layer] and (layer, expert) not in self._ahead:
+                load = _Load(layer, -1, expert, self._free_ring.pop(), cached=False, pending=1)
+                self._ahead[layer, expert] = load
+                loads.append(load)
+        self.start(layer, loads)
 
     def resident_block(self, layer: int, experts: list[int]) -> ExpertBlock | None:
         """The experts (distinct) where all of them are resident, which counts as a use of each; else None, and nothing has happened."""
@@ -112,6 +132,11 @@ class ExpertCache:
         touch = self._policies[layer].touch
         for expert in experts:
             touch(expert)
+        self.prefetcher.learn(layer, experts)
+        if self._ahead:
+            self._busy = True  # an interrupt in here is mended as one in a fetch
+            self.forget_guesses(layer)
+            self._busy = False
         self.stats.layers[layer].hits += len(experts)
         return self.block(layer, slots)
 
@@ -126,8 +151,8 @@ class ExpertCache:
         away; so that list is right wherever the exception fell."""
         self.drain()
         used = {slot for layer in self._resident for slot in layer.values()}
-        self._free_ring = list(range(self.ring))[::-1]
-        self._free = [slot for slot in range(self.ring, self._slots) if slot not in used][::-1]
+        free = [slot for slot in range(self._slots) if slot not in used]
+        self._free_ring, self._free = free[: self.ring][::-1], free[self.ring :][::-1]
         self._owned = [len(layer) for layer in self._resident]
         self._policies = [make_policy(self._policy) for _ in self._resident]
         for policy, layer in zip(self._policies, self._resident, strict=True):
@@ -164,6 +189,27 @@ class ExpertCache:
         if self._free_ring:
             return self._free_ring.pop(), False
         return None
+
+    def claim(self, layer: int, expert: int, position: int, slot: int, cached: bool) -> _Load | None:
+        """An expert that was read ahead, now asked for: it stays where it is, and the slot that was taken for it takes that one's
+        place. None if it was not."""
+        load = self._ahead.pop((layer, expert), None)
+        if load is None:
+            return None
+        self._free_ring.append(slot)
+        load.position, load.cached = position, cached
+        self.stats.layers[layer].prefetched += 1
+        return load
+
+    def forget_guesses(self, layer: int) -> None:
+        """Whatever was read ahead for a layer and not claimed was wrong; its slot is free once its reads are done."""
+        for key in [key for key in self._ahead if key[0] == layer]:
+            load = self._ahead.pop(key)
+            self.stats.layers[layer].prefetched_in_vain += 1
+            if load.pending:
+                self._wrong.append(load)
+            else:
+                self._free_ring.append(load.slot)
 
     def give_back(self, load: _Load) -> None:
         """The slot of a load that is done with; a cached one stays."""
@@ -204,28 +250,37 @@ class ExpertCache:
         arrived = []
         for tag, error, count, cached_count in completions:
             load = self._loads.pop(tag)
-            assert load.layer == layer
             load.pending -= 1
             load.bytes += count
             load.cached_bytes += cached_count
-            counters.bytes_read += count
-            if error:
-                reason = "the file ends too early" if error == _native.SHORT_READ else os.strerror(error)
-                raise ReadError(f"{self._where(layer, load.expert)}: read failed: {reason}")
-            if load.pending == 0:
-                self._check(layer, load)
-                if self.store.layouts[layer].needs_tiling:
-                    self._tile(self.store.layouts[layer].format, self.arena, self._offsets[load.slot])
-                if self.residency == "os" and load.cached_bytes == load.bytes:
-                    counters.hits += 1
-                else:
-                    counters.misses += 1
-                if load.cached:
-                    self._resident[layer][load.expert] = load.slot
-                    self._policies[layer].insert(load.expert)
+            load.error = load.error or error
+            self.stats.layers[load.layer].bytes_read += count
+            if load.position < 0:  # ahead of its time
+                if load.pending == 0 and load in self._wrong:
+                    self._wrong.remove(load)
+                    self._free_ring.append(load.slot)
+            elif load.pending == 0 or load.error:
+                self.admit(load)
                 arrived.append(load)
         counters.max_in_flight = max(counters.max_in_flight, self.reader.take_peak())
         return arrived
+
+    def admit(self, load: _Load) -> None:
+        """Checks an expert that has arrived and is asked for, and makes it resident if it is to stay. Raises ReadError."""
+        layer, counters = load.layer, self.stats.layers[load.layer]
+        if load.error:
+            reason = "the file ends too early" if load.error == _native.SHORT_READ else os.strerror(load.error)
+            raise ReadError(f"{self._where(layer, load.expert)}: read failed: {reason}")
+        self._check(layer, load)
+        if self.store.layouts[layer].needs_tiling:
+            self._tile(self.store.layouts[layer].format, self.arena, self._offsets[load.slot])
+        if self.residency == "os" and load.cached_bytes == load.bytes:
+            counters.hits += 1
+        else:
+            counters.misses += 1
+        if load.cached:
+            self._resident[layer][load.expert] = load.slot
+            self._policies[layer].insert(load.expert)
 
     def drain(self) -> None:
         """Waits for every read in flight; what they bring is forgotten."""
@@ -233,6 +288,8 @@ class ExpertCache:
             for tag, *_ in self.reader.wait(self.reader.pending):
                 self._loads.pop(tag, None)
         self._loads.clear()
+        self._ahead.clear()
+        self._wrong.clear()
 
     def _where(self, layer: int, expert: int) -> str:
         layout = self.store.layouts[layer]
@@ -271,8 +328,9 @@ class Fetch:
 
     def __post_init__(self) -> None:
         # All at once if the ring could hold them all; else in order, through as many slots as there are.
-        self.ordered = len(self.experts) > self.cache.ring
+        self.ordered = len(self.experts) > self.cache.ring - self.cache.prefetcher.most
         self._issue()
+        self.cache.forget_guesses(self.layer)
 
     def __enter__(self) -> Fetch:
         return self
@@ -304,8 +362,13 @@ class Fetch:
                 taken = self.cache.take_slot(self.layer, keep, evict=not self.ordered)
                 if taken is None:
                     break
-                load = _Load(self.layer, position, expert, *taken, pending=1)
-                loads.append(load)
+                load = self.cache.claim(self.layer, expert, position, *taken)
+                if load is None:
+                    load = _Load(self.layer, position, expert, *taken, pending=1)
+                    loads.append(load)
+                elif load.pending == 0:
+                    self.cache.admit(load)
+                    self._slots[position] = load.slot
                 self._loads.append(load)
             self._issued += 1
         self.cache.start(self.layer, loads)
@@ -330,7 +393,7 @@ class Fetch:
     def _in_order(self) -> Iterator[Part]:
         position = 0
         while position < len(self.experts):
-            ready = []
+            ready: list[int] = []
             while position in self._slots and len(ready) < _TOGETHER:
                 ready.append(position)
                 position += 1

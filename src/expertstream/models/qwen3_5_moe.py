@@ -6,7 +6,9 @@ h is the residual stream. Only the experts come from disk; everything else is th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -293,6 +295,7 @@ class SparseMoeBlock:
         name = f"model.layers.{layer}.mlp"
         self.layer, self.top_k, self.experts, self.ops = layer, top_k, experts, w.ops
         self.gate = w.linear(f"{name}.gate").weight
+        self.look_ahead: Callable[[F32], None] | None = None  # the next layer's guess()
         self._one_token, self._one_each = np.zeros(top_k, np.int64), np.arange(top_k + 1)
         parts = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate")
         self.shared_expert = [w.linear(f"{name}.{part}").weight for part in parts]
@@ -318,6 +321,8 @@ class SparseMoeBlock:
             pair_start = np.concatenate([[0], np.cumsum(counts)])
         # The reads of all missing experts are under way before anything is computed.
         with self.experts.fetch(self.layer, ids.tolist()) as fetch:
+            if self.look_ahead is not None and x.shape[0] == 1:
+                self.look_ahead(h)
             acc = ops.shared_expert(x, *self.shared_expert)
             # In order, each part is summed at once; else outputs wait until all are there.
             y = None if fetch.ordered else np.empty((order.shape[0], x.shape[1]), np.float32)
@@ -337,6 +342,8 @@ class SparseMoeBlock:
 
 
 class DecoderLayer:
+    """A token mixer and a sparse MoE block, each on a normed copy of the residual stream and added to it."""
+
     def __init__(self, w: Weights, layer: int, top_k: int, experts: ExpertCache) -> None:
         name = f"model.layers.{layer}"
         self.input_layernorm = w.norm(f"{name}.input_layernorm")
@@ -345,6 +352,12 @@ class DecoderLayer:
         self.self_attn = Attention(w, f"{name}.self_attn") if full else None
         self.linear_attn = None if full else GatedDeltaNet(w, f"{name}.linear_attn")
         self.mlp = SparseMoeBlock(w, layer, top_k, experts)
+
+    def guess(self, h: F32) -> None:
+        """Asks this layer's router about one token's hidden state of the layer before, so that its experts may be read ahead."""
+        mlp = self.mlp
+        _, selected_experts = mlp.ops.route(self.post_attention_layernorm(h), mlp.gate, mlp.top_k)
+        mlp.experts.hint(mlp.layer, selected_experts[0].tolist())
 
     def __call__(
         self, h: F32, state: AttentionState | DeltaState, position: int, cos: F32, sin: F32, prompt: bool
@@ -369,6 +382,8 @@ class Model:
         self.top_k = top_k or config.num_experts_per_tok
         self.embed_tokens = Embedding(checkpoint.weight("model.embed_tokens", w.specs["model.embed_tokens"]), ops)
         self.layers = [DecoderLayer(w, i, self.top_k, experts) for i in range(config.num_hidden_layers)]
+        for layer, following in pairwise(self.layers):
+            layer.mlp.look_ahead = following.guess
         self.norm = w.norm("model.norm")
         self.lm_head = self.embed_tokens.as_linear if config.tie_word_embeddings else w.linear("lm_head")
         self.rotary = Rotary(config.rotary_dims, config.rope_theta)
