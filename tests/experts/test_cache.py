@@ -279,6 +279,8 @@ def test_reading_ahead_is_counted_and_never_fails_a_request_that_does_not_need_i
             with llm.experts.fetch(0, list(llm.experts._resident[0])[:1]) as fetch:
                 llm.experts.hint(layer, missing[:1])
                 assert len(list(fetch)) == 1
+                while llm.experts.reader.pending:
+                    llm.experts.wait(0, 1)
             _native.clear_faults()
             if asked:
                 with pytest.raises(ReadError, match=f"layer 1, expert {missing[0]}: read failed: Input/output error"):
