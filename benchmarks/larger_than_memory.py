@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from expertstream.bench.geometry import geometry_config
+from expertstream.bench.machine import disk_rates
+from expertstream.bench.speed import drop_page_cache
+from expertstream.bench.synth import write_synthetic
 from expertstream.config import format_bytes
 
 from .control_group import memory_group, peak_bytes, run_inside
-from .synthetic import config_for, write_pack
 
 MODES = [
     ("slots", "uring"),
@@ -30,37 +31,6 @@ MODES = [
     ("os", "pread"),
 ]
 PROMPT = "Once upon a time there was a little girl who lived in a house by the sea."
-
-
-def drop_page_cache(folder: Path) -> None:
-    for file in folder.iterdir():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-def disk_rate(folder: Path, seconds: float = 2.0) -> float:
-    """Bytes a second of one reader's large O_DIRECT reads, for comparison: the disk of a shared machine drifts."""
-    from expertstream import _native
-
-    files = sorted(folder.glob("experts-*.safetensors"))
-    arena = _native.Arena(32 << 20)
-    reader = _native.uring_reader(32, 1 << 20)
-    import numpy as np
-
-    fds = [os.open(f, os.O_RDONLY | os.O_DIRECT) for f in files]
-    sizes = [f.stat().st_size // (1 << 20) for f in files]
-    rng, total, begin = np.random.default_rng(1), 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        picks = rng.integers(0, len(files), 32)
-        requests = [(i, fds[p], 1, int(rng.integers(0, sizes[p])) << 20, 1 << 20, 1 << 20) for i, p in enumerate(picks)]
-        reader.submit(arena, np.array(requests, np.int64), np.arange(32) << 20)
-        total += sum(done[2] for done in reader.wait(32))
-    elapsed = time.perf_counter() - begin
-    for fd in fds:
-        os.close(fd)
-    return total / elapsed
 
 
 def one_run(group: Path, folder: Path, residency: str, reader: str, tokens: int) -> dict[str, Any]:
@@ -94,13 +64,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)) / f"{args.geometry}-{args.layers}"
         if not folder.exists():
-            write_pack(folder, config_for(args.geometry, args.layers))
+            write_synthetic(folder, geometry_config(args.geometry, args.layers))
         size = sum(f.stat().st_size for f in folder.iterdir())
         limit = size // 4 // 4096 * 4096
         print(f"{folder.name}: {format_bytes(size)}, limit {format_bytes(limit)}")
         rows: list[dict[str, Any]] = []
         for number in range(args.rounds):
-            rate = disk_rate(folder)
+            rate = disk_rates(folder, 1 << 20, depths=(16,), splits=(256 << 10,), seconds=2)[0].bytes_per_second
             print(f"round {number}: disk {rate / 1e9:.2f} GB/s")
             for residency, reader in MODES:
                 with memory_group(limit) as group:

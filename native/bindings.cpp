@@ -355,6 +355,13 @@ NB_MODULE(_native, m) {
       .def(nb::init<size_t>(), "size"_a)
       .def_prop_ro("size", &Arena::size)
       .def_prop_ro("huge_pages", &Arena::huge_pages)
+      .def(
+          "release",
+          [](Arena& arena, size_t offset, size_t bytes) {
+            require(offset % 4096 == 0 && bytes % 4096 == 0 && offset + bytes <= arena.size(), "release: whole pages");
+            arena.release(offset, bytes);
+          },
+          "offset"_a, "bytes"_a)
       .def("view", [](nb::handle self) {
         const Arena& arena = nb::cast<const Arena&>(self);
         return nb::ndarray<nb::numpy, uint8_t>(arena.data(), {arena.size()}, self);
@@ -366,6 +373,11 @@ NB_MODULE(_native, m) {
       .def(
           "register_memory", [](Reader& r, const Arena& arena) { r.register_memory(arena.data(), arena.size()); },
           "arena"_a, nb::keep_alive<1, 2>())
+      .def("unregister_memory",
+           [](Reader& r) {
+             require(r.pending() == 0, "unregister_memory: reads are pending");
+             r.unregister_memory();
+           })
       .def_prop_ro("pending", &Reader::pending)
       .def_prop_ro("reads", [](const Reader& r) { return r.stats().reads; })
       .def("take_peak", &Reader::take_peak)
@@ -391,6 +403,31 @@ NB_MODULE(_native, m) {
           "threads"_a, "isa"_a, "activation_bits"_a)
       .def_prop_ro("isa", [](const Engine& e) { return e.k.name; })
       .def_prop_ro("threads", [](const Engine& e) { return e.pool.threads(); })
+      .def(
+          "read_memory",
+          [](Engine& e, Bytes memory) {
+            constexpr int64_t kPart = 1 << 20;
+            require(size_of(memory) % kPart == 0, "read_memory: whole MiB");
+            nb::gil_scoped_release release;
+            e.pool.parallel_for(size_of(memory) / kPart, 8, [&](int64_t begin, int64_t end, int) {
+              e.k.read_memory(memory.data() + begin * kPart, (end - begin) * kPart);
+            });
+          },
+          "memory"_a)
+      .def(
+          "multiply",
+          [](Engine& e, int64_t rounds) {
+            nb::gil_scoped_release release;
+            std::vector<int64_t> done(static_cast<size_t>(e.pool.threads()) * 32);
+            e.pool.parallel_for(static_cast<int64_t>(done.size()), 1, [&](int64_t begin, int64_t, int) {
+              int32_t result;
+              done[static_cast<size_t>(begin)] = e.k.multiply(rounds, &result);
+            });
+            int64_t total = 0;
+            for (int64_t n : done) total += n;
+            return total;
+          },
+          "rounds"_a)
       .def("project", &project, "w"_a, "x"_a)
       .def("embed", &embed)
       .def("experts", &experts)

@@ -158,13 +158,12 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         _, errors = process.communicate()
-        if process.returncode == 0:
+        if destination.exists():  # done, though perhaps killed on its way out
             break
         assert process.returncode == -signal.SIGKILL, errors
-        assert not destination.exists()
         with pytest.raises(CheckpointError):
             open_checkpoint(destination.with_name("killed.partial"))
-    assert kills >= 3 and process.returncode == 0
+    assert kills >= 3
     assert contents(destination) == contents(tmp_path / "straight")
     assert not destination.with_name("killed.partial").exists()
 

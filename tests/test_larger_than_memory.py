@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.control_group import ControlGroupError, memory_group, peak_bytes, run_inside
-from benchmarks.synthetic import config_for, write_pack
+from expertstream.bench.geometry import geometry_config
+from expertstream.bench.synth import write_synthetic
 
 
 def test_a_model_four_times_its_memory_limit(tmp_path: Path) -> None:
     folder = tmp_path / "synthetic"
-    size = write_pack(folder, config_for("small", layers=8))
+    size = write_synthetic(folder, geometry_config("small", 8))
     limit = size // 4 // 4096 * 4096
     texts = []
     for residency in ("slots", "os"):
@@ -38,3 +40,52 @@ def test_a_model_four_times_its_memory_limit(tmp_path: Path) -> None:
         assert out["stats"]["decode_experts"]["misses"] > 0 or residency == "os"
         texts.append(out["tokens"])
     assert texts[0] == texts[1]
+
+
+def test_another_process_takes_memory_while_we_decode(tmp_path: Path) -> None:
+    """In a control group that holds both: slots are given back, nobody is killed, the text stays the same."""
+    folder = tmp_path / "synthetic"
+    size = write_synthetic(folder, geometry_config("small", 8))
+    limit = size // 4096 * 4096
+    script = (
+        "import json, sys, time\n"
+        "from expertstream import LLM\n"
+        "with LLM(sys.argv[1], context_length=512) as llm:\n"
+        "    tokens = []\n"
+        "    planned = llm.experts.planned\n"
+        "    for piece in llm.generate('Once upon a time', max_tokens=300, temperature=1, seed=1):\n"
+        "        tokens.append(piece.token)\n"
+        "        if len(tokens) == 20:\n"
+        "            print('ready', flush=True)\n"
+        "        if len(tokens) > 20:\n"
+        "            time.sleep(0.01)\n"
+        "    print(json.dumps({'tokens': tokens, 'planned': planned, 'least': llm.experts.least, 'kept': llm.experts.cached}))\n"
+    )
+    # Takes memory step by step, as programs do.
+    hog = "import sys, time\nsys.stdin.readline()\nheld = []\nfor _ in range(30):\n    held.append(bytearray(b'x') * (5 << 20))\n    time.sleep(0.05)\ntime.sleep(60)"
+    results = []
+    for pressed in (False, True):
+        try:
+            with memory_group(limit) as group:
+                inside = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", sys.executable, "-c"]
+                ours = subprocess.Popen([*inside, script, str(folder)], stdout=subprocess.PIPE, text=True)
+                other = subprocess.Popen([*inside, hog], stdin=subprocess.PIPE, text=True)
+                try:
+                    assert ours.stdout is not None and ours.stdout.readline() == "ready\n"
+                    if pressed:
+                        assert other.stdin is not None
+                        other.stdin.write("\n")
+                        other.stdin.flush()
+                    out, _ = ours.communicate(timeout=120)
+                    assert other.poll() is None, "the other process was killed"
+                finally:
+                    for process in (ours, other):
+                        process.kill()
+                        process.communicate()
+        except ControlGroupError as error:
+            assert os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK), error
+            pytest.skip(f"no control group can be made here: {error}")
+        assert ours.returncode == 0
+        results.append(json.loads(out))
+    assert results[0]["tokens"] == results[1]["tokens"] and len(results[0]["tokens"]) == 300
+    assert results[0]["least"] == results[0]["planned"] and results[1]["least"] < results[1]["planned"]

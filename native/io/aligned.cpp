@@ -21,6 +21,8 @@ Arena::Arena(size_t bytes) : size_(bytes), mapped_((bytes + kHuge - 1) / kHuge *
   huge_ = bytes >= kHuge && madvise(data_, bytes / kHuge * kHuge, MADV_HUGEPAGE) == 0;
 }
 
+void Arena::release(size_t offset, size_t bytes) { madvise(data_ + offset, bytes, MADV_DONTNEED); }
+
 Arena::~Arena() { munmap(data_, mapped_); }
 
 }  // namespace expertstream

@@ -15,6 +15,8 @@ class Arena {
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
+  // Gives the memory of whole pages back; it reads as zeros when it is touched again.
+  void release(size_t offset, size_t bytes);
   bool huge_pages() const { return huge_; }  // asked for and not refused
 
  private:

@@ -52,6 +52,8 @@ class Reader {
   int64_t take_peak() { return std::exchange(peak_, in_flight_); }
   // Tells the kernel about memory that requests will read into, where that helps.
   virtual void register_memory(uint8_t*, size_t) {}
+  // Takes that back: registered memory is pinned and cannot be released. Only while nothing is pending.
+  virtual void unregister_memory() {}
 
  protected:
   struct Piece {

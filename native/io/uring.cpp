@@ -93,6 +93,12 @@ class UringReader final : public Reader {
         io_uring_register(fd_, IORING_REGISTER_BUFFERS, buffers_.data(), static_cast<unsigned>(buffers_.size())) == 0;
   }
 
+  void unregister_memory() override {
+    if (stats_.registered_buffers) io_uring_register(fd_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
+    stats_.registered_buffers = false;
+    buffers_.clear();
+  }
+
  protected:
   void start(const Piece& piece) override {
     const int slot = free_.back();

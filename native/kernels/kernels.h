@@ -87,6 +87,11 @@ struct Kernels {
   // y (cols) ← row `row` of w as float32.
   void (*dequantize_row)(const Matrix& w, int64_t row, float* y);
 
+  // To measure a machine with: reads n bytes, a multiple of 256, and does next to nothing with them; and multiplies and
+  // adds 4-bit weights in registers, returning how many products that were.
+  int64_t (*read_memory)(const uint8_t* p, int64_t n);
+  int64_t (*multiply)(int64_t rounds, int32_t* result);
+
   // y ← x·rsqrt(mean(x²) + eps)·weight. y may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
   // y ← rms_norm(x)·silu(z). y may be x.

@@ -276,4 +276,40 @@ void quantize_activations(const float* x, int64_t cols, int group_size, int plan
   }
 }
 
+int64_t read_memory(const uint8_t* p, int64_t n) {
+  const int8_t ones[4] = {1, 1, 1, 1};
+  I sums[4] = {i_set1(0), i_set1(0), i_set1(0), i_set1(0)};
+  for (int64_t i = 0; i < n; i += 256) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) __builtin_prefetch(p + i + 2048 + 64 * j);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] = i_dot<2>(sums[j], w_load(p + i + 64 * j), ones);
+  }
+  float out[16];
+  f_store(out, f_from_int(i_add(i_add(sums[0], sums[1]), i_add(sums[2], sums[3]))));
+  return static_cast<int64_t>(out[0]);
+}
+
+int64_t multiply(int64_t rounds, int32_t* result) {
+  uint8_t weights[64];
+  int8_t x[4 * kMaxLines];
+  for (int i = 0; i < 64; ++i) weights[i] = static_cast<uint8_t>(i & 15);
+  for (int i = 0; i < 4 * kMaxLines; ++i) x[i] = static_cast<int8_t>(i);
+  const W w = w_load(weights);
+  I sums[kMaxLines];
+#pragma GCC unroll 12
+  for (int l = 0; l < kMaxLines; ++l) sums[l] = i_set1(0);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (int l = 0; l < kMaxLines; ++l) sums[l] = i_dot<4>(sums[l], w, x + 4 * l);
+    asm volatile("" : : "r"(x) : "memory");  // or the compiler multiplies once
+  }
+#pragma GCC unroll 12
+  for (int l = 1; l < kMaxLines; ++l) sums[0] = i_add(sums[0], sums[l]);
+  float out[16];
+  f_store(out, f_from_int(sums[0]));
+  *result = static_cast<int32_t>(out[0]);
+  return rounds * kMaxLines * 64;
+}
+
 }  // namespace

@@ -4,6 +4,7 @@
 #define KERNEL_TABLE(NAME)               \
   {NAME,           quantize_activations, \
    matmul_rows,    dequantize_row,       \
+   read_memory,    multiply,             \
    rms_norm,       gated_rms_norm,       \
    l2_norm,        swiglu,               \
    sigmoid_gate,   axpy,                 \

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .bench.cli import add_commands
 from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
 from .errors import ExpertStreamError, RequestError, UsageError
 
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_convert(commands)
     _add_inspect(commands)
+    add_commands(commands, _formatter, EXIT_CODES)
     return parser
 
 
@@ -88,6 +90,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--system", metavar="TEXT", help="a system prompt (with --chat)")
     run.add_argument("--json", action="store_true", help="print one JSON object with text, tokens and counters")
     run.add_argument("--stats", action="store_true", help="print the counters of every layer at the end")
+    run.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="say where the time went, and write it as a Chrome trace for `report`",
+    )
     run.add_argument("--quiet", action="store_true", help="print the text alone")
     sampling = run.add_argument_group(
         "sampling (defaults: the checkpoint's generation_config.json, else the most likely token)"
@@ -259,13 +267,25 @@ def _run(options: argparse.Namespace) -> int:
         raise RequestError("the prompt is empty")
     given = {name: getattr(options, name) for name in _SAMPLING_OPTIONS}
     SamplingParams.from_options({}, "", **given)  # a wrong option is told before a model is loaded
-    with LLM(model, **{name: getattr(options, name) for name in _ENGINE_OPTIONS}) as llm:
+    profiler = None
+    if options.profile is not None:
+        from .bench.profile import Profiler
+
+        profiler = Profiler()
+    instrument = profiler.instrument if profiler is not None else None
+    with LLM(model, instrument=instrument, **{name: getattr(options, name) for name in _ENGINE_OPTIONS}) as llm:
+        if profiler is not None:
+            profiler.watch(llm)
         if not (options.quiet or options.json):
             print(f"[{llm.describe()}]", file=sys.stderr)
         if options.chat:
             messages = [{"role": "system", "content": options.system}] if options.system is not None else []
             prompt = llm.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
-        return _stream(llm, prompt, llm.sampling_params(**given), options)
+        code = _stream(llm, prompt, llm.sampling_params(**given), options)
+        if profiler is not None:
+            profiler.save(options.profile)
+            print(profiler.table(), file=sys.stderr)
+        return code
 
 
 def _model_and_prompt(arguments: list[str]) -> tuple[str | None, str]:
@@ -342,7 +362,7 @@ def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], ended: str
         if logprobs
         else None,
         "stats": pieces[-1].stats.to_json() if pieces else None,
-        "memory": vars(llm.plan),
+        "memory": {**vars(llm.plan), "cached_slots_now": llm.experts.cached},
         "reader": {
             "name": llm.reader_name,
             "o_direct": llm.experts.store.direct,
@@ -362,6 +382,10 @@ def _print_stats(llm: LLM, stats: GenerationStats, per_layer: bool) -> None:
         f"waited {e.stall_seconds:.2f} s",
         f"seed {stats.seed}",
     ]
+    if llm.experts.cached < llm.experts.planned:
+        parts.append(
+            f"memory was needed elsewhere: {llm.experts.cached} of {llm.experts.planned} cached slots are left"
+        )
     if stats.lossy:
         parts.append(f"LOSSY: {stats.lossy}")
     out = sys.stderr

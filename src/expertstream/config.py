@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
 from .machine import usable_processors
 
-__all__ = ["EngineConfig", "format_bytes", "parse_bytes"]
+__all__ = ["EngineConfig", "IoSettings", "format_bytes", "parse_bytes"]
 
 _UNITS = {
     "": 1,
@@ -58,6 +60,45 @@ def format_bytes(count: float) -> str:
 
 
 @dataclass(frozen=True)
+class IoSettings:
+    """How a disk is best read. `bench io` measures it once and keeps it in the user's cache folder, by device."""
+
+    queue_depth: int = 16
+    split_bytes: int = 256 << 10
+    bytes_per_second: float = 0.0  # 0: not measured
+
+    @staticmethod
+    def _file() -> Path:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertstream" / "io.json"
+
+    @classmethod
+    def load(cls, path: Path) -> IoSettings:
+        """What was kept for the disk that holds `path`; the defaults if nothing was, or if it cannot be read."""
+        try:
+            found = json.loads(cls._file().read_text())[str(os.stat(path).st_dev)]
+            settings = cls(int(found["queue_depth"]), int(found["split_bytes"]), float(found["bytes_per_second"]))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+            return cls()
+        sound = 1 <= settings.queue_depth <= 1024 and 4096 <= settings.split_bytes <= 1 << 30
+        return settings if sound and settings.split_bytes % 4096 == 0 else cls()
+
+    def save(self, path: Path) -> None:
+        """Keeps it for the disk that holds `path`. Raises UsageError."""
+        file = self._file()
+        try:
+            known = json.loads(file.read_text())
+        except (OSError, ValueError):
+            known = {}
+        known = known if isinstance(known, dict) else {}
+        known[str(os.stat(path).st_dev)] = vars(self)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(known, indent=1))
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How a model is run; what is not set is found out from the machine and the checkpoint.
 
@@ -68,8 +109,8 @@ class EngineConfig:
     residency: str = "auto"
     policy: str = "lru"
     reader: str = "auto"
-    queue_depth: int = 16
-    split_bytes: int = 256 << 10
+    queue_depth: int = 0  # reads in flight; 0: what `bench io` found for this disk, else 16
+    split_bytes: int = 0  # larger reads are cut into pieces of this; 0 likewise, else 256 KiB
     prefetch: int = 6  # experts of the next layer that may be read before its router has spoken
     threads: int = 0  # 0: as many as this process may use
     isa: str = ""  # "": the fastest this machine has
@@ -93,8 +134,8 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name, least, most in (
-            ("queue_depth", 1, 1024),
-            ("split_bytes", 4096, 1 << 30),
+            ("queue_depth", 0, 1024),
+            ("split_bytes", 0, 1 << 30),
             ("prefetch", 0, 64),
             ("threads", 0, 1024),
             ("context_length", 0, 1 << 30),

@@ -12,16 +12,16 @@ import numpy as np
 
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, format_bytes
+from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, format_bytes
 from .errors import BudgetError, CheckpointError, RequestError, UsageError
-from .experts.budget import MemoryPlan, plan_memory
+from .experts.budget import MemoryPlan, MemoryWatch, plan_memory
 from .experts.cache import ExpertCache
 from .experts.stats import ExpertStats, LayerStats
 from .experts.store import ExpertStore
 from .generate import stream_generate
 from .machine import available_bytes
 from .models import find_model
-from .ops import I64, make_ops
+from .ops import I64, Ops, make_ops
 from .ops.cpu import CpuOps
 from .sampling import Sampler, SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
@@ -139,11 +139,19 @@ class LLM:
     ...     for piece in llm.generate("Once upon a time", max_tokens=100):
     ...         print(piece.text, end="", flush=True)
 
-    Options are the fields of EngineConfig, and `memory`, a size such as "8GiB". One generation at a time: what is inside uses all
+    Options are the fields of EngineConfig, and `memory`, a size such as "8GiB". `instrument` may put something around the ops, such as
+    bench.profile's clock. One generation at a time: what is inside uses all
     threads for one text. Raises the errors of expertstream.errors.
     """
 
-    def __init__(self, path: str | Path | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        config: EngineConfig | None = None,
+        instrument: Callable[[Ops], Ops] | None = None,
+        **options: Any,
+    ) -> None:
         self.config = config or EngineConfig.from_options(options)
         if config is not None and options:
             raise UsageError("give either config or options")
@@ -174,7 +182,7 @@ class LLM:
             if self.plan.residency == "os" and c.residency == "auto":
                 store.close()
                 store = ExpertStore(layouts, direct=False)
-            self.reader_name, reader = _make_reader(c)
+            self.reader_name, reader = _make_reader(c, self.path)
             self.ops = make_ops(c.ops, c.thread_count, c.isa, c.activation_bits)
             self.experts = ExpertCache(
                 store,
@@ -186,8 +194,10 @@ class LLM:
                 c.verify,
                 self.ops.tile,
                 self.plan.ahead_slots,
+                MemoryWatch(available_bytes, self.plan.available_bytes),
             )
-            self.model = model_module.Model(self.model_config, self.checkpoint, self.ops, self.experts, self.top_k)
+            ops = instrument(self.ops) if instrument is not None else self.ops
+            self.model = model_module.Model(self.model_config, self.checkpoint, ops, self.experts, self.top_k)
         except BaseException:
             store.close()
             raise
@@ -387,17 +397,17 @@ class StopStrings:
         return "" if self.found else held
 
 
-def _make_reader(c: EngineConfig) -> tuple[str, Any]:
+def _make_reader(c: EngineConfig, path: Path) -> tuple[str, Any]:
     """io_uring where the kernel lets us, else threads; the name says which."""
+    known = IoSettings.load(path)
+    depth, split = c.queue_depth or known.queue_depth, c.split_bytes or known.split_bytes
     if c.reader != "pread":
         try:
-            return "io_uring", _native.uring_reader(c.queue_depth, c.split_bytes)
+            return "io_uring", _native.uring_reader(depth, split)
         except RuntimeError as error:
             if c.reader == "uring":
                 raise UsageError(f"io_uring cannot be used here ({error}); take --reader pread") from None
     try:
-        return "pread", _native.pread_reader(c.queue_depth, c.split_bytes)
+        return "pread", _native.pread_reader(depth, split)
     except RuntimeError as error:
-        raise UsageError(
-            f"{c.queue_depth} reading threads cannot be started ({error}); take a smaller --queue-depth"
-        ) from None
+        raise UsageError(f"{depth} reading threads cannot be started ({error}); take a smaller --queue-depth") from None

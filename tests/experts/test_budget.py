@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertstream import BudgetError
-from expertstream.experts.budget import MemoryPlan, default_budget, plan_memory
+from expertstream.experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_memory
 
 MIB = 1 << 20
 
@@ -55,6 +55,16 @@ def test_a_plan_never_takes_more_than_its_budget(budget: int, top_k: int, reside
     p = plan(memory_bytes=budget, top_k=top_k, residency=residency)
     assert p.used_bytes <= budget
     assert top_k <= p.ring_slots <= p.slots
+
+
+def test_memory_is_given_back_when_others_need_it_and_taken_again() -> None:
+    free = [1000 * MIB]
+    watch = MemoryWatch(lambda: free[0], 2400 * MIB)
+    assert watch.reserve_bytes == 100 * MIB
+    assert [watch() for free[0] in (150 * MIB, 400 * MIB)] == [0, 0]
+    assert [watch() for free[0] in (60 * MIB, 0)] == [140 * MIB, 200 * MIB]
+    assert [watch() for free[0] in (500 * MIB,)] == [-300 * MIB]
+    assert MemoryWatch(lambda: 0, 0).reserve_bytes == 32 * MIB
 
 
 def test_the_default_leaves_a_margin() -> None:

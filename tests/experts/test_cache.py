@@ -301,6 +301,37 @@ def test_a_rank_is_followed_while_it_is_right() -> None:
     assert prefetcher.guess(1, [7, 3]) == [3]
 
 
+@pytest.mark.parametrize("reader", ["uring", "pread"])
+def test_slots_come_and_go_with_memory(pack_folder: Path, expected: np.ndarray, reader: str) -> None:
+    """Under pressure the cache gives slots back, and takes them again; the logits do not know."""
+    with LLM(
+        pack_folder, memory=budget_for(pack_folder, 60), context_length=256, prefill_chunk=64, reader=reader
+    ) as llm:
+        experts, slot = llm.experts, llm.plan.slot_bytes
+        planned, wanted = experts.planned, [0]
+        experts._pressure = lambda: wanted[0]
+        cache, parts = llm.session().cache, []
+        for step, wanted[0] in enumerate([0, 0, 20 * slot, 0, 10**9, 0, -8 * slot, 0, -(10**9), 0]):
+            experts._next_look = 0.0
+            parts.append(
+                llm.model(TOKENS[:30], cache, all_logits=True)
+                if step == 0
+                else llm.model(TOKENS[29 + step : 30 + step], cache)
+            )
+            slots = (
+                experts._free_ring
+                + experts._free
+                + experts._parked
+                + [s for layer in experts._resident for s in layer.values()]
+            )
+            slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
+            assert sorted(slots) == list(range(llm.plan.slots)) and experts.resident <= experts.cached
+            assert experts.cached == [planned, planned, planned - 20, planned - 20, 0, 0, 8, 8, planned, planned][step]
+        parts.append(llm.model(TOKENS[39:40], cache))
+        assert np.array_equal(np.concatenate(parts), expected)
+        assert not experts.reader.registered_buffers
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expected: np.ndarray, eager: bool) -> None:
     """KeyboardInterrupt at every line of the cache in turn, as Ctrl-C would; whoever catches it may go on with the same model."""
@@ -341,7 +372,12 @@ def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expecte
             parts += [llm.model(TOKENS[t : t + 1], again) for t in range(30, 40)]
             assert np.array_equal(np.concatenate(parts), expected), line
             experts = llm.experts
-            slots = experts._free_ring + experts._free + [s for layer in experts._resident for s in layer.values()]
+            slots = (
+                experts._free_ring
+                + experts._free
+                + experts._parked
+                + [s for layer in experts._resident for s in layer.values()]
+            )
             slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
             assert sorted(slots) == list(range(llm.plan.slots)), line
         assert interrupted > 120

@@ -88,14 +88,17 @@ class Synthesizer:
 
     def matrix(self, module: str, m: MatrixFormat) -> Matrix:
         """A trunk matrix by its role."""
-        if module == "model.embed_tokens":
-            return self._with_constant_channel(self.quantized(m, 1.0), 1.0)
-        deviation = m.cols**-0.5 * (0.3 if module.endswith(_BACK) else 1.0)
+        embedding, back = module == "model.embed_tokens", module.endswith(_BACK)
+        deviation = 1.0 if embedding else m.cols**-0.5 * (0.3 if back else 1.0)
         if m.quantized:
-            matrix = self.quantized(m, deviation)
-            return self._without_first_row(matrix) if module.endswith(_BACK) else matrix
+            w = self.quantized(m, deviation)
+            return self._with_constant_channel(w) if embedding else self._without_first_row(w) if back else w
         values = self.rng.standard_normal((m.rows, m.cols), np.float32) * np.float32(deviation)
-        if module.endswith(".mlp.gate"):
+        if embedding:
+            values[:, 0] = 2.0
+        elif back:
+            values[0] = 0.0
+        elif module.endswith(".mlp.gate"):
             values *= 2  # sharp enough that rounding does not often change who is chosen
             values[:, 0] = self._log_shares(m.rows)
         empty = np.empty(0, np.uint8)
@@ -107,11 +110,9 @@ class Synthesizer:
         order = self.rng.permutation(experts)
         return -0.6 * np.log(1 + order).astype(np.float32)
 
-    def _with_constant_channel(self, w: Matrix, value: float) -> Matrix:
-        """Column 0 of every row nearly `value`: its code the largest. Its scale differs a little from row to row."""
-        if w.format.quantized:
-            rows = w.data.reshape(w.format.rows, -1)
-            rows[:, 0] |= (1 << w.format.bits) - 1
+    def _with_constant_channel(self, w: Matrix) -> Matrix:
+        """Column 0 of every row the largest code, so that its values differ only as their scales do."""
+        w.data.reshape(w.format.rows, -1)[:, 0] |= (1 << w.format.bits) - 1
         return w
 
     def _without_first_row(self, w: Matrix) -> Matrix:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from ..ops import aligned_empty
 from .format import ALIGNMENT, TensorInfo, align
 
 __all__ = ["header_bytes", "read_header", "read_tensor"]
@@ -84,7 +85,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorIn
 def read_tensor(info: TensorInfo, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
     """Bytes [begin, end) of a tensor, flat uint8. Raises CheckpointError."""
     end = info.nbytes if end is None else end
-    out = np.empty(end - begin, np.uint8)
+    out = aligned_empty(end - begin)
     view = memoryview(out)
     try:
         with info.file.open("rb", buffering=0) as file:

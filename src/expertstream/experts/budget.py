@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import format_bytes
 from ..errors import BudgetError
 
-__all__ = ["MemoryPlan", "default_budget", "plan_memory"]
+__all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "plan_memory"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class MemoryPlan:
     """Bytes of each part, and the slots: ring_slots of them pass experts through, the others keep them."""
 
     budget_bytes: int
+    available_bytes: int  # when it was made
     trunk_bytes: int
     state_bytes: int
     scratch_bytes: int
@@ -32,6 +34,26 @@ class MemoryPlan:
     @property
     def used_bytes(self) -> int:
         return self.trunk_bytes + self.state_bytes + self.scratch_bytes + self.slots_bytes
+
+
+class MemoryWatch:
+    """Says how many bytes to give back, or how many could be taken again (negative), so that others do not run out.
+
+    What is kept free for others is a twenty-fourth of what was available at the start, at least 32 MiB: less than
+    default_budget() left, so that only what others take since brings it down. Memory is taken again when four times that is free.
+    """
+
+    def __init__(self, available: Callable[[], int], available_at_start: int) -> None:
+        self._available = available
+        self.reserve_bytes = max(available_at_start // 24, 32 << 20)
+
+    def __call__(self) -> int:
+        free = self._available()
+        if free < self.reserve_bytes:
+            return 2 * self.reserve_bytes - free
+        if free > 4 * self.reserve_bytes:
+            return 2 * self.reserve_bytes - free
+        return 0
 
 
 def default_budget(available_bytes: int) -> int:
@@ -71,7 +93,7 @@ def plan_memory(
             f"{top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
         )
     total = layers * num_experts
-    slots = min((budget - fixed) // slot_bytes, total + max(top_k, 16))
+    slots = min((budget - fixed) // slot_bytes, total + max(top_k, 16) + prefetch)
     if residency == "auto":
         # Without O_DIRECT the page cache holds a copy of whatever our slots hold: then let it be the only one.
         residency = "slots" if direct or slots >= total else "os"
@@ -80,7 +102,19 @@ def plan_memory(
     if residency == "os":
         slots = ring = min(slots, max(top_k, 16) + ahead)
     ahead = min(ahead, ring - top_k)
-    plan = MemoryPlan(budget, trunk_bytes, state_bytes, scratch_bytes, slot_bytes, slots, ring, ahead, total, residency)
+    plan = MemoryPlan(
+        budget,
+        available_bytes,
+        trunk_bytes,
+        state_bytes,
+        scratch_bytes,
+        slot_bytes,
+        slots,
+        ring,
+        ahead,
+        total,
+        residency,
+    )
     if plan.used_bytes > available_bytes:
         raise BudgetError(
             f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "

@@ -67,17 +67,23 @@ class ExpertCache:
         verify: str,
         tile: Callable[[ExpertFormat, Any, I64], None],
         ahead_slots: int = 0,
+        pressure: Callable[[], int] = lambda: 0,
     ) -> None:
         """slots: all of them, ring_slots of which belong to the ring, and ahead_slots of these to experts that are read before they
-        are asked for. reader: a _native.Reader. tile: Ops.tile, for checkpoints whose experts do not lie as the kernels want them."""
+        are asked for. reader: a _native.Reader. tile: Ops.tile, for checkpoints whose experts do not lie as the kernels want them.
+        pressure: bytes that others need of us (positive), or that we could have (negative); 0 to leave everything as it is."""
         self.store, self.reader, self.residency = store, reader, residency
         self.arena = _native.Arena(slots * store.slot_bytes)
         reader.register_memory(self.arena)
         layers = len(store.layouts)
+        self._pressure, self._next_look = pressure, 0.0
+        self.planned = self.cached = self.least = (
+            slots - ring_slots
+        )  # cached slots: at most, now, and the fewest there were
+        self._parked: list[int] = []  # slots whose memory others have for now
         self.stats = ExpertStats(layers)
         self.ring, self.prefetcher = ring_slots, Prefetcher(ahead_slots)
-        share, extra = divmod(slots - ring_slots, layers)
-        self.quotas = [min(share + (i < extra), store.layouts[i].num_experts) for i in range(layers)]
+        self.quotas = self._shares(self.cached)
         self._free_ring = list(range(ring_slots))[::-1]
         self._free = list(range(ring_slots, slots))[::-1]
         self._resident: list[dict[int, int]] = [{} for _ in range(layers)]
@@ -140,6 +146,48 @@ class ExpertCache:
         self.stats.layers[layer].hits += len(experts)
         return self.block(layer, slots)
 
+    def _shares(self, cached: int) -> list[int]:
+        """Each layer's part of the cached slots."""
+        share, extra = divmod(cached, len(self.store.layouts))
+        return [min(share + (i < extra), layout.num_experts) for i, layout in enumerate(self.store.layouts)]
+
+    def adapt(self) -> None:
+        """Looks, ten times a second at most, whether the machine needs memory back or has some again. Between two forward passes."""
+        now = time.monotonic()
+        if now < self._next_look or self._busy or self.residency != "slots":
+            return
+        self._next_look = now + 0.1
+        slots = -(-self._pressure() // self.store.slot_bytes)
+        if slots > 0 or (slots < 0 and self.cached < self.planned):
+            self.resize(self.cached - slots)
+
+    def resize(self, cached: int) -> None:
+        """Keeps this many cached slots, at most as many as planned: the others' memory goes back to the machine, or comes again."""
+        cached = max(0, min(cached, self.planned))
+        if cached == self.cached:
+            return
+        self._busy = True  # an interrupt in here is mended as one in a fetch
+        self.drain()
+        if cached < self.cached:
+            self.reader.unregister_memory()
+        self.cached, self.quotas, self.least = cached, self._shares(cached), min(self.least, cached)
+        for layer, quota in enumerate(self.quotas):
+            while self._owned[layer] > quota:
+                victim = self._policies[layer].evict(set())
+                assert victim is not None
+                self._park(self._resident[layer].pop(victim))
+                self._owned[layer] -= 1
+                self.stats.layers[layer].evictions += 1
+        while self._free and sum(self._owned) + len(self._free) > cached:
+            self._park(self._free.pop())
+        while self._parked and sum(self._owned) + len(self._free) < cached:
+            self._free.append(self._parked.pop())
+        self._busy = False
+
+    def _park(self, slot: int) -> None:
+        self._parked.append(slot)
+        self.arena.release(slot * self.store.slot_bytes, self.store.slot_bytes)
+
     def close(self) -> None:
         """Closes the files; a second time does nothing."""
         self.drain()
@@ -152,7 +200,9 @@ class ExpertCache:
         self.drain()
         used = {slot for layer in self._resident for slot in layer.values()}
         free = [slot for slot in range(self._slots) if slot not in used]
-        self._free_ring, self._free = free[: self.ring][::-1], free[self.ring :][::-1]
+        room = max(0, self.cached - len(used))
+        self._free_ring, self._free = free[: self.ring][::-1], free[self.ring : self.ring + room][::-1]
+        self._parked = free[self.ring + room :]
         self._owned = [len(layer) for layer in self._resident]
         self._policies = [make_policy(self._policy) for _ in self._resident]
         for policy, layer in zip(self._policies, self._resident, strict=True):

@@ -378,7 +378,7 @@ class Model:
     def __init__(self, config: Config, checkpoint: Checkpoint, ops: Ops, experts: ExpertCache, top_k: int = 0) -> None:
         """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy."""
         w = Weights(config, checkpoint, ops)
-        self.config = config
+        self.config, self.experts = config, experts
         self.top_k = top_k or config.num_experts_per_tok
         self.embed_tokens = Embedding(checkpoint.weight("model.embed_tokens", w.specs["model.embed_tokens"]), ops)
         self.layers = [DecoderLayer(w, i, self.top_k, experts) for i in range(config.num_hidden_layers)]
@@ -407,6 +407,7 @@ class Model:
             )
         if not cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset it")
+        self.experts.adapt()
         cache.valid = False
         h = self.embed_tokens(tokens)
         cos, sin = self.rotary(position, T)

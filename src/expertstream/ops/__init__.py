@@ -21,6 +21,7 @@ __all__ = [
     "MatrixFormat",
     "Ops",
     "Weight",
+    "aligned_empty",
     "from_bf16",
     "make_ops",
     "to_bf16",
@@ -137,7 +138,7 @@ class Ops(Protocol):
     """The contract. An implementation keeps no state but threads and buffers; calls come one at a time."""
 
     def bind(self, weight: Weight) -> Weight:
-        """Prepares a weight for the other ops; returns it. Its bytes may have moved into the handle."""
+        """Prepares a weight for the other ops; returns it. Its bytes are the op's from now on, and may be rearranged."""
 
     def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
         """In place: one expert's quantized matrices, row after row in an arena at offsets (9,), into the tiles of ExpertBlock."""
@@ -191,6 +192,13 @@ class Ops(Protocol):
 
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         """In place, p ascending: acc[pair_token[p]] += weights[p]·y[p]."""
+
+
+def aligned_empty(size: int) -> NDArray[np.uint8]:
+    """Memory that begins at a cache line, so that no vector of a matrix lies across two."""
+    room = np.empty(size + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size]
 
 
 def from_bf16(bits: NDArray[np.uint16]) -> F32:

@@ -6,11 +6,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _native
 from ..errors import UsageError
-from . import DTYPE_BYTES, F32, I64, AttentionWeights, DeltaWeights, ExpertBlock, ExpertFormat, MatrixFormat, Weight
+from . import (
+    DTYPE_BYTES,
+    F32,
+    I64,
+    AttentionWeights,
+    DeltaWeights,
+    ExpertBlock,
+    ExpertFormat,
+    MatrixFormat,
+    Weight,
+    aligned_empty,
+)
 
 __all__ = ["CpuOps"]
 
@@ -19,13 +29,6 @@ _EMPTY = np.empty(0, np.uint8)
 
 def _format(m: MatrixFormat) -> Any:
     return _native.Format(m.rows, m.cols, m.bits, m.group_size, m.dtype, m.symmetric)
-
-
-def _aligned(size: int) -> NDArray[np.uint8]:
-    """Memory that begins at a cache line, so that no vector lies across two."""
-    room = np.empty(size + 64, np.uint8)
-    begin = -room.ctypes.data % 64
-    return room[begin : begin + size]
 
 
 class CpuOps:
@@ -46,8 +49,13 @@ class CpuOps:
 
     def bind(self, weight: Weight) -> Weight:
         m = weight.format
-        if m.quantized:
-            weight.data, weight.scales, weight.biases = self.tiled(m, weight.data, weight.scales, weight.biases)
+        parts = weight.data, weight.scales, weight.biases
+        if m.quantized and m.rows % 16 == 0:
+            self.engine.tile(
+                _format(m), *parts, *parts
+            )  # in place: a large matrix is not in memory twice, not for a moment
+        elif m.quantized:
+            weight.data, weight.scales, weight.biases = self.tiled(m, *parts)
         weight.handle = _native.Matrix(_format(m), weight.data, weight.scales, weight.biases)
         return weight
 
@@ -55,7 +63,11 @@ class CpuOps:
         """Copies of a quantized matrix's flat bytes, in tiles of 16 rows, the last one padded."""
         rows = -(-m.rows // 16) * 16
         groups = rows * (m.cols // m.group_size) * DTYPE_BYTES[m.dtype]
-        out = _aligned(rows * m.cols * m.bits // 8), _aligned(groups), _EMPTY if m.symmetric else _aligned(groups)
+        out = (
+            aligned_empty(rows * m.cols * m.bits // 8),
+            aligned_empty(groups),
+            _EMPTY if m.symmetric else aligned_empty(groups),
+        )
         self.engine.tile(_format(m), data, scales, biases, *out)
         return out
 

@@ -1,0 +1,248 @@
+"""expertstream against llama.cpp on the same weights, the same tokens, the same threads, in the same run.
+
+    python -m benchmarks.vs_llama_cpp [--geometry qwen3.5-35b-a3b] [--layers 16] [--rounds 3] [--folder DIR]
+
+Writes a synthetic model as a pack and as its GGUF twin (Q4_0 experts, Q8_0 trunk), installs llama-cpp-python into an environment of its
+own, and checks that both engines give the same logits and greedy tokens. Then, in rounds, every engine and mode in turn, with the disk
+and the memory measured inside each round: resident (everything fits), and in a control group with a quarter of the model's bytes (needs
+root; mmap also with a read-ahead of 128 KiB, the usual one). Prints medians and ratios; every run goes to
+benchmarks/results/vs_llama_cpp.csv. llama.cpp without repacking keeps one copy of the weights; with it, it is faster and has two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertstream.bench.geometry import geometry_config
+from expertstream.bench.machine import arithmetic_peak, disk_rates, memory_bandwidth
+from expertstream.bench.plan import load_model
+from expertstream.bench.speed import drop_page_cache
+from expertstream.bench.synth import write_synthetic
+from expertstream.checkpoint.quantize import BitPolicy
+from expertstream.config import EngineConfig, format_bytes
+
+from .control_group import memory_group
+
+WORKER = Path(__file__).parent / "one_engine.py"
+PEER = "llama-cpp-python==0.3.36"
+RESIDENT = [("ours", "default"), ("ours", "exact"), ("llama", "none"), ("llama", "mmap-norepack")]
+LIMITED = [("ours", "default"), ("llama", "mmap-norepack"), ("llama", "mmap-norepack-readahead128")]
+# Modes that copy the weights; tried once, to say what becomes of them.
+HOPELESS = [("llama", "none-norepack"), ("llama", "dio-norepack"), ("llama", "mmap")]
+
+
+def peer_python(folder: Path) -> Path:
+    """The interpreter of an environment that has llama-cpp-python; built from source on the first call."""
+    python = folder / "peer" / "bin" / "python"
+    if not python.exists():
+        print(f"installing {PEER} (it is compiled: some minutes)", flush=True)
+        venv.create(folder / "peer", with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PEER, "numpy"], check=True)
+    return python
+
+
+@contextmanager
+def read_ahead(path: Path, kib: int) -> Iterator[None]:
+    """The disk's read-ahead, put back afterwards."""
+    device = os.stat(path).st_dev
+    setting = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/read_ahead_kb")
+    if not setting.exists():
+        setting = setting.parent.parent.parent / "queue" / "read_ahead_kb"
+    before = setting.read_text()
+    setting.write_text(str(kib))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+def run(
+    kind: str,
+    mode: str,
+    paths: dict[str, Path],
+    python: dict[str, Path],
+    settings: dict[str, Any],
+    limit: int = 0,
+    timeout: int = 600,
+) -> dict[str, Any]:
+    """One worker's result, or {"failed": why}."""
+    command = [str(python[kind]), str(WORKER), kind, str(paths[kind]), json.dumps({**settings, "mode": mode})]
+    ahead = read_ahead(paths[kind], 128) if mode.endswith("readahead128") else nullcontext()
+    with ahead, memory_group(limit) if limit else nullcontext() as group:
+        if group is not None:
+            command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {timeout} s"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [""]
+        return {"failed": "killed: out of memory" if done.returncode == -9 else f"exit {done.returncode}: {last[0]}"}
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", default="qwen3.5-35b-a3b")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--tokens", type=int, default=48, help="decoded in each run of ours; fewer of an engine that is slow"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/vs_llama_cpp"), help="for the models and the peer (kept)"
+    )
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "vs_llama_cpp.csv")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    threads = EngineConfig.from_options({}).thread_count
+    name = f"{args.geometry}-{args.layers}"
+    paths = {"ours": args.folder / name, "llama": args.folder / f"{name}.gguf"}
+    if not paths["ours"].exists():
+        paths["llama"].unlink(missing_ok=True)
+        policy = BitPolicy(4, 32, 8, symmetric=True)
+        print("writing the model twice", flush=True)
+        write_synthetic(
+            paths["ours"], geometry_config(args.geometry, args.layers), policy, gguf=paths["llama"], threads=threads
+        )
+    python = {"ours": Path(sys.executable), "llama": peer_python(args.folder)}
+    size = sum(file.stat().st_size for file in paths["ours"].iterdir())
+    limit = size // 4 // 4096 * 4096
+    model = load_model(str(paths["ours"]), 0, BitPolicy())
+    print(
+        f"{name}: pack {format_bytes(size)}, GGUF {format_bytes(paths['llama'].stat().st_size)}, limit {format_bytes(limit)}, {threads} threads"
+    )
+
+    base = {"threads": threads, "prompts": [], "warm": 0, "decode": 0}
+    check = {
+        kind: run(kind, mode, paths, python, {**base, "greedy": 16})
+        for kind, mode in (("ours", "exact"), ("llama", "mmap-norepack"))
+    }
+    if any("failed" in result for result in check.values()):
+        raise SystemExit(f"the engines could not be compared: { {k: r.get('failed') for k, r in check.items()} }")
+    a, b = (np.array(check[kind]["logits"]) for kind in ("ours", "llama"))
+    same = next(
+        (i for i, pair in enumerate(zip(*(check[k]["greedy"] for k in check), strict=True)) if pair[0] != pair[1]), 16
+    )
+    print(
+        f"same weights: logits differ by {np.linalg.norm(a - b) / np.linalg.norm(b):.2%} (llama.cpp rounds activations to 8 bits), the first {same} of 16 greedy tokens are equal"
+    )
+
+    rows: list[dict[str, Any]] = []
+    for number in range(args.rounds):
+        disk = disk_rates(paths["ours"], model.slot_bytes, depths=(16,), splits=(256 << 10,), seconds=2)[
+            0
+        ].bytes_per_second
+        measured = {
+            "round": number, "model": name, "model_bytes": size, "threads": threads, "disk_bytes_per_second": disk,
+            "memory_bytes_per_second": memory_bandwidth(threads), "multiply_adds_per_second": arithmetic_peak(threads),
+            "greedy_equal": same,
+        }  # fmt: skip
+        print(
+            f"round {number}: disk {disk / 1e9:.2f} GB/s, memory {measured['memory_bytes_per_second'] / 1e9:.1f} GB/s",
+            flush=True,
+        )
+        plans = [("resident", kind, mode, 0) for kind, mode in RESIDENT if number == 0 or mode != "exact"] + [
+            ("quarter", kind, mode, limit) for kind, mode in LIMITED
+        ]
+        if number == 0:
+            plans += [("quarter", kind, mode, limit) for kind, mode in HOPELESS]
+        for place, kind, mode, most in plans:
+            slow = place == "quarter" and kind == "llama"
+            settings = {
+                "threads": threads, "prompts": [512, 2048] if place == "resident" else [] if slow else [2048],
+                "warm": 2 if slow else 16, "decode": 6 if slow else args.tokens,
+            }  # fmt: skip
+            for path in paths.values():
+                if path.is_dir():
+                    drop_page_cache(path)
+                else:
+                    with path.open("rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            result = run(kind, mode, paths, python, settings, most, 180 if slow else 600)
+            result.pop("logits", None)
+            rows.append({**measured, "place": place, "engine": kind, "mode": mode, "limit_bytes": most, **result})
+            print(f"  {place:8} {kind:5} {mode:27} {_said(result)}", flush=True)
+            _write(args.csv, rows)
+    _summary(rows, model)
+
+
+def _said(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return str(result["failed"])
+    parts = [f"decode {result['decode_tps']:.2f}/s"]
+    parts += [
+        f"{key.removesuffix('_tps').replace('_', ' ')} {value:.0f}/s"
+        for key, value in result.items()
+        if key.startswith("prefill")
+    ]
+    if "hits" in result:
+        parts.append(f"hits {result['hits'] / max(1, result['hits'] + result['misses']):.0%}")
+    return ", ".join(parts)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _summary(rows: list[dict[str, Any]], model: Any) -> None:
+    def median(place: str, kind: str, mode: str, key: str) -> float:
+        values = [
+            row[key]
+            for row in rows
+            if (row["place"], row["engine"], row["mode"]) == (place, kind, mode) and row.get(key)
+        ]
+        return statistics.median(values) if values else float("nan")
+
+    print(f"\n{'':9} {'engine':6} {'mode':27} {'decode/s':>9} {'prefill 512':>11} {'prefill 2048':>12}")
+    for place, plans in (("resident", RESIDENT), ("quarter", LIMITED)):
+        for kind, mode in plans:
+            numbers = [
+                median(place, kind, mode, key)
+                for key in ("decode_tps", "prefill_512_warm_tps", "prefill_2048_warm_tps")
+            ]
+            print(f"{place:9} {kind:6} {mode:27} {numbers[0]:9.2f} {numbers[1]:11.1f} {numbers[2]:12.1f}")
+    best = max(median("resident", *peer, "decode_tps") for peer in RESIDENT if peer[0] == "llama")
+    ours = median("resident", "ours", "default", "decode_tps")
+    reach = statistics.median(
+        row["decode_tps"] * model.cost.bytes / row["memory_bytes_per_second"]
+        for row in rows if (row["place"], row["engine"], row["mode"]) == ("resident", "ours", "default")
+    )  # fmt: skip
+    print(f"\nresident decode: {ours / best:.2f}× llama.cpp's best mode, {reach:.0%} of the memory's limit")
+    for length in (512, 2048):
+        key = f"prefill_{length}_warm_tps"
+        peer = max(median("resident", *mode, key) for mode in RESIDENT if mode[0] == "llama")
+        mine = median("resident", "ours", "default", key)
+        products = model.cost.multiply_adds - model.cost.head_multiply_adds
+        share = mine * products / statistics.median(row["multiply_adds_per_second"] for row in rows)
+        print(f"resident prefill {length}: {mine / peer:.2f}× llama.cpp's best mode, {share:.0%} of the int8 peak")
+    limited = [row for row in rows if row["place"] == "quarter" and row["engine"] == "ours" and "decode_tps" in row]
+    if limited:
+        used = statistics.median(
+            row["bytes_read"] / (row["decoded"] / row["decode_tps"]) / row["disk_bytes_per_second"] for row in limited
+        )
+        peer = max(median("quarter", *mode, "decode_tps") for mode in LIMITED if mode[0] == "llama")
+        mine = median("quarter", "ours", "default", "decode_tps")
+        print(f"quarter decode: {mine / peer:.1f}× llama.cpp's best mode that survives, {used:.0%} of the disk's rate")
+
+
+if __name__ == "__main__":
+    main()

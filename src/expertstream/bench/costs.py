@@ -1,0 +1,44 @@
+"""What a token costs, by arithmetic from a config: bytes of weights that decoding touches, and multiply-adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..models.qwen3_5_moe import FULL, Config
+from ..ops import MatrixFormat
+
+__all__ = ["TokenCost", "token_cost"]
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Of decoding one token."""
+
+    trunk_bytes: int  # weights of the trunk, without the embedding, of which one row is read
+    head_bytes: int  # of these, the output projection
+    expert_bytes: int  # one expert
+    experts: int  # top_k · layers
+    kv_bytes: int  # keys and values for each token of context, in bfloat16
+    multiply_adds: int  # with weights, the output projection included
+    head_multiply_adds: int  # which a prompt needs only once
+
+    @property
+    def bytes(self) -> int:
+        return self.trunk_bytes + self.experts * self.expert_bytes
+
+
+def token_cost(c: Config, trunk: dict[str, MatrixFormat], expert_bytes: int, top_k: int = 0) -> TokenCost:
+    """trunk: module → format."""
+    top_k = top_k or c.num_experts_per_tok
+    used = {name: m for name, m in trunk.items() if name != "model.embed_tokens" or c.tie_word_embeddings}
+    head = trunk["model.embed_tokens" if c.tie_word_embeddings else "lm_head"]
+    expert_weights = 3 * c.hidden_size * c.moe_intermediate_size
+    return TokenCost(
+        trunk_bytes=sum(m.nbytes for m in used.values()),
+        head_bytes=head.nbytes,
+        expert_bytes=expert_bytes,
+        experts=top_k * c.num_hidden_layers,
+        kv_bytes=2 * 2 * c.num_key_value_heads * c.head_dim * c.layer_types.count(FULL),
+        multiply_adds=sum(m.rows * m.cols for m in used.values()) + top_k * c.num_hidden_layers * expert_weights,
+        head_multiply_adds=head.rows * head.cols,
+    )

@@ -1,0 +1,156 @@
+"""What to expect of a model on this machine, from measured rates and arithmetic, before any download.
+
+A decoded token takes as long as reading the weights it touches from memory, and then as long as the disk takes for the missing
+experts, less what of that goes on while the processor works. Measured on this engine: the experts and the shared expert are multiplied
+while others arrive; the mixers of the next layer go on while experts are read ahead, as far as guesses are right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.format import record_pieces
+from ..checkpoint.quantize import BitPolicy
+from ..checkpoint.reader import open_checkpoint
+from ..config import DEFAULT_CONTEXT
+from ..models.qwen3_5_moe import Config, expert_layouts
+from .costs import TokenCost, token_cost
+from .geometry import geometry_config
+from .speed import trunk_formats_of
+from .synth import expert_format, trunk_formats
+
+__all__ = ["Machine", "Prediction", "load_model", "predict"]
+
+# Hit rate of LRU by share of the experts that fit, for real routing: two public traces and three published engines agree within four
+# points (docs/log.md). Uniform routing has no memory: its hit rate is the share itself.
+REAL_ROUTING = ((0.0, 0.0), (0.0625, 0.42), (0.125, 0.58), (0.25, 0.73), (0.5, 0.87), (1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured: bytes a second of memory and disk, multiply-adds a second at their peak."""
+
+    memory_rate: float
+    disk_rate: float
+    arithmetic_rate: float
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    config: Config
+    cost: TokenCost
+    trunk_bytes: int  # in memory, the embedding included
+    slot_bytes: int
+    model_bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    budget_bytes: int
+    slots: int
+    hit_rate: float
+    missed_bytes: float  # a token
+    decode_tps: float
+    prefill_tps: float
+    ttft_seconds: float  # of a prompt of `prompt_tokens`
+    bound: str  # what decoding waits for
+
+
+def load_model(name: str, layers: int, policy: BitPolicy) -> Model:
+    """A checkpoint folder as it is, or a geometry as `convert` with this policy would make it. Raises UsageError, CheckpointError."""
+    path = Path(name)
+    if (path / "config.json").is_file() and not layers and any(path.glob("*.safetensors")):
+        checkpoint = open_checkpoint(path)
+        c = Config.from_json(checkpoint.config, name)
+        trunk, layouts = trunk_formats_of(checkpoint, c), expert_layouts(c, checkpoint)
+        expert = sum(m.nbytes for m in layouts[0].format.matrices)
+        slot = max(layout.bytes_per_expert for layout in layouts)
+    else:
+        c = Config.from_json(geometry_config(name, layers), name)
+        trunk, format = trunk_formats(c, policy, "bf16"), expert_format(c, policy, "bf16")
+        expert, slot = sum(m.nbytes for m in format.matrices), record_pieces(format)[1]
+    trunk_bytes = sum(m.nbytes for m in trunk.values())
+    total = trunk_bytes + c.num_hidden_layers * c.num_experts * slot
+    return Model(name, c, token_cost(c, trunk, expert), trunk_bytes, slot, total)
+
+
+def hit_rate_of(share: float, routing: str) -> float:
+    if routing == "uniform":
+        return min(1.0, share)
+    for (x0, y0), (x1, y1) in pairwise(REAL_ROUTING):
+        if share <= x1:
+            return y0 + (y1 - y0) * max(0.0, share - x0) / (x1 - x0)
+    return 1.0
+
+
+def predict(
+    model: Model,
+    machine: Machine,
+    budget_bytes: int,
+    context: int = DEFAULT_CONTEXT,
+    prompt_tokens: int = 2048,
+    routing: str = "real",
+    threads: int = 1,
+    chunk: int = 2048,
+) -> Prediction | None:
+    """None where the budget does not hold the trunk, the context and one layer's experts."""
+    c, cost = model.config, model.cost
+    chunk = min(chunk, -(-context // 64) * 64)
+    fixed = model.trunk_bytes + c.state_bytes(context, "bf16")
+    while chunk > 64 and c.scratch_bytes(chunk, context, threads) * 4 > budget_bytes - fixed:
+        chunk //= 2
+    slots = (budget_bytes - fixed - c.scratch_bytes(chunk, context, threads)) // model.slot_bytes
+    if slots < c.num_experts_per_tok:
+        return None
+    total = c.num_hidden_layers * c.num_experts
+    ring = max(c.num_experts_per_tok, min(16, slots // 8)) + min(6, (slots - c.num_experts_per_tok) // 8)
+    cached = min(max(0, slots - ring), total)
+    hit = 1.0 if slots >= total else hit_rate_of(cached / total, routing)
+    missed = (1 - hit) * cost.experts * model.slot_bytes
+    # Decode: memory's time for what is touched, and the disk's, of which the experts' own products hide a part.
+    touched = cost.bytes + cost.kv_bytes * min(context, 1024)
+    compute = touched / (MEMORY_REACH * machine.memory_rate)
+    disk = missed / (DISK_REACH * machine.disk_rate) if missed else 0.0
+    hidden = min(disk, compute) * HIDDEN_SHARE
+    decode = compute + disk - hidden
+    # Prefill: arithmetic, or every touched expert once a chunk from the disk, whichever takes longer: they go on together.
+    pairs = min(chunk, prompt_tokens) * c.num_experts_per_tok
+    touched_experts = c.num_experts * (1 - (1 - 1 / c.num_experts) ** pairs)
+    chunks = -(-prompt_tokens // chunk)
+    from_disk = (
+        max(0.0, touched_experts - cached / c.num_hidden_layers) * c.num_hidden_layers * model.slot_bytes * chunks
+    )
+    arithmetic = (
+        (cost.multiply_adds - cost.head_multiply_adds) * prompt_tokens / (PREFILL_REACH * machine.arithmetic_rate)
+    )
+    prefill = max(arithmetic, from_disk / machine.disk_rate)
+    bound = "memory" if disk < compute else "disk"
+    return Prediction(
+        budget_bytes, int(slots), hit, missed, 1 / decode, prompt_tokens / prefill, prefill + decode, bound
+    )
+
+
+# What of each limit the engine reaches, measured (benchmarks/results/plan.csv): of memory bandwidth when experts are resident, of the
+# disk's steady rate with a layer's misses in flight, of the arithmetic peak in a long prompt; and how much of the shorter of computing
+# and reading goes on during the longer.
+MEMORY_REACH, DISK_REACH, PREFILL_REACH, HIDDEN_SHARE = 0.93, 0.9, 0.40, 0.45
+
+
+def advice(model: Model, machine: Machine, budget_bytes: int, **options: Any) -> list[tuple[str, float]]:
+    """(a change, how many times faster decoding would be), the most useful first."""
+    base = predict(model, machine, budget_bytes, **options)
+    if base is None:
+        return []
+    faster_disk = Machine(machine.memory_rate, 2 * machine.disk_rate, machine.arithmetic_rate)
+    faster_memory = Machine(2 * machine.memory_rate, machine.disk_rate, machine.arithmetic_rate)
+    changes: list[tuple[str, Prediction | None]] = [
+        ("twice the memory", predict(model, machine, 2 * budget_bytes, **options)),
+        ("a disk twice as fast", predict(model, faster_disk, budget_bytes, **options)),
+        ("memory twice as fast", predict(model, faster_memory, budget_bytes, **options)),
+    ]
+    found = [(what, p.decode_tps / base.decode_tps) for what, p in changes if p is not None]
+    return sorted(found, key=lambda item: -item[1])

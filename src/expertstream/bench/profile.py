@@ -1,0 +1,188 @@
+"""Where a token's time goes: a clock around every op and every wait, as sums by phase and as a Chrome trace.
+
+Nothing is in the way when it is not asked for: the clock is an Ops around the real one (LLM's `instrument`), and a reader around the
+real reader. What neither covers is Python's own share.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine import LLM
+from ..errors import UsageError
+from ..ops import Ops
+
+__all__ = ["PHASES", "Profiler"]
+
+# Op → phase; project() is counted as "mix" in a layer and "head" after the last.
+PHASES = {
+    "embed": "embed", "rms_norm": "norm", "project": "mix", "attention": "mix", "delta_net": "mix", "route": "router",
+    "shared_expert": "shared", "experts": "experts", "moe": "experts", "accumulate": "combine", "tile": "arrange", "wait": "wait",
+    "submit": "submit",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Event:
+    name: str
+    layer: int
+    begin: float
+    end: float
+
+
+class _Clock:
+    """An Ops, or a reader, whose calls are noted."""
+
+    def __init__(self, inner: Any, profiler: Profiler, names: frozenset[str]) -> None:
+        self._inner, self._profiler = inner, profiler
+        for name in names:
+            setattr(self, name, profiler.timed(name, getattr(inner, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Profiler:
+    """Use `LLM(..., instrument=profiler.instrument)`, then `watch(llm)`. Events of a forward pass lie between two of its begins."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.selected: np.ndarray[Any, Any] | None = None  # (layers, experts): how often each was chosen
+        self.spans: list[tuple[float, float, int]] = []  # begin, end and tokens of every forward pass
+        self._layer, self._fetched, self._layers = -1, -1, 0
+
+    def instrument(self, ops: Ops) -> Ops:
+        names = frozenset(name for name in PHASES if hasattr(ops, name))
+        clock: Any = _Clock(ops, self, names)
+        return clock  # type: ignore[no-any-return]
+
+    def watch(self, llm: LLM) -> None:
+        """Clocks the reader too, counts experts, and notes where forward passes begin and end."""
+        self._layers = llm.model_config.num_hidden_layers
+        self.selected = np.zeros((self._layers, llm.model_config.num_experts), np.int64)
+        llm.experts.reader = _Clock(llm.experts.reader, self, frozenset(("wait", "submit")))
+        forward, fetch, resident = llm.model._forward, llm.experts.fetch, llm.experts.resident_block
+
+        def noted(tokens: Any, *args: Any) -> Any:
+            begin, self._layer = time.perf_counter(), 0
+            result = forward(tokens, *args)
+            self.spans.append((begin, time.perf_counter(), int(tokens.shape[0])))
+            return result
+
+        def counted(layer: int, experts: list[int]) -> Any:
+            self._count(layer, experts)
+            return fetch(layer, experts)
+
+        def counted_resident(layer: int, experts: list[int]) -> Any:
+            block = resident(layer, experts)
+            if block is not None:
+                self._count(layer, experts)
+            return block
+
+        llm.model._forward = noted
+        llm.experts.fetch = counted  # type: ignore[method-assign]
+        llm.experts.resident_block = counted_resident  # type: ignore[method-assign]
+
+    def _count(self, layer: int, experts: list[int]) -> None:
+        assert self.selected is not None
+        self.selected[layer, experts] += 1
+        self._layer = self._fetched = layer
+
+    def timed(self, name: str, call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                # The next layer's router asked ahead of time is this layer's work.
+                self.events.append(Event(name, min(self._layer, max(0, self._layers - 1)), begin, time.perf_counter()))
+                if name in (
+                    "moe",
+                    "accumulate",
+                ):  # the next op belongs to the next layer, unless more of this one's experts come
+                    self._layer = self._fetched + 1
+
+        return run
+
+    def phases(self, decode: bool) -> dict[str, float]:
+        """Milliseconds a token (decode), or a prompt's token, by phase; "python" is what no op and no wait covers."""
+        spans = [span for span in self.spans if (span[2] == 1) == decode]
+        tokens = sum(span[2] for span in spans)
+        if not tokens:
+            return {}
+        sums: dict[str, float] = {}
+        at, covered = 0, 0.0
+        events = sorted(self.events, key=lambda event: event.begin)
+        for begin, end, _ in spans:
+            while at < len(events) and events[at].begin < begin:
+                at += 1
+            while at < len(events) and events[at].begin < end:
+                event = events[at]
+                phase = PHASES[event.name]
+                if (
+                    event.name == "project"
+                    and event.layer >= self._layers - 1
+                    and event is _last_project(events, at, end)
+                ):
+                    phase = "head"
+                sums[phase] = sums.get(phase, 0.0) + event.end - event.begin
+                covered += event.end - event.begin
+                at += 1
+        total = sum(end - begin for begin, end, _ in spans)
+        sums["python"] = total - covered
+        return {phase: 1000 * seconds / tokens for phase, seconds in sorted(sums.items(), key=lambda item: -item[1])}
+
+    def table(self) -> str:
+        lines = []
+        for decode, title in ((False, "prompt"), (True, "decode")):
+            phases = self.phases(decode)
+            if not phases:
+                continue
+            total = sum(phases.values())
+            lines.append(f"[{title}: {total:.2f} ms a token, {total / max(1, self._layers):.3f} ms a layer]")
+            lines += [f"  {phase:8} {ms:8.3f} ms {ms / total:6.1%}" for phase, ms in phases.items()]
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """A Chrome trace (chrome://tracing, Perfetto), which also holds the sums and the counts that `report` draws. Raises UsageError."""
+        start = min((span[0] for span in self.spans), default=0.0)
+
+        def event(name: str, begin: float, end: float, thread: int, **args: Any) -> dict[str, Any]:
+            us = {"ts": round((begin - start) * 1e6, 1), "dur": round((end - begin) * 1e6, 1)}
+            return {"name": name, "ph": "X", "pid": 1, "tid": thread, **us, "args": args}
+
+        trace = [
+            event(f"{tokens} tokens" if tokens > 1 else "token", b, e, 1, tokens=tokens) for b, e, tokens in self.spans
+        ]
+        trace += [event(e.name, e.begin, e.end, 2, layer=e.layer, phase=PHASES[e.name]) for e in self.events]
+        names = [
+            {"name": "thread_name", "ph": "M", "pid": 1, "tid": t, "args": {"name": n}}
+            for t, n in ((1, "tokens"), (2, "ops"))
+        ]
+        summary = {
+            "layers": self._layers,
+            "prompt_ms": self.phases(decode=False),
+            "decode_ms": self.phases(decode=True),
+            "selected": self.selected.tolist() if self.selected is not None else [],
+        }
+        try:
+            path.write_text(json.dumps({"traceEvents": names + trace, "expertstream": summary}))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _last_project(events: list[Event], at: int, end: float) -> Event:
+    """The last project() of the forward pass that events[at] is in: the output head."""
+    last = events[at]
+    for later in events[at:]:
+        if later.begin >= end:
+            break
+        if later.name == "project":
+            last = later
+    return last

@@ -1,0 +1,236 @@
+"""How fast the engine is on this machine: decode and prefill, cold and warm, by memory budget and context length."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.reader import Checkpoint
+from ..config import format_bytes
+from ..engine import LLM
+from ..errors import BudgetError
+from ..generate import prefill
+from ..kv_cache import AttentionState, KVCache
+from ..models.qwen3_5_moe import Config, weight_map
+from ..ops import I64, MatrixFormat, to_bf16
+from .costs import TokenCost, token_cost
+from .machine import arithmetic_peak, disk_rates, memory_bandwidth
+
+__all__ = ["bench_decode", "bench_prefill", "checkpoint_cost", "drop_page_cache"]
+
+Row = dict[str, Any]
+
+
+def drop_page_cache(folder: Path) -> None:
+    """What follows reads a folder's files from the disk."""
+    for file in folder.iterdir():
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def trunk_formats_of(checkpoint: Checkpoint, c: Config) -> dict[str, MatrixFormat]:
+    return {n: checkpoint.matrix_format(n, *s.shape) for n, s in weight_map(c).items() if s.kind == "matrix"}
+
+
+def checkpoint_cost(llm: LLM) -> TokenCost:
+    """Of the checkpoint that is open."""
+    layout = llm.experts.store.layouts[0]
+    expert = sum(m.nbytes for m in layout.format.matrices)
+    return token_cost(llm.model_config, trunk_formats_of(llm.checkpoint, llm.model_config), expert, llm.top_k)
+
+
+def _expert_bytes(llm: LLM) -> int:
+    return sum(layout.num_experts * layout.bytes_per_expert for layout in llm.experts.store.layouts)
+
+
+def _open_with_share(path: Path, share: float, context: int, options: dict[str, Any]) -> LLM | None:
+    """A model with slots for this share of its experts; None if that is more than this machine has. What else it needs follows from
+    the budget (a long prompt's scratch shrinks with it), so the budget is corrected until the share is right."""
+    with LLM(path, context_length=context, **options) as llm:
+        budget, wanted = llm.plan.budget_bytes, int(share * llm.plan.total_experts)
+        if wanted > llm.experts.planned:
+            return None
+        budget -= (llm.experts.planned - wanted) * llm.plan.slot_bytes
+    for _ in range(6):
+        try:
+            llm = LLM(path, context_length=context, memory_bytes=budget, **options)
+        except BudgetError:
+            return None
+        wrong = llm.experts.planned - wanted
+        if abs(wrong) <= max(1, llm.plan.total_experts // 200):
+            return llm
+        llm.close()
+        budget -= wrong * llm.plan.slot_bytes
+    return LLM(path, context_length=context, memory_bytes=budget, **options)
+
+
+def _fill_context(cache: KVCache, tokens: int, rng: np.random.Generator) -> None:
+    """As if so many tokens had been read: how long attention takes does not depend on what they were."""
+    for state in cache.layers:
+        if isinstance(state, AttentionState):
+            for values in (state.keys, state.values):
+                some = rng.standard_normal(
+                    (values.shape[0], min(tokens, 512), values.shape[2]), np.float32
+                ) * np.float32(0.1)
+                stored = to_bf16(some) if values.dtype == np.uint16 else some
+                for at in range(0, tokens, 512):
+                    values[:, at : min(at + 512, tokens)] = stored[:, : min(512, tokens - at)]
+    cache.position = tokens
+
+
+def _random_tokens(llm: LLM, count: int, rng: np.random.Generator) -> I64:
+    return rng.integers(0, llm.model_config.vocab_size, count, np.int64)
+
+
+def _decode(llm: LLM, cache: KVCache, tokens: I64) -> list[float]:
+    seconds = []
+    for token in tokens:
+        begin = time.perf_counter()
+        llm.model(np.array([token], np.int64), cache)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def bench_decode(
+    path: Path,
+    fractions: Sequence[float],
+    contexts: Sequence[int],
+    tokens: int = 64,
+    options: dict[str, Any] | None = None,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """One row a budget and context. Cold: the first tokens with nothing in memory but the trunk. Warm: after slots are full. The disk
+    and the memory are measured beside each budget, since shared machines drift."""
+    options = dict(options or {})
+    rng, rows = np.random.default_rng(0), []
+    longest = max(256, *contexts) + tokens + 64
+    for fraction in fractions:
+        llm = _open_with_share(path, fraction, longest, options)
+        if llm is None:
+            continue
+        with llm:
+            drop_page_cache(path)
+            cost, slot = checkpoint_cost(llm), llm.plan.slot_bytes
+            bandwidth = memory_bandwidth(llm.config.thread_count)
+            disk = disk_rates(path, slot, depths=(16,), splits=(256 << 10,), seconds=0.7)[0].bytes_per_second
+            cache = llm.session().cache
+            cold = _decode(llm, cache, _random_tokens(llm, 8, rng))
+            # A prompt fills free slots; a few tokens then bring the order of use.
+            cache.reset()
+            prefill(llm.model, cache, _random_tokens(llm, 256, rng), llm.prefill_chunk)
+            for context in contexts:
+                cache.reset()
+                _fill_context(cache, context, rng)
+                _decode(llm, cache, _random_tokens(llm, 16, rng))
+                before = llm.experts.stats.copy()
+                seconds = _decode(llm, cache, _random_tokens(llm, tokens, rng))
+                spent = llm.experts.stats.since(before).total()
+                read = spent.bytes_read / tokens
+                row = {
+                    "fraction": fraction,
+                    "budget_bytes": llm.plan.budget_bytes,
+                    "model_bytes": llm.plan.trunk_bytes + _expert_bytes(llm),
+                    "context": context,
+                    "threads": llm.config.thread_count,
+                    "cold_tps": len(cold) / sum(cold),
+                    "warm_tps": tokens / sum(seconds),
+                    "median_tps": 1 / statistics.median(seconds),
+                    "hit_rate": spent.hit_rate,
+                    "read_bytes_per_token": read,
+                    "stall_share": spent.stall_seconds / sum(seconds),
+                    "touched_bytes": cost.bytes + cost.kv_bytes * context,
+                    "memory_bytes_per_second": bandwidth,
+                    "disk_bytes_per_second": disk,
+                }
+                row["memory_limit_tps"] = bandwidth / row["touched_bytes"]
+                row["disk_limit_tps"] = disk / read if read else float("inf")
+                row["limit_share"] = row["warm_tps"] / min(row["memory_limit_tps"], row["disk_limit_tps"])
+                rows.append(row)
+                report(row)
+    return rows
+
+
+def bench_prefill(
+    path: Path,
+    fractions: Sequence[float],
+    lengths: Sequence[int],
+    options: dict[str, Any] | None = None,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """One row a budget and length: cold, with nothing in memory but the trunk, and warm, the same prompt again."""
+    options = dict(options or {})
+    rng, rows = np.random.default_rng(0), []
+    for fraction in fractions:
+        llm = _open_with_share(path, fraction, max(lengths) + 64, options)
+        if llm is None:
+            continue
+        with llm:
+            drop_page_cache(path)
+            cost = checkpoint_cost(llm)
+            peak = arithmetic_peak(llm.config.thread_count)
+            disk = disk_rates(path, llm.plan.slot_bytes, depths=(16,), splits=(256 << 10,), seconds=0.7)[
+                0
+            ].bytes_per_second
+            for length in lengths:
+                prompt, seconds, reads = _random_tokens(llm, length, rng), [], []
+                for _ in range(3):
+                    cache, before = llm.session().cache, llm.experts.stats.total().bytes_read
+                    begin = time.perf_counter()
+                    prefill(llm.model, cache, prompt, llm.prefill_chunk)
+                    seconds.append(time.perf_counter() - begin)
+                    reads.append(llm.experts.stats.total().bytes_read - before)
+                warm, products = min(seconds[1:]), (cost.multiply_adds - cost.head_multiply_adds) * length
+                row = {
+                    "fraction": fraction,
+                    "budget_bytes": llm.plan.budget_bytes,
+                    "tokens": length,
+                    "threads": llm.config.thread_count,
+                    "cold_tps": length / seconds[0],
+                    "warm_tps": length / warm,
+                    "read_bytes": reads[-1],
+                    "disk_bytes_per_second": disk,
+                    "disk_seconds": reads[-1] / disk,
+                    "multiply_adds_per_second": products / warm,
+                    "peak_multiply_adds_per_second": peak,
+                    "peak_share": products / warm / peak,
+                }
+                rows.append(row)
+                report(row)
+    return rows
+
+
+def describe_decode(row: Row) -> str:
+    return (
+        f"{row['fraction']:5.0%} {format_bytes(row['budget_bytes']):>9} {row['context']:7,} {row['cold_tps']:7.2f} "
+        f"{row['warm_tps']:7.2f} {row['hit_rate']:6.1%} {format_bytes(row['read_bytes_per_token']):>10} "
+        f"{row['memory_limit_tps']:7.1f} {row['disk_limit_tps']:7.1f} {row['limit_share']:6.0%}"
+    )
+
+
+DECODE_HEADER = (
+    f"{'share':>5} {'budget':>9} {'context':>7} {'cold':>7} {'warm':>7} {'hits':>6} {'read/token':>10} {'memory':>7} {'disk':>7} "
+    f"{'reach':>6}   (tokens a second; limits of memory and disk, and warm against the lower one)"
+)
+
+
+def describe_prefill(row: Row) -> str:
+    return (
+        f"{row['fraction']:5.0%} {format_bytes(row['budget_bytes']):>9} {row['tokens']:7,} {row['cold_tps']:7.1f} "
+        f"{row['warm_tps']:7.1f} {format_bytes(row['read_bytes']):>10} {row['disk_seconds']:7.2f} s "
+        f"{row['multiply_adds_per_second'] / 1e9:7.0f} {row['peak_share']:6.0%}"
+    )
+
+
+PREFILL_HEADER = (
+    f"{'share':>5} {'budget':>9} {'tokens':>7} {'cold':>7} {'warm':>7} {'read':>10} {'disk':>9} {'G mul/s':>7} {'peak':>6}"
+    "   (tokens a second; time the disk would take alone; share of the arithmetic peak)"
+)

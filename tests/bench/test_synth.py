@@ -1,0 +1,130 @@
+"""Synthetic models: sizes as named, weights that keep a model alive, routing as asked, and a GGUF twin that holds the same values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertstream import LLM, UsageError
+from expertstream.bench.geometry import GEOMETRIES, geometry_config
+from expertstream.bench.synth import write_synthetic
+from expertstream.checkpoint.quantize import BitPolicy
+from expertstream.checkpoint.reader import open_checkpoint
+from expertstream.models.qwen3_5_moe import Config, expert_layouts, weight_map
+from expertstream.ops.reference import dequantize, untile
+
+TINY: dict[str, Any] = {
+    **GEOMETRIES["small"], "hidden_size": 128, "num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 2, "vocab_size": 512,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_attention_heads": 4, "head_dim": 32,
+    "linear_value_head_dim": 32, "linear_key_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+TWIN = BitPolicy(4, 32, 8, symmetric=True)
+
+
+def test_geometries_have_the_published_sizes() -> None:
+    bytes_at_4_bits = {"qwen3.5-397b-a17b": 217e9, "qwen3.5-122b-a10b": 65e9, "qwen3.5-35b-a3b": 18e9}
+    for name, expected in bytes_at_4_bits.items():
+        c = Config.from_json(geometry_config(name), name)
+        experts = c.num_hidden_layers * c.num_experts * 3 * c.hidden_size * c.moe_intermediate_size * 4.5 / 8
+        assert experts == pytest.approx(expected, rel=0.02)
+    assert geometry_config("397b") == geometry_config("qwen3.5-397b-a17b")
+    assert geometry_config("35b", 6)["layer_types"].count("full_attention") == 1
+    with pytest.raises(UsageError, match=r"no geometry 'qwen'; there are qwen3\.5-397b-a17b"):
+        geometry_config("qwen")
+    with pytest.raises(UsageError, match="has 40 layers"):
+        geometry_config("35b", 41)
+
+
+def test_a_config_json_is_a_geometry(pack_folder: Path) -> None:
+    config = geometry_config(str(pack_folder))
+    assert "quantization" not in config and config["num_experts"] == 24
+    assert geometry_config(str(pack_folder / "config.json")) == config
+
+
+@pytest.mark.parametrize("policy", [BitPolicy(), BitPolicy(2, 32, 16), TWIN], ids=["affine", "2 bits", "symmetric"])
+def test_a_synthetic_model_runs_and_stays_alive(tmp_path: Path, policy: BitPolicy) -> None:
+    config = {**geometry_config("small", 8), "vocab_size": 2048}
+    size = write_synthetic(tmp_path / "m", config, policy)
+    assert size == sum(file.stat().st_size for file in (tmp_path / "m").iterdir())
+    rng = np.random.default_rng(0)
+    with LLM(tmp_path / "m", memory="1GiB", context_length=512) as llm:
+        logits = llm.model(rng.integers(0, 2048, 300), llm.session().cache, all_logits=True, prompt=True)
+        # Neither dead nor exploding, and other tokens give other logits.
+        assert 0.3 < logits.std() < 30 and np.corrcoef(logits[10], logits[200])[0, 1] < 0.9
+        assert llm.generate is not None and len(list(llm.generate("Hello", max_tokens=4))) >= 1
+
+
+@pytest.mark.parametrize(("routing", "low", "high"), [("uniform", 0.6, 1.0), ("zipf", 0.1, 0.5)])
+def test_routing_is_what_was_asked(tmp_path: Path, routing: str, low: float, high: float) -> None:
+    """How many experts it would take, if all were chosen alike, to be as spread as the choices are; as a share of all."""
+    config = {**geometry_config("small", 4), "vocab_size": 2048}
+    write_synthetic(tmp_path / "m", config, routing=routing)
+    counts = np.zeros((4, config["num_experts"]))
+    with LLM(tmp_path / "m", memory="1GiB", context_length=1100) as llm:
+        real = llm.experts.fetch
+
+        def counted(layer: int, experts: list[int]) -> Any:
+            counts[layer, experts] += 1
+            return real(layer, experts)
+
+        llm.experts.fetch = counted  # type: ignore[method-assign]
+        llm.experts.resident_block = lambda layer, experts: None  # type: ignore[method-assign]
+        cache = llm.session().cache
+        for token in np.random.default_rng(0).integers(0, 2048, 400):
+            llm.model(np.array([token]), cache)
+    share = counts / counts.sum(1, keepdims=True)
+    effective = 1 / (share**2).sum(1) / config["num_experts"]  # 1: all alike
+    assert (effective > low).all() and (effective < high).all(), effective
+
+
+def test_a_gguf_twin_holds_the_same_values(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    write_synthetic(tmp_path / "m", TINY, TWIN, gguf=tmp_path / "m.gguf", seed=3)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    theirs = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    checkpoint = open_checkpoint(tmp_path / "m")
+    c = Config.from_json(checkpoint.config, "")
+    specs = weight_map(c)
+
+    def ours(name: str) -> np.ndarray:
+        w = checkpoint.weight(name, specs[name])
+        return dequantize(w.format, w.data, w.scales, w.biases)
+
+    # Value heads change places: theirs pairs head h with key head h mod 2, ours with h div 2.
+    heads = np.array([0, 2, 1, 3])
+    rows = (heads[:, None] * 32 + np.arange(32)).ravel()
+    layer = "model.layers.0"
+    qkv = ours(f"{layer}.linear_attn.in_proj_qkv")
+    assert np.array_equal(theirs["blk.0.attn_qkv.weight"], np.concatenate([qkv[:128], qkv[128:][rows]]))
+    assert np.array_equal(theirs["blk.0.attn_gate.weight"], ours(f"{layer}.linear_attn.in_proj_z")[rows])
+    assert np.array_equal(theirs["blk.0.ssm_out.weight"], ours(f"{layer}.linear_attn.out_proj")[:, rows])
+    assert np.array_equal(theirs["blk.0.ssm_beta.weight"], ours(f"{layer}.linear_attn.in_proj_b")[heads])
+    a_log = checkpoint.vector(f"{layer}.linear_attn.A_log", specs[f"{layer}.linear_attn.A_log"])
+    assert np.allclose(theirs["blk.0.ssm_a"], -np.exp(a_log)[heads], rtol=1e-6)
+    assert np.array_equal(theirs["blk.3.attn_q.weight"], ours("model.layers.3.self_attn.q_proj"))
+    assert np.array_equal(theirs["token_embd.weight"], ours("model.embed_tokens"))
+    assert np.array_equal(
+        theirs["output_norm.weight"], checkpoint.vector("model.norm.weight", specs["model.norm.weight"])
+    )
+    layout = expert_layouts(c, checkpoint)[2]
+    record = np.fromfile(layout.files[0], np.uint8, layout.lengths[0], offset=int(layout.offsets[5, 0]))
+    for i, part in enumerate(("gate", "up", "down")):
+        m = layout.format.matrices[i]
+        parts = [record[at : at + n] for (_, at), n in zip(layout.pieces[3 * i : 3 * i + 3], m.part_bytes, strict=True)]
+        assert np.array_equal(theirs[f"blk.2.ffn_{part}_exps.weight"][5], dequantize(m, *untile(m, *parts)))
+    # A tensor of theirs that we do not name would be left at nothing.
+    assert len(theirs) == 3 + 4 * 10 + 3 * 9 + 6
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="symmetric groups of 32"):
+        write_synthetic(tmp_path / "m", TINY, BitPolicy(), gguf=tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="cannot be quantized"):
+        write_synthetic(tmp_path / "m", {**TINY, "moe_intermediate_size": 40})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "m").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        write_synthetic(tmp_path / "m", TINY)
