@@ -56,7 +56,7 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
     """A model with slots for this share of its experts; None if that is more than this machine has. What else it needs follows from
     the budget (a long prompt's scratch shrinks with it), so the budget is corrected until the share is right."""
     with LLM(path, context_length=context, **options) as llm:
-        budget, wanted = llm.plan.budget_bytes, int(share * llm.plan.total_experts)
+        budget, wanted = llm.plan.used_bytes, int(share * llm.plan.total_experts)
         if wanted > llm.experts.planned:
             return None
         budget -= (llm.experts.planned - wanted) * llm.plan.slot_bytes
