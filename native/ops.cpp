@@ -9,6 +9,7 @@ namespace expertstream {
 namespace {
 // Tiles a thread takes at a time: enough to pay for the hand-over, few enough to share a small matrix.
 int64_t tile_grain(int64_t tiles, int threads) { return std::max<int64_t>(1, tiles / (threads * 8)); }
+constexpr int64_t kPairs = 1024;    // of tokens and experts that are worked on together, unless one expert has more
 constexpr int64_t kQueryRows = 48;  // of a block of attention: their sums stay in the second-level cache
 int zero_point(const Matrix& m) { return m.symmetric ? 1 << (m.bits - 1) : 0; }
 }  // namespace
@@ -132,9 +133,9 @@ void Engine::over_expert_rows(int64_t count, const int64_t* pair_start, int64_t 
   });
 }
 
-void Engine::experts_inner(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
+void Engine::experts_inner(const Expert* experts, int64_t count, const float* x, const int64_t* pair_start,
                            const int64_t* pair_token) {
-  const int64_t count = static_cast<int64_t>(experts.size()), pairs = pair_start[count];
+  const int64_t pairs = pair_start[count];
   const Matrix &gate_format = experts[0].gate, &down_format = experts[0].down;
   const int64_t hidden = gate_format.cols, inner = gate_format.rows;
   const bool dense_in = gate_format.bits >= 16, dense_inner = down_format.bits >= 16;
@@ -165,7 +166,7 @@ void Engine::experts_inner(const std::vector<Expert>& experts, const float* x, c
   inner_.view.x = gate;
   over_expert_rows(count, pair_start, inner, dense_inner ? kTileRows : down_format.group_size,
                    [&](int64_t e, int64_t begin, int64_t end) {
-                     const Expert& expert = experts[static_cast<size_t>(e)];
+                     const Expert& expert = experts[e];
                      const int64_t first = pair_start[e], tokens = pair_start[e + 1] - first;
                      const Activations acts = part(input_.view, expert.gate, first, tokens);
                      k.matmul_rows(expert.gate, begin, end, acts, gate + first * inner, inner);
@@ -189,22 +190,34 @@ void Engine::experts_inner(const std::vector<Expert>& experts, const float* x, c
 void Engine::experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
                      const int64_t* pair_token, float* y) {
   if (experts.empty()) return;
-  experts_inner(experts, x, pair_start, pair_token);
-  const int64_t hidden = experts[0].down.rows;
-  over_expert_rows(static_cast<int64_t>(experts.size()), pair_start, hidden, kTileRows,
-                   [&](int64_t e, int64_t begin, int64_t end) {
-                     const Matrix& down = experts[static_cast<size_t>(e)].down;
-                     const int64_t first = pair_start[e];
-                     k.matmul_rows(down, begin, end, part(inner_.view, down, first, pair_start[e + 1] - first),
-                                   y + first * hidden, hidden);
-                   });
+  const int64_t count = static_cast<int64_t>(experts.size()), hidden = experts[0].down.rows;
+  experts_inner(experts.data(), count, x, pair_start, pair_token);
+  over_expert_rows(count, pair_start, hidden, kTileRows, [&](int64_t e, int64_t begin, int64_t end) {
+    const Matrix& down = experts[static_cast<size_t>(e)].down;
+    const int64_t first = pair_start[e];
+    k.matmul_rows(down, begin, end, part(inner_.view, down, first, pair_start[e + 1] - first), y + first * hidden,
+                  hidden);
+  });
 }
 
 void Engine::moe(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
                  const int64_t* pair_token, const float* weights, float* acc) {
-  if (experts.empty()) return;
-  experts_inner(experts, x, pair_start, pair_token);
-  const int64_t count = static_cast<int64_t>(experts.size()), hidden = experts[0].down.rows;
+  const int64_t count = static_cast<int64_t>(experts.size());
+  // Some experts at a time: what they need besides their weights is small then, whatever the routing.
+  std::vector<int64_t> starts;
+  for (int64_t e0 = 0, e1; e0 < count; e0 = e1) {
+    const int64_t first = pair_start[e0];
+    starts.assign(1, 0);
+    for (e1 = e0; e1 < count && (e1 == e0 || pair_start[e1 + 1] - first <= kPairs); ++e1)
+      starts.push_back(pair_start[e1 + 1] - first);
+    moe_group(experts.data() + e0, e1 - e0, x, starts.data(), pair_token + first, weights + first, acc);
+  }
+}
+
+void Engine::moe_group(const Expert* experts, int64_t count, const float* x, const int64_t* pair_start,
+                       const int64_t* pair_token, const float* weights, float* acc) {
+  experts_inner(experts, count, x, pair_start, pair_token);
+  const int64_t hidden = experts[0].down.rows;
   int64_t most = 0;
   for (int64_t e = 0; e < count; ++e) most = std::max(most, pair_start[e + 1] - pair_start[e]);
   // A task owns some columns of acc and takes the experts in order: no output of an expert leaves the cache.
@@ -215,7 +228,7 @@ void Engine::moe(const std::vector<Expert>& experts, const float* x, const int64
       const int64_t begin = block * kColumns, end = std::min(begin + kColumns, hidden);
       float* y = outputs_.data() + thread * most * kColumns;
       for (int64_t e = 0; e < count; ++e) {
-        const Matrix& down = experts[static_cast<size_t>(e)].down;
+        const Matrix& down = experts[e].down;
         const int64_t first = pair_start[e], tokens = pair_start[e + 1] - first;
         if (tokens == 0) continue;
         k.matmul_rows(down, begin, end, part(inner_.view, down, first, tokens), y - begin, kColumns);

@@ -81,8 +81,11 @@ class Engine {
 
  private:
   // The first half of experts(): silu(gate·x)·(up·x) of every pair, ready for down, in inner_.
-  void experts_inner(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start,
+  void experts_inner(const Expert* experts, int64_t count, const float* x, const int64_t* pair_start,
                      const int64_t* pair_token);
+  // moe() of a few experts; at least one has pairs.
+  void moe_group(const Expert* experts, int64_t count, const float* x, const int64_t* pair_start,
+                 const int64_t* pair_token, const float* weights, float* acc);
   // body(expert, first row, end row) over all experts that have pairs, rows in multiples of `unit`.
   template <class Body>
   void over_expert_rows(int64_t count, const int64_t* pair_start, int64_t rows, int64_t unit, Body body);

@@ -89,3 +89,39 @@ def test_another_process_takes_memory_while_we_decode(tmp_path: Path) -> None:
         results.append(json.loads(out))
     assert results[0]["tokens"] == results[1]["tokens"] and len(results[0]["tokens"]) == 300
     assert results[0]["least"] == results[0]["planned"] and results[1]["least"] < results[1]["planned"]
+
+
+@pytest.mark.parametrize("reader", ["uring", "pread"])
+def test_a_slow_disk_only_takes_longer(pack_folder: Path, tmp_path: Path, reader: str) -> None:
+    """A control group that lets 2 MiB a second pass: the wait is counted, the text is the same."""
+    groups = Path("/sys/fs/cgroup/blkio")
+    script = (
+        "import json, sys\n"
+        "from expertstream import LLM\n"
+        "with LLM(sys.argv[1], memory='2400KiB', context_length=256, reader=sys.argv[2]) as llm:\n"
+        "    pieces = list(llm.generate('Once', max_tokens=12, temperature=1, seed=1))\n"
+        "    e = llm.experts.stats.total()\n"
+        "    print(json.dumps([[p.token for p in pieces], e.stall_seconds, e.bytes_read, llm.experts.store.direct]))\n"
+    )
+    command = [sys.executable, "-c", script, str(pack_folder), reader]
+    free = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    group = groups / f"expertstream-{os.getpid()}"
+    device = os.stat(pack_folder).st_dev
+    try:
+        group.mkdir()
+        # The limit is of whole disks, not of partitions.
+        disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+        number = (disk if (disk / "queue").exists() else disk.parent).joinpath("dev").read_text().strip()
+        (group / "blkio.throttle.read_bps_device").write_text(f"{number} {2 << 20}")
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"reads cannot be throttled here: {error}")
+    try:
+        inside = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
+        slow = json.loads(subprocess.run(inside, capture_output=True, text=True, check=True, timeout=120).stdout)
+    finally:
+        group.rmdir()
+    assert slow[0] == free[0] and slow[2] > 0
+    if slow[3]:  # what the page cache gives is not throttled
+        assert slow[1] > free[1]

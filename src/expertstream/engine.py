@@ -203,7 +203,7 @@ class LLM:
             raise
 
     def _plan(self, model_module: Any, store: ExpertStore) -> tuple[MemoryPlan, int]:
-        """The memory plan, with the largest prefill chunk whose scratch leaves the experts most of what the trunk does not take."""
+        """The memory plan, with the largest prefill chunk whose scratch leaves the experts at least half of what the trunk does not take."""
         c, m = self.config, self.model_config
         trunk = self.checkpoint.trunk_bytes(model_module.weight_map(m))
         state = m.state_bytes(self.context_length, c.kv_dtype)
@@ -232,7 +232,7 @@ class LLM:
                 if last:
                     raise
             else:
-                if last or scratch * 4 <= plan.budget_bytes - trunk - state:
+                if last or scratch * 2 <= plan.budget_bytes - trunk - state:
                     return plan, chunk
             chunk = max(LEAST_CHUNK, chunk // 2)
 

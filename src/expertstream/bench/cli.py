@@ -255,7 +255,12 @@ def _bench_decode(options: argparse.Namespace, threads: int) -> list[dict[str, A
         options.tokens,
         _shared_options(options),
         lambda row: print(describe_decode(row), flush=True),
+        _say_skipped,
     )
+
+
+def _say_skipped(fraction: float) -> None:
+    print(f"{fraction:5.0%} of the experts is more than this machine has memory for: skipped", flush=True)
 
 
 def _bench_prefill(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
@@ -265,7 +270,12 @@ def _bench_prefill(options: argparse.Namespace, threads: int) -> list[dict[str, 
     lengths = _numbers(options.lengths, "--lengths", 1, 1 << 20)
     print(PREFILL_HEADER)
     return bench_prefill(
-        options.path, budgets, lengths, _shared_options(options), lambda row: print(describe_prefill(row), flush=True)
+        options.path,
+        budgets,
+        lengths,
+        _shared_options(options),
+        lambda row: print(describe_prefill(row), flush=True),
+        _say_skipped,
     )
 
 

@@ -101,7 +101,7 @@ def predict(
     c, cost = model.config, model.cost
     chunk = min(chunk, -(-context // 64) * 64)
     fixed = model.trunk_bytes + c.state_bytes(context, "bf16")
-    while chunk > 64 and c.scratch_bytes(chunk, context, threads) * 4 > budget_bytes - fixed:
+    while chunk > 64 and c.scratch_bytes(chunk, context, threads) * 2 > budget_bytes - fixed:
         chunk //= 2
     slots = (budget_bytes - fixed - c.scratch_bytes(chunk, context, threads)) // model.slot_bytes
     if slots < c.num_experts_per_tok:

@@ -58,7 +58,7 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
     with LLM(path, context_length=context, **options) as llm:
         budget, wanted = llm.plan.used_bytes, int(share * llm.plan.total_experts)
         if wanted > llm.experts.planned:
-            return None
+            return None  # more than this machine has
         budget -= (llm.experts.planned - wanted) * llm.plan.slot_bytes
     for _ in range(6):
         try:
@@ -107,8 +107,9 @@ def bench_decode(
     tokens: int = 64,
     options: dict[str, Any] | None = None,
     report: Callable[[Row], None] = lambda row: None,
+    skipped: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
-    """One row a budget and context. Cold: the first tokens with nothing in memory but the trunk. Warm: after slots are full. The disk
+    """One row a budget and context; `skipped` is told of shares that do not fit this machine. Cold: the first tokens with nothing in memory but the trunk. Warm: after slots are full. The disk
     and the memory are measured beside each budget, since shared machines drift."""
     options = dict(options or {})
     rng, rows = np.random.default_rng(0), []
@@ -116,6 +117,7 @@ def bench_decode(
     for fraction in fractions:
         llm = _open_with_share(path, fraction, longest, options)
         if llm is None:
+            skipped(fraction)
             continue
         with llm:
             drop_page_cache(path)
@@ -165,13 +167,15 @@ def bench_prefill(
     lengths: Sequence[int],
     options: dict[str, Any] | None = None,
     report: Callable[[Row], None] = lambda row: None,
+    skipped: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
-    """One row a budget and length: cold, with nothing in memory but the trunk, and warm, the same prompt again."""
+    """One row a budget and length; `skipped` is told of shares that do not fit this machine: cold, with nothing in memory but the trunk, and warm, the same prompt again."""
     options = dict(options or {})
     rng, rows = np.random.default_rng(0), []
     for fraction in fractions:
         llm = _open_with_share(path, fraction, max(lengths) + 64, options)
         if llm is None:
+            skipped(fraction)
             continue
         with llm:
             drop_page_cache(path)

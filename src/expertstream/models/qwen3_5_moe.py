@@ -165,16 +165,20 @@ class Config:
         return full * kv + (len(self.layer_types) - full) * delta * 4
 
     def scratch_bytes(self, tokens: int, capacity: int, threads: int) -> int:
-        """Activations that live at once while `tokens` tokens go through a layer, from above."""
-        attention = self.num_attention_heads * self.head_dim * 5 + 2 * self.num_key_value_heads * self.head_dim
-        delta = 3 * self.conv_channels + 4 * self.value_dim
-        # Experts: gathered inputs, gate and up, int16 copies of both, and outputs; at most top_k pairs a token.
-        moe = (self.num_experts_per_tok + 1) * (
-            4 * self.hidden_size + 4 * self.moe_intermediate_size
-        ) + 4 * self.shared_expert_intermediate_size
-        return 4 * (
-            tokens * (4 * self.hidden_size + max(attention, delta, moe)) + 4 * threads * capacity + 2 * self.vocab_size
-        )
+        """Activations that live at once while `tokens` tokens go through a layer, from above. In floats; rounded activations, two
+        bytes and some sums each, count as 0.6."""
+        h, top_k, inner = self.hidden_size, self.num_experts_per_tok, self.moe_intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        attention = 4 * queries + 2 * self.num_key_value_heads * self.head_dim + 0.6 * (h + queries)
+        delta = self.conv_channels + 2 * self.value_dim + 4 * self.linear_num_value_heads + 0.6 * (h + self.value_dim)
+        routing = self.num_experts + 8 * top_k
+        shared = 2.6 * self.shared_expert_intermediate_size + 0.6 * h
+        pair = 2.6 * inner + 1.6 * h  # a token's part in one expert; of pairs, as many as tokens or 1,024 at a time
+        moe = routing + max(shared, pair) + 64 * threads
+        of_tokens = tokens * (4 * h + max(attention, delta, moe)) + 1024 * pair
+        of_threads = threads * (400 * self.head_dim + 16384 + 3 * 128 * self.linear_value_head_dim)
+        segments = -(-capacity // 1024) * (queries + 2 * self.num_attention_heads)
+        return int(4 * (of_tokens + of_threads + segments + 2 * self.vocab_size))
 
 
 def weight_map(config: Config) -> dict[str, WeightSpec]:
