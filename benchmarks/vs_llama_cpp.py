@@ -106,7 +106,11 @@ def main() -> None:
         "--folder", type=Path, default=Path("build/vs_llama_cpp"), help="for the models and the peer (kept)"
     )
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "vs_llama_cpp.csv")
+    parser.add_argument("--table", action="store_true", help="print README's table from the CSV, and measure nothing")
     args = parser.parse_args()
+    if args.table:
+        print(table(read_rows(args.csv)))
+        return
     args.folder.mkdir(parents=True, exist_ok=True)
     threads = EngineConfig.from_options({}).thread_count
     name = f"{args.geometry}-{args.layers}"
@@ -177,7 +181,7 @@ def main() -> None:
             rows.append({**measured, "place": place, "engine": kind, "mode": mode, "limit_bytes": most, **result})
             print(f"  {place:8} {kind:5} {mode:27} {_said(result)}", flush=True)
             _write(args.csv, rows)
-    _summary(rows, model)
+    print("\n".join(["", table(rows), "", *reach(rows, model)]))
 
 
 def _said(result: dict[str, Any]) -> str:
@@ -203,45 +207,89 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _summary(rows: list[dict[str, Any]], model: Any) -> None:
-    def median(place: str, kind: str, mode: str, key: str) -> float:
-        values = [
-            row[key]
-            for row in rows
-            if (row["place"], row["engine"], row["mode"]) == (place, kind, mode) and row.get(key)
-        ]
-        return statistics.median(values) if values else float("nan")
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return [{key: _value(text) for key, text in row.items() if text != ""} for row in csv.DictReader(file)]
 
-    print(f"\n{'':9} {'engine':6} {'mode':27} {'decode/s':>9} {'prefill 512':>11} {'prefill 2048':>12}")
-    for place, plans in (("resident", RESIDENT), ("quarter", LIMITED)):
-        for kind, mode in plans:
-            numbers = [
-                median(place, kind, mode, key)
-                for key in ("decode_tps", "prefill_512_warm_tps", "prefill_2048_warm_tps")
-            ]
-            print(f"{place:9} {kind:6} {mode:27} {numbers[0]:9.2f} {numbers[1]:11.1f} {numbers[2]:12.1f}")
-    best = max(median("resident", *peer, "decode_tps") for peer in RESIDENT if peer[0] == "llama")
-    ours = median("resident", "ours", "default", "decode_tps")
-    reach = statistics.median(
-        row["decode_tps"] * model.cost.bytes / row["memory_bytes_per_second"]
-        for row in rows if (row["place"], row["engine"], row["mode"]) == ("resident", "ours", "default")
-    )  # fmt: skip
-    print(f"\nresident decode: {ours / best:.2f}× llama.cpp's best mode, {reach:.0%} of the memory's limit")
-    for length in (512, 2048):
-        key = f"prefill_{length}_warm_tps"
-        peer = max(median("resident", *mode, key) for mode in RESIDENT if mode[0] == "llama")
-        mine = median("resident", "ours", "default", key)
-        products = model.cost.multiply_adds - model.cost.head_multiply_adds
-        share = mine * products / statistics.median(row["multiply_adds_per_second"] for row in rows)
-        print(f"resident prefill {length}: {mine / peer:.2f}× llama.cpp's best mode, {share:.0%} of the int8 peak")
-    limited = [row for row in rows if row["place"] == "quarter" and row["engine"] == "ours" and "decode_tps" in row]
-    if limited:
-        used = statistics.median(
-            row["bytes_read"] / (row["decoded"] / row["decode_tps"]) / row["disk_bytes_per_second"] for row in limited
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def median(rows: list[dict[str, Any]], place: str, kind: str, mode: str, key: str) -> float | None:
+    found = [
+        row[key] for row in rows if (row["place"], row["engine"], row["mode"]) == (place, kind, mode) and key in row
+    ]
+    return statistics.median(found) if found else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """README's table, from the CSV alone: medians, and each over llama.cpp's best mode in the same place."""
+    names = {
+        ("resident", "ours", "default"): "**expertstream**, everything in memory",
+        ("resident", "llama", "none"): "llama.cpp, repacked weights",
+        ("resident", "llama", "mmap-norepack"): "llama.cpp, mmap",
+        ("quarter", "ours", "default"): "**expertstream**, a quarter of the memory",
+        ("quarter", "llama", "mmap-norepack"): "llama.cpp, mmap",
+        ("quarter", "llama", "mmap-norepack-readahead128"): "llama.cpp, mmap, read-ahead 128 KiB",
+        ("quarter", "llama", "dio-norepack"): "llama.cpp, direct I/O or repacked",
+    }
+    columns = ("decode_tps", "prefill_512_warm_tps", "prefill_2048_warm_tps")
+    best = {
+        (place, key): max(
+            (median(rows, *peer, key) or 0.0 for peer in names if peer[:2] == (place, "llama")), default=0.0
         )
-        peer = max(median("quarter", *mode, "decode_tps") for mode in LIMITED if mode[0] == "llama")
-        mine = median("quarter", "ours", "default", "decode_tps")
-        print(f"quarter decode: {mine / peer:.1f}× llama.cpp's best mode that survives, {used:.0%} of the disk's rate")
+        for place in ("resident", "quarter")
+        for key in columns
+    }
+    lines = ["| | decode, tokens/s | prompt of 512 | prompt of 2,048 |", "|---|---|---|---|"]
+    for plan, name in names.items():
+        cells = []
+        for key in columns:
+            value = median(rows, *plan, key)
+            if value is None:
+                cells.append("")
+                continue
+            over = best[plan[0], key]
+            ratio = f" ({value / over:.{1 if value / over < 10 else 0}f}×)" if plan[1] == "ours" and over else ""
+            cells.append(f"{value:.{2 if value < 1 else 1 if value < 100 else 0}f}{ratio}")
+        mine = [row for row in rows if (row["place"], row["engine"], row["mode"]) == plan]
+        if not mine:
+            continue
+        if not any(cells):
+            cells[0] = str(mine[0].get("failed", ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reach(rows: list[dict[str, Any]], model: Any) -> list[str]:
+    """How near to the machine's limits, each measured in the same round."""
+    lines = []
+    resident = [row for row in rows if (row["place"], row["engine"], row["mode"]) == ("resident", "ours", "default")]
+    memory = statistics.median(
+        row["decode_median_tps"] * model.cost.bytes / row["memory_bytes_per_second"] for row in resident
+    )
+    lines.append(f"resident decode: {memory:.0%} of what memory allows ({model.cost.bytes / 1e9:.2f} GB a token)")
+    products = model.cost.multiply_adds - model.cost.head_multiply_adds
+    for length in (512, 2048):
+        share = statistics.median(
+            row[f"prefill_{length}_warm_tps"] * products / row["multiply_adds_per_second"] for row in resident
+        )
+        lines.append(f"resident prompt of {length}: {share:.0%} of the int8 peak")
+    quarter = [
+        row
+        for row in rows
+        if (row["place"], row["engine"], row["mode"]) == ("quarter", "ours", "default") and "decode_tps" in row
+    ]
+    if quarter:
+        used = statistics.median(
+            row["bytes_read"] / row["decoded"] * row["decode_tps"] / row["disk_bytes_per_second"] for row in quarter
+        )
+        lines.append(f"decode in a quarter of the memory: {used:.0%} of the disk's steady rate")
+    return lines
 
 
 if __name__ == "__main__":

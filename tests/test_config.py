@@ -50,7 +50,7 @@ def test_options_then_environment_then_defaults() -> None:
         ({"residency": "both"}, "residency is one of auto, slots, os"),
         ({"reader": "mmap"}, "reader is one of"),
         ({"policy": "fifo"}, "policy is one of"),
-        ({"queue_depth": 0}, "queue_depth is a whole number from 1 to 1024"),
+        ({"queue_depth": -1}, "queue_depth is a whole number from 0 to 1024"),
         ({"split_bytes": 5000}, "multiple of 4096"),
         ({"threads": -1}, "threads is a whole number"),
         ({"memory": "0"}, "more than nothing"),

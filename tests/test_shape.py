@@ -160,6 +160,14 @@ def test_python_examples_in_the_readme_run() -> None:
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_readmes_figures_are_the_committed_ones() -> None:
+    from benchmarks.vs_llama_cpp import read_rows, table
+
+    rows = read_rows(ROOT / "benchmarks" / "results" / "vs_llama_cpp.csv")
+    assert table(rows) in (ROOT / "README.md").read_text(), "python -m benchmarks.vs_llama_cpp --table"
+    assert len({row["round"] for row in rows}) >= 3
+
+
 def test_the_embedded_model_is_small_enough() -> None:
     folder = PACKAGE / "embedded"
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 40_000_000

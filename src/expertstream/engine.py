@@ -203,7 +203,7 @@ class LLM:
             raise
 
     def _plan(self, model_module: Any, store: ExpertStore) -> tuple[MemoryPlan, int]:
-        """The memory plan, with the largest prefill chunk whose scratch leaves the experts at least half of what the trunk does not take."""
+        """The memory plan, with the largest prefill chunk whose scratch leaves the experts half of what the trunk leaves, or more."""
         c, m = self.config, self.model_config
         trunk = self.checkpoint.trunk_bytes(model_module.weight_map(m))
         state = m.state_bytes(self.context_length, c.kv_dtype)
@@ -234,7 +234,7 @@ class LLM:
             else:
                 if last or scratch * 2 <= plan.budget_bytes - trunk - state:
                     return plan, chunk
-            chunk = max(LEAST_CHUNK, chunk // 2)
+            chunk -= LEAST_CHUNK
 
     def describe(self) -> str:
         """One line on how memory is divided and how experts are read."""

@@ -227,6 +227,7 @@ def test_reports_are_drawn(pack_folder: Path, tmp_path: Path, capsys: pytest.Cap
         (["bench", "mem", "--csv", "/no/such/folder/x.csv"], "no such folder"),
         (["synth", "nonsense", "/tmp/x"], "no geometry"),
         (["synth", "small", "/tmp/x", "--routing", "trace"], "go together"),
+        (["synth", "small", "/tmp/x", "--routing", "trace", "--trace", "/no/such"], "not a routing trace"),
         (["plan", "35b", "--prompt", "0"], "--prompt at least 1"),
         (["plan", "nonsense"], "no geometry"),
         (["report", "/no/such/file"], "cannot be read"),

@@ -10,6 +10,7 @@ import pytest
 
 from expertstream import LLM, UsageError
 from expertstream.bench.geometry import GEOMETRIES, geometry_config
+from expertstream.bench.speed import bench_decode, read_trace
 from expertstream.bench.synth import write_synthetic
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
@@ -78,6 +79,23 @@ def test_routing_is_what_was_asked(tmp_path: Path, routing: str, low: float, hig
     share = counts / counts.sum(1, keepdims=True)
     effective = 1 / (share**2).sum(1) / config["num_experts"]  # 1: all alike
     assert (effective > low).all() and (effective < high).all(), effective
+
+
+def test_a_recorded_trace_is_followed(tmp_path: Path) -> None:
+    """A trace that walks through two disjoint halves of the experts, each token using what the last one used: all hits but at the turn."""
+    rows = np.array([[[0, 1]] * 4] * 30 + [[[8, 9]] * 4] * 30)
+    np.savez(tmp_path / "t.npz", experts=rows)
+    write_synthetic(tmp_path / "m", TINY, routing="trace", trace=tmp_path / "t.npz")
+    row = bench_decode(tmp_path / "m", (0.5,), (16,), tokens=20)[0]
+    assert row["hit_rate"] == 1.0
+    for bad, message in (
+        (np.zeros((3, 4, 2)), "different ones"), (np.zeros((3, 4)), r"experts is \(tokens"), (np.full((3, 4, 2), 99), "0 to 15"),
+    ):  # fmt: skip
+        np.savez(tmp_path / "bad.npz", experts=bad)
+        with pytest.raises(UsageError, match=message):
+            read_trace(tmp_path / "bad.npz", Config.from_json(TINY, ""))
+    with pytest.raises(UsageError, match="not a routing trace"):
+        read_trace(tmp_path / "none.npz", Config.from_json(TINY, ""))
 
 
 def test_a_gguf_twin_holds_the_same_values(tmp_path: Path) -> None:

@@ -75,18 +75,20 @@ def _synth(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from ..models.qwen3_5_moe import Config
     from .geometry import geometry_config
+    from .speed import read_trace
     from .synth import write_synthetic
 
     if (options.routing == "trace") != (options.trace is not None):
         raise UsageError("--routing trace and --trace go together")
-    if options.trace is not None and not options.trace.is_file():
-        raise UsageError(f"{options.trace}: no such file")
     if options.gguf is not None:
         if options.gguf.exists():
             raise UsageError(f"{options.gguf}: exists already")
         options.symmetric, options.group_size = True, 32
     config = geometry_config(options.geometry, options.layers)
+    if options.trace is not None:
+        read_trace(options.trace, Config.from_json(config, options.geometry))
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"writing {options.out}", total=None)
         size = write_synthetic(

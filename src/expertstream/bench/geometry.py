@@ -9,7 +9,9 @@ from ..checkpoint.reader import read_json
 from ..errors import UsageError
 from ..models.qwen3_5_moe import Config
 
-__all__ = ["GEOMETRIES", "geometry_config"]
+__all__ = ["GEOMETRIES", "TRACE", "geometry_config"]
+
+TRACE = "routing-trace.npz"  # beside a synthetic model: what its router is to pick when it is measured
 
 _COMMON: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text", "vocab_size": 248320, "head_dim": 256, "num_key_value_heads": 2, "linear_conv_kernel_dim": 4,

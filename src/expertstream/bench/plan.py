@@ -102,7 +102,7 @@ def predict(
     chunk = min(chunk, -(-context // 64) * 64)
     fixed = model.trunk_bytes + c.state_bytes(context, "bf16")
     while chunk > 64 and c.scratch_bytes(chunk, context, threads) * 2 > budget_bytes - fixed:
-        chunk //= 2
+        chunk -= 64
     slots = (budget_bytes - fixed - c.scratch_bytes(chunk, context, threads)) // model.slot_bytes
     if slots < c.num_experts_per_tok:
         return None

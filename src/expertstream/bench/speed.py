@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.reader import Checkpoint
+from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..config import format_bytes
 from ..engine import LLM
-from ..errors import BudgetError
+from ..errors import BudgetError, UsageError
 from ..generate import prefill
 from ..kv_cache import AttentionState, KVCache
 from ..models.qwen3_5_moe import Config, weight_map
-from ..ops import I64, MatrixFormat, to_bf16
+from ..ops import F32, I64, MatrixFormat, Ops, Weight, to_bf16
 from .costs import TokenCost, token_cost
+from .geometry import TRACE
 from .machine import arithmetic_peak, disk_rates, memory_bandwidth
 
 __all__ = ["bench_decode", "bench_prefill", "checkpoint_cost", "drop_page_cache"]
@@ -73,6 +74,59 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
     return LLM(path, context_length=context, memory_bytes=budget, **options)
 
 
+class _Traced:
+    """Ops whose router picks what a recorded trace says, token after token, from the start again at its end."""
+
+    def __init__(self, ops: Ops, experts: I64) -> None:
+        self._ops, self._experts = ops, experts  # (tokens, layers, top_k)
+        self._layers: dict[int, int] = {}  # a router's weight → its layer, in the order in which they first speak
+        self._at: dict[int, int] = {}  # layer → tokens so far
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
+        layer = self._layers.setdefault(id(weight), len(self._layers))
+        begin, count = self._at.get(layer, 0), x.shape[0]
+        self._at[layer] = begin + count
+        rows = np.arange(begin, begin + count) % self._experts.shape[0]
+        selected = self._experts[rows, layer]
+        return np.full(selected.shape, 1 / top_k, np.float32), np.ascontiguousarray(selected)
+
+
+def read_trace(path: Path, c: Config) -> I64:
+    """The routing trace beside a synthetic model: experts (tokens, layers, top_k), distinct in each row. Raises UsageError."""
+    try:
+        with np.load(path) as data:
+            experts: I64 = data["experts"].astype(np.int64)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path}: not a routing trace (an .npz with the array experts): {error}") from None
+    layers, top_k = c.num_hidden_layers, c.num_experts_per_tok
+    if experts.ndim != 3 or not experts.shape[0] or experts.shape[1] < layers or experts.shape[2] < top_k:
+        raise UsageError(
+            f"{path}: experts is (tokens, layers, top-k), at least (1, {layers}, {top_k}), not {experts.shape}"
+        )
+    experts = experts[:, :layers, :top_k]
+    ordered = np.sort(experts, -1)
+    if experts.min() < 0 or experts.max() >= c.num_experts or (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise UsageError(f"{path}: experts are different ones of 0 to {c.num_experts - 1} in each row")
+    return experts
+
+
+def _with_trace(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Options that make a model follow the trace in its folder, if there is one. Guesses would all be right then: none are made."""
+    if not (path / TRACE).is_file():
+        return options
+    c = Config.from_json(open_checkpoint(path).config, str(path))
+    trace = read_trace(path / TRACE, c)
+
+    def instrument(ops: Ops) -> Ops:
+        traced: Any = _Traced(ops, trace)
+        return traced  # type: ignore[no-any-return]
+
+    return {**options, "instrument": instrument, "prefetch": 0}
+
+
 def _fill_context(cache: KVCache, tokens: int, rng: np.random.Generator) -> None:
     """As if so many tokens had been read: how long attention takes does not depend on what they were."""
     for state in cache.layers:
@@ -109,9 +163,9 @@ def bench_decode(
     report: Callable[[Row], None] = lambda row: None,
     skipped: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
-    """One row a budget and context; `skipped` is told of shares that do not fit this machine. Cold: the first tokens with nothing in memory but the trunk. Warm: after slots are full. The disk
-    and the memory are measured beside each budget, since shared machines drift."""
-    options = dict(options or {})
+    """One row a budget and context; `skipped` is told of shares that do not fit this machine. Cold: the first tokens with nothing in
+    memory but the trunk. Warm: after slots are full. The disk and the memory are measured beside each budget: shared machines drift."""
+    options = _with_trace(path, dict(options or {}))
     rng, rows = np.random.default_rng(0), []
     longest = max(256, *contexts) + tokens + 64
     for fraction in fractions:
@@ -169,7 +223,8 @@ def bench_prefill(
     report: Callable[[Row], None] = lambda row: None,
     skipped: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
-    """One row a budget and length; `skipped` is told of shares that do not fit this machine: cold, with nothing in memory but the trunk, and warm, the same prompt again."""
+    """One row a budget and length; `skipped` is told of shares that do not fit this machine. Cold: nothing in memory but the trunk.
+    Warm: the same prompt again."""
     options = dict(options or {})
     rng, rows = np.random.default_rng(0), []
     for fraction in fractions:

@@ -29,10 +29,10 @@ from ..errors import UsageError
 from ..models.qwen3_5_moe import Config, weight_map
 from ..ops import ExpertFormat, MatrixFormat, to_bf16
 from ..ops.cpu import CpuOps
+from .geometry import TRACE
 
 __all__ = ["Matrix", "Synthesizer", "trunk_formats", "write_synthetic"]
 
-TRACE = "routing-trace.npz"
 _SPREAD = {2: 0.8165, 4: 4.3205, 8: 73.32}  # deviation of the codes 1…2^bits − 1 around the middle one
 _BACK = ("o_proj", "out_proj", "down_proj")  # what is added to the residual stream
 _POOL = 32 << 20
