@@ -61,6 +61,7 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
         if wanted > llm.experts.planned:
             return None  # more than this machine has
         budget -= (llm.experts.planned - wanted) * llm.plan.slot_bytes
+    del llm  # its memory, before the next one looks how much there is
     for _ in range(6):
         try:
             llm = LLM(path, context_length=context, memory_bytes=budget, **options)
@@ -71,6 +72,7 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
             return llm
         llm.close()
         budget -= wrong * llm.plan.slot_bytes
+        del llm
     return LLM(path, context_length=context, memory_bytes=budget, **options)
 
 
@@ -212,6 +214,7 @@ def bench_decode(
                 row["limit_share"] = row["warm_tps"] / min(row["memory_limit_tps"], row["disk_limit_tps"])
                 rows.append(row)
                 report(row)
+        del llm
     return rows
 
 
@@ -264,6 +267,7 @@ def bench_prefill(
                 }
                 rows.append(row)
                 report(row)
+        del llm
     return rows
 
 
