@@ -21,7 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the others; `errors` and `config` may be imported by all.
 ARROWS = {
     "cli": {"bench", "engine", "convert", "summary", "checkpoint", "sampling"},
-    "bench": {"engine", "generate", "models", "checkpoint", "kv_cache", "ops", "machine", "_native"},
+    "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
     "summary": {"models", "experts", "checkpoint", "ops", "machine"},
     "engine": {

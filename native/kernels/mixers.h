@@ -34,12 +34,7 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
       const int64_t seen = visible[r] - p0 < 0 ? 0 : visible[r] - p0 < n ? visible[r] - p0 : n;
       float most = largest[r];
       for (int64_t p = 0; p < seen; ++p) most = s[p] > most ? s[p] : most;
-      const F shift = f_set1(most);
-      F total = f_zero();
-      for_lanes(seen, [&](int64_t c, int64_t m) {
-        f_store_n(s + c, f_exp(f_sub(f_load_n(s + c, m), shift)), m);
-        total = f_add(total, f_load_n(s + c, m));  // reloaded so that lanes past the end count as 0
-      });
+      const float total = exp_and_sum(s, seen, most);
       for (int64_t p = seen; p < n; ++p) s[p] = 0.0f;
       if (most > largest[r]) {
         const float keep = exp_one(largest[r] - most);
@@ -47,7 +42,7 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
         scale(out + r * d, keep, d);
         largest[r] = most;
       }
-      sum[r] += f_sum(total);
+      sum[r] += total;
     }
     // 3. Values, weighted.
     const float* v = reinterpret_cast<const float*>(values) + p0 * d;

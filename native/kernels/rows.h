@@ -95,16 +95,21 @@ void scale(float* y, float a, int64_t n) {
   for_lanes(n, [&](int64_t c, int64_t m) { f_store_n(y + c, f_mul(factor, f_load_n(y + c, m)), m); });
 }
 
-void softmax(float* x, int64_t n) {
-  float most = x[0];
-  for (int64_t i = 1; i < n; ++i) most = x[i] > most ? x[i] : most;
+// x ← e^(x − most); returns the sum.
+inline float exp_and_sum(float* x, int64_t n, float most) {
   const F shift = f_set1(most);
   F total = f_zero();
   for_lanes(n, [&](int64_t c, int64_t m) {
     f_store_n(x + c, f_exp(f_sub(f_load_n(x + c, m), shift)), m);
     total = f_add(total, f_load_n(x + c, m));  // reloaded so that lanes past the end count as 0
   });
-  const F sum = f_set1(f_sum(total));
+  return f_sum(total);
+}
+
+void softmax(float* x, int64_t n) {
+  float most = x[0];
+  for (int64_t i = 1; i < n; ++i) most = x[i] > most ? x[i] : most;
+  const F sum = f_set1(exp_and_sum(x, n, most));
   for_lanes(n, [&](int64_t c, int64_t m) { f_store_n(x + c, f_div(f_load_n(x + c, m), sum), m); });
 }
 

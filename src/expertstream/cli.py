@@ -271,6 +271,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.profile is not None:
         from .bench.profile import Profiler
 
+        if options.profile.is_dir() or not options.profile.absolute().parent.is_dir():
+            raise UsageError(f"{options.profile}: give a file in a folder that exists")
         profiler = Profiler()
     instrument = profiler.instrument if profiler is not None else None
     with LLM(model, instrument=instrument, **{name: getattr(options, name) for name in _ENGINE_OPTIONS}) as llm:
@@ -428,7 +430,8 @@ def _convert(options: argparse.Namespace) -> int:
         try:
             convert(options.source, options.destination, policy, threads, progress)
         finally:
-            bar.stop()
+            if bar.live.is_started:
+                bar.stop()
     except KeyboardInterrupt:
         print("expertstream: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return 130

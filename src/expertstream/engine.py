@@ -13,8 +13,8 @@ import numpy as np
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, format_bytes
-from .errors import BudgetError, CheckpointError, RequestError, UsageError
-from .experts.budget import MemoryPlan, MemoryWatch, plan_memory
+from .errors import CheckpointError, RequestError, UsageError
+from .experts.budget import MemoryPlan, MemoryWatch, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.stats import ExpertStats, LayerStats
 from .experts.store import ExpertStore
@@ -203,38 +203,25 @@ class LLM:
             raise
 
     def _plan(self, model_module: Any, store: ExpertStore) -> tuple[MemoryPlan, int]:
-        """The memory plan, with the largest prefill chunk whose scratch leaves the experts half of what the trunk leaves, or more."""
+        """The memory plan, and how many tokens of a prompt go through together."""
         c, m = self.config, self.model_config
-        trunk = self.checkpoint.trunk_bytes(model_module.weight_map(m))
-        state = m.state_bytes(self.context_length, c.kv_dtype)
-        available = available_bytes()
-        # No larger than the context, but whole chunks of the gated-delta form.
-        chunk = min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK)
-        while True:
-            scratch = m.scratch_bytes(chunk, self.context_length, c.thread_count)
-            last = chunk <= LEAST_CHUNK
-            try:
-                plan = plan_memory(
-                    memory_bytes=c.memory_bytes,
-                    available_bytes=available,
-                    trunk_bytes=trunk,
-                    state_bytes=state,
-                    scratch_bytes=scratch,
-                    slot_bytes=store.slot_bytes,
-                    layers=m.num_hidden_layers,
-                    num_experts=m.num_experts,
-                    top_k=self.top_k,
-                    residency=c.residency,
-                    direct=store.direct,
-                    prefetch=c.prefetch,
-                )
-            except BudgetError:
-                if last:
-                    raise
-            else:
-                if last or scratch * 2 <= plan.budget_bytes - trunk - state:
-                    return plan, chunk
-            chunk -= LEAST_CHUNK
+        return plan_with_chunk(
+            lambda tokens: m.scratch_bytes(tokens, self.context_length, c.thread_count),
+            # No larger than the context, but whole chunks of the gated-delta form.
+            min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
+            LEAST_CHUNK,
+            memory_bytes=c.memory_bytes,
+            available_bytes=available_bytes(),
+            trunk_bytes=self.checkpoint.trunk_bytes(model_module.weight_map(m)),
+            state_bytes=m.state_bytes(self.context_length, c.kv_dtype),
+            slot_bytes=store.slot_bytes,
+            layers=m.num_hidden_layers,
+            num_experts=m.num_experts,
+            top_k=self.top_k,
+            residency=c.residency,
+            direct=store.direct,
+            prefetch=c.prefetch,
+        )
 
     def describe(self) -> str:
         """One line on how memory is divided and how experts are read."""

@@ -89,8 +89,14 @@ def _synth(options: argparse.Namespace) -> int:
     config = geometry_config(options.geometry, options.layers)
     if options.trace is not None:
         read_trace(options.trace, Config.from_json(config, options.geometry))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"writing {options.out}", total=None)
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(f"writing {options.out}", total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.start()  # only now, so that a mistake is answered by its message alone
+        bar.update(task, completed=done, total=total)
+
+    try:
         size = write_synthetic(
             options.out,
             config,
@@ -100,8 +106,11 @@ def _synth(options: argparse.Namespace) -> int:
             gguf=options.gguf,
             seed=options.seed,
             threads=EngineConfig.from_options({}).thread_count,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
+    finally:
+        if bar.live.is_started:
+            bar.stop()
     print(f"{options.out}: {format_bytes(size)}")
     return 0
 
@@ -161,13 +170,15 @@ def _numbers(text: str, name: str, least: int, most: int) -> list[int]:
 def _bench(options: argparse.Namespace) -> int:
     threads = EngineConfig.from_options({"threads": options.threads}).thread_count
     for file in (options.json, options.csv):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: no such folder")
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise UsageError(f"{file}: {'is a folder' if file.is_dir() else 'no such folder'}")
     if options.what in ("io", "decode", "prefill"):
         if options.path is None:
             raise UsageError(
                 f"give a {'folder' if options.what == 'io' else 'checkpoint folder'}: expertstream bench {options.what} PATH"
             )
+        if not options.path.exists():
+            raise UsageError(f"{options.path}: no such file or folder")
     elif options.path is not None:
         raise UsageError(f"bench {options.what} takes no path, but {options.path} was given")
     rows: list[dict[str, Any]] = {

@@ -15,7 +15,6 @@ class TokenCost:
     """Of decoding one token."""
 
     trunk_bytes: int  # weights of the trunk, without the embedding, of which one row is read
-    head_bytes: int  # of these, the output projection
     expert_bytes: int  # one expert
     experts: int  # top_k · layers
     kv_bytes: int  # keys and values for each token of context, in bfloat16
@@ -35,7 +34,6 @@ def token_cost(c: Config, trunk: dict[str, MatrixFormat], expert_bytes: int, top
     expert_weights = 3 * c.hidden_size * c.moe_intermediate_size
     return TokenCost(
         trunk_bytes=sum(m.nbytes for m in used.values()),
-        head_bytes=head.nbytes,
         expert_bytes=expert_bytes,
         experts=top_k * c.num_hidden_layers,
         kv_bytes=2 * 2 * c.num_key_value_heads * c.head_dim * c.layer_types.count(FULL),

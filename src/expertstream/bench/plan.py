@@ -15,7 +15,9 @@ from typing import Any
 from ..checkpoint.format import record_pieces
 from ..checkpoint.quantize import BitPolicy
 from ..checkpoint.reader import open_checkpoint
-from ..config import DEFAULT_CONTEXT
+from ..config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig
+from ..errors import BudgetError
+from ..experts.budget import plan_with_chunk
 from ..models.qwen3_5_moe import Config, expert_layouts
 from .costs import TokenCost, token_cost
 from .geometry import geometry_config
@@ -96,21 +98,31 @@ def predict(
     prompt_tokens: int = 2048,
     routing: str = "real",
     threads: int = 1,
-    chunk: int = 2048,
 ) -> Prediction | None:
     """None where the budget does not hold the trunk, the context and one layer's experts."""
     c, cost = model.config, model.cost
-    chunk = min(chunk, -(-context // 64) * 64)
-    fixed = model.trunk_bytes + c.state_bytes(context, "bf16")
-    while chunk > 64 and c.scratch_bytes(chunk, context, threads) * 2 > budget_bytes - fixed:
-        chunk -= 64
-    slots = (budget_bytes - fixed - c.scratch_bytes(chunk, context, threads)) // model.slot_bytes
-    if slots < c.num_experts_per_tok:
+    settings = EngineConfig(context_length=context, memory_bytes=budget_bytes)
+    try:
+        plan, chunk = plan_with_chunk(
+            lambda tokens: c.scratch_bytes(tokens, context, threads),
+            min(settings.prefill_chunk, -(-context // LEAST_CHUNK) * LEAST_CHUNK),
+            LEAST_CHUNK,
+            memory_bytes=budget_bytes,
+            available_bytes=budget_bytes,
+            trunk_bytes=model.trunk_bytes,
+            state_bytes=c.state_bytes(context, settings.kv_dtype),
+            slot_bytes=model.slot_bytes,
+            layers=c.num_hidden_layers,
+            num_experts=c.num_experts,
+            top_k=c.num_experts_per_tok,
+            residency="slots",
+            direct=True,
+            prefetch=settings.prefetch,
+        )
+    except BudgetError:
         return None
-    total = c.num_hidden_layers * c.num_experts
-    ring = max(c.num_experts_per_tok, min(16, slots // 8)) + min(6, (slots - c.num_experts_per_tok) // 8)
-    cached = min(max(0, slots - ring), total)
-    hit = 1.0 if slots >= total else hit_rate_of(cached / total, routing)
+    cached = plan.slots - plan.ring_slots
+    hit = hit_rate_of(min(1.0, cached / plan.total_experts), routing)
     missed = (1 - hit) * cost.experts * model.slot_bytes
     # Decode: memory's time for what is touched, and the disk's, of which the experts' own products hide a part.
     touched = cost.bytes + cost.kv_bytes * min(context, 1024)
@@ -131,7 +143,7 @@ def predict(
     prefill = max(arithmetic, from_disk / machine.disk_rate)
     bound = "memory" if disk < compute else "disk"
     return Prediction(
-        budget_bytes, int(slots), hit, missed, 1 / decode, prompt_tokens / prefill, prefill + decode, bound
+        budget_bytes, plan.slots, hit, missed, 1 / decode, prompt_tokens / prefill, prefill + decode, bound
     )
 
 

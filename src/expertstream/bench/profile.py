@@ -40,7 +40,7 @@ class _Clock:
     """An Ops, or a reader, whose calls are noted."""
 
     def __init__(self, inner: Any, profiler: Profiler, names: frozenset[str]) -> None:
-        self._inner, self._profiler = inner, profiler
+        self._inner = inner
         for name in names:
             setattr(self, name, profiler.timed(name, getattr(inner, name)))
 
@@ -122,18 +122,16 @@ class Profiler:
         for begin, end, _ in spans:
             while at < len(events) and events[at].begin < begin:
                 at += 1
+            first = at
             while at < len(events) and events[at].begin < end:
-                event = events[at]
-                phase = PHASES[event.name]
-                if (
-                    event.name == "project"
-                    and event.layer >= self._layers - 1
-                    and event is _last_project(events, at, end)
-                ):
-                    phase = "head"
+                at += 1
+            # The last projection of a forward pass is the output head.
+            inside = events[first:at]
+            head = max((i for i, event in enumerate(inside) if event.name == "project"), default=-1)
+            for i, event in enumerate(inside):
+                phase = "head" if i == head else PHASES[event.name]
                 sums[phase] = sums.get(phase, 0.0) + event.end - event.begin
                 covered += event.end - event.begin
-                at += 1
         total = sum(end - begin for begin, end, _ in spans)
         sums["python"] = total - covered
         return {phase: 1000 * seconds / tokens for phase, seconds in sorted(sums.items(), key=lambda item: -item[1])}
@@ -175,14 +173,3 @@ class Profiler:
             path.write_text(json.dumps({"traceEvents": names + trace, "expertstream": summary}))
         except OSError as error:
             raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def _last_project(events: list[Event], at: int, end: float) -> Event:
-    """The last project() of the forward pass that events[at] is in: the output head."""
-    last = events[at]
-    for later in events[at:]:
-        if later.begin >= end:
-            break
-        if later.name == "project":
-            last = later
-    return last

@@ -27,7 +27,7 @@ from ..config import format_bytes
 from ..engine import embedded_model
 from ..errors import UsageError
 from ..models.qwen3_5_moe import Config, weight_map
-from ..ops import ExpertFormat, MatrixFormat, to_bf16
+from ..ops import ExpertFormat, MatrixFormat, to_bf16, to_f32
 from ..ops.cpu import CpuOps
 from .geometry import TRACE
 
@@ -82,7 +82,9 @@ class Synthesizer:
         scales = np.resize(_narrow(step, m.dtype), groups)
         empty = np.empty(0, np.uint8)
         biases = (
-            empty if m.symmetric else _narrow(-(1 << (m.bits - 1)) * _wide(scales, m.dtype), m.dtype).view(np.uint8)
+            empty
+            if m.symmetric
+            else _narrow(-(1 << (m.bits - 1)) * to_f32(scales.view(np.uint8), m.dtype), m.dtype).view(np.uint8)
         )
         return Matrix(m, self._bytes(m.bits, m.data_bytes), scales.view(np.uint8), biases)
 
@@ -146,12 +148,6 @@ def _narrow(values: Any, dtype: str) -> NDArray[Any]:
     return to_bf16(np.asarray(values, np.float32)) if dtype == "bf16" else np.asarray(values, np.float16)
 
 
-def _wide(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
-
-
 def _dense(rows: int, cols: int) -> MatrixFormat:
     return MatrixFormat(rows, cols, 16, 0, "bf16")
 
@@ -196,6 +192,9 @@ def write_synthetic(
         raise UsageError("a GGUF twin has 4-bit experts in symmetric groups of 32 (Q4_0), and a trunk of 4 or 8 bits")
     if folder.exists():
         raise UsageError(f"{folder}: exists already; choose another name or remove it")
+    for path in (folder, gguf):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path.absolute().parent}: no such folder")
     c = Config.from_json(config, str(folder))
     dtype = "f16" if policy.symmetric else "bf16"
     synthesizer = Synthesizer(c, policy, routing, seed, dtype)
@@ -212,7 +211,7 @@ def write_synthetic(
         raise UsageError(f"{folder}: {format_bytes(total)} are needed, {format_bytes(free)} are free")
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir()
     twin = None
     if gguf is not None:
         from .gguf_twin import GGUFTwin

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import format_bytes
 from ..errors import BudgetError
 
-__all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "plan_memory"]
+__all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "plan_memory", "plan_with_chunk"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,23 @@ def plan_memory(
             f"give at most --memory {_whole_mib(available_bytes - (1 << 20), up=False)}, or free some memory"
         )
     return plan
+
+
+def plan_with_chunk(scratch_of: Callable[[int], int], largest: int, least: int, **sizes: Any) -> tuple[MemoryPlan, int]:
+    """The plan with the largest prefill chunk, down from `largest` by steps of `least` tokens, whose scratch leaves the slots at least
+    half of what trunk and state leave. scratch_of: bytes by tokens; sizes: plan_memory()'s. Raises BudgetError."""
+    chunk = largest
+    while True:
+        scratch, last = scratch_of(chunk), chunk <= least
+        try:
+            plan = plan_memory(scratch_bytes=scratch, **sizes)
+        except BudgetError:
+            if last:
+                raise
+        else:
+            if last or scratch * 2 <= plan.budget_bytes - plan.trunk_bytes - plan.state_bytes:
+                return plan, chunk
+        chunk -= least
 
 
 def _whole_mib(count: int, up: bool) -> str:
