@@ -412,6 +412,7 @@ void Engine::route(const Matrix& w, const float* x, int64_t tokens, int64_t top_
                         [&](int64_t i, int64_t j) { return probs[i] > probs[j] || (probs[i] == probs[j] && i < j); });
       float sum = 0.0f;
       for (int64_t i = 0; i < top_k; ++i) sum += probs[order[static_cast<size_t>(i)]];
+      std::sort(order.begin(), order.begin() + top_k);
       for (int64_t i = 0; i < top_k; ++i) {
         selected[t * top_k + i] = order[static_cast<size_t>(i)];
         weights[t * top_k + i] = probs[order[static_cast<size_t>(i)]] / sum;

@@ -77,6 +77,7 @@ class Engine {
                  int64_t tokens, float* conv_state, float* state, float* out);
   // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum; descending, the lower
   // index first among equals.
+  // The chosen experts in ascending order.
   void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, float* weights, int64_t* selected);
 
  private:

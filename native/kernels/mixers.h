@@ -19,8 +19,19 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
   set_zero(out, rows, d, d);
   for (int64_t p0 = begin; p0 < end; p0 += kKeys) {
     const int64_t n = end - p0 < kKeys ? end - p0 : kKeys;
+    const uint8_t *values_now = values + p0 * d * size, *keys_next = keys + (p0 + n) * d * size;
+    const int64_t bytes = n * d * size;  // of either; each is fetched while the other is worked on
     // 1. Keys turned, so that a query's value meets 16 keys at once.
-    for (int64_t p = 0; p < n; ++p)
+    int64_t p = 0;
+    for (; p + 16 <= n && d % 16 == 0; p += 16)
+      for (int64_t c = 0; c < d; c += 16) {
+        for (int64_t at = 0; at < 16 * 16 * size; at += 64)
+          __builtin_prefetch(values_now + (p * d + c * 16) * size + at);
+        F square[16];
+        for (int64_t i = 0; i < 16; ++i) square[i] = load_values(keys + ((p0 + p + i) * d + c) * size, kv.dtype, 16);
+        f_transpose(square, turned + c * kKeys + p, kKeys);
+      }
+    for (; p < n; ++p)
       for_lanes(d, [&](int64_t c, int64_t m) {
         float t[16];
         f_store(t, load_values(keys + ((p0 + p) * d + c) * size, kv.dtype, m));
@@ -45,10 +56,12 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
       sum[r] += total;
     }
     // 3. Values, weighted.
-    const float* v = reinterpret_cast<const float*>(values) + p0 * d;
+    const float* v = reinterpret_cast<const float*>(values_now);
+    const int64_t more = p0 + n < end ? bytes : 0;
     if (kv.dtype != DType::f32) {
       for_lanes(n * d, [&](int64_t c, int64_t m) {
-        f_store_n(wide + c, load_values(values + (p0 * d + c) * size, kv.dtype, m), m);
+        if (c * size < more) __builtin_prefetch(keys_next + c * size);
+        f_store_n(wide + c, load_values(values_now + c * size, kv.dtype, m), m);
       });
       v = wide;
     }

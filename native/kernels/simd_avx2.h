@@ -101,6 +101,38 @@ inline void f_store_i8(int8_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(lo, hi));
 }
 
+// Eight registers as an 8 × 8 square, turned: out[i · ld + r] = r-th[i].
+inline void transpose8(const __m256* rows, float* out, int64_t ld) {
+  __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(out + j * ld, _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20));
+    _mm256_storeu_ps(out + (4 + j) * ld, _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31));
+  }
+}
+
+// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i].
+inline void f_transpose(const F* rows, float* out, int64_t ld) {
+  for (int r = 0; r < 16; r += 8) {
+    __m256 low[8], high[8];
+    for (int i = 0; i < 8; ++i) low[i] = rows[r + i].lo, high[i] = rows[r + i].hi;
+    transpose8(low, out + r, ld);
+    transpose8(high, out + 8 * ld + r, ld);
+  }
+}
+
 constexpr int kMaxLines = 4;
 constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
 constexpr int kDenseRows = 2, kDenseTokens = 3;

@@ -57,6 +57,37 @@ inline void f_store_i8(int8_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
 }
 
+// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i]. Pairs, then fours, then quarters of
+// registers.
+inline void f_transpose(const F* rows, float* out, int64_t ld) {
+  F pairs[16], fours[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  auto low = [](F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+  auto high = [](F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // fours[i + j]: column j of each quarter, of rows i to i + 3
+    fours[i] = low(pairs[i], pairs[i + 2]);
+    fours[i + 1] = high(pairs[i], pairs[i + 2]);
+    fours[i + 2] = low(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = high(pairs[i + 1], pairs[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const F a = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x44);       // quarters 0 and 1 of rows 0 to 7
+    const F b = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xee);       // quarters 2 and 3
+    const F c = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x44);  // the same of rows 8 to 15
+    const F e = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xee);
+    _mm512_storeu_ps(out + j * ld, _mm512_shuffle_f32x4(a, c, 0x88));
+    _mm512_storeu_ps(out + (4 + j) * ld, _mm512_shuffle_f32x4(a, c, 0xdd));
+    _mm512_storeu_ps(out + (8 + j) * ld, _mm512_shuffle_f32x4(b, e, 0x88));
+    _mm512_storeu_ps(out + (12 + j) * ld, _mm512_shuffle_f32x4(b, e, 0xdd));
+  }
+}
+
 constexpr int kMaxLines = 12;
 constexpr int kGemmRows = 6, kGemmVectors = 4;  // sums of a float product that registers hold
 constexpr int kDenseRows = 4, kDenseTokens = 6;

@@ -80,6 +80,15 @@ inline void f_store_i8(int8_t* p, F a) {
   vst1q_s8(p, vcombine_s8(vmovn_s16(lo), vmovn_s16(hi)));
 }
 
+// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i].
+inline void f_transpose(const F* rows, float* out, int64_t ld) {
+  float t[16];
+  for (int r = 0; r < 16; ++r) {
+    f_store(t, rows[r]);
+    for (int i = 0; i < 16; ++i) out[i * ld + r] = t[i];
+  }
+}
+
 constexpr int kMaxLines = 2;
 constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
 constexpr int kDenseRows = 2, kDenseTokens = 3;

@@ -98,6 +98,15 @@ inline void f_store_i8(int8_t* p, F a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
 
+// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i].
+inline void f_transpose(const F* rows, float* out, int64_t ld) {
+  float t[16];
+  for (int r = 0; r < 16; ++r) {
+    f_store(t, rows[r]);
+    for (int i = 0; i < 16; ++i) out[i * ld + r] = t[i];
+  }
+}
+
 constexpr int kMaxLines = 4;  // lines of activations that one pass over a tile serves: as many as registers hold sums
 constexpr int kGemmRows = 2, kGemmVectors = 1;  // sums of a float product that registers hold
 constexpr int kDenseRows = 2, kDenseTokens = 2;

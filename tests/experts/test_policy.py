@@ -17,7 +17,7 @@ def test_a_policy_forgets_what_it_evicts_and_never_what_is_in_use(
     for wanted in uses:
         for expert in sorted(wanted):
             if expert in resident:
-                policy.touch(expert)
+                policy.touch([expert])
                 continue
             if len(resident) == capacity:
                 victim = policy.evict(wanted)
@@ -37,7 +37,7 @@ def test_lru_evicts_the_oldest_use() -> None:
     policy = LRU()
     for expert in (1, 2, 3):
         policy.insert(expert)
-    policy.touch(1)
+    policy.touch([1])
     assert policy.evict(set()) == 2
     assert policy.evict({3}) == 1
 
@@ -47,11 +47,11 @@ def test_lfu_evicts_the_rarest_and_ages() -> None:
     for expert in (1, 2):
         policy.insert(expert)
     for _ in range(5):
-        policy.touch(1)
-    policy.touch(2)
+        policy.touch([1])
+    policy.touch([2])
     # 1 has been used 6 times, 2 twice; the eighth use halved both.
     assert policy.evict(set()) == 2
     policy.insert(3)
     for _ in range(4):
-        policy.touch(3)
+        policy.touch([3])
     assert policy.evict(set()) == 1

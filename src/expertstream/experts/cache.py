@@ -135,9 +135,7 @@ class ExpertCache:
         slots = [resident.get(expert, -1) for expert in experts]
         if -1 in slots or self._busy or self.store.closed:
             return None
-        touch = self._policies[layer].touch
-        for expert in experts:
-            touch(expert)
+        self._policies[layer].touch(experts)
         self.prefetcher.learn(layer, experts)
         if self._ahead:
             self._busy = True  # an interrupt in here is mended as one in a fetch
@@ -220,7 +218,7 @@ class ExpertCache:
         """The slot of a resident expert, which counts as a use of it."""
         slot = self._resident[layer].get(expert)
         if slot is not None:
-            self._policies[layer].touch(expert)
+            self._policies[layer].touch((expert,))
             self.stats.layers[layer].hits += 1
         return slot
 

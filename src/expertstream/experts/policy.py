@@ -6,7 +6,7 @@ A policy changes how often the disk is read, never what is computed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Protocol
 
 __all__ = ["LFU", "LRU", "Policy", "make_policy"]
@@ -15,8 +15,8 @@ __all__ = ["LFU", "LRU", "Policy", "make_policy"]
 class Policy(Protocol):
     """What a cache asks of one layer's policy."""
 
-    def touch(self, expert: int) -> None:
-        """A resident expert was used."""
+    def touch(self, experts: Iterable[int]) -> None:
+        """Resident experts were used."""
 
     def insert(self, expert: int) -> None:
         """An expert became resident."""
@@ -31,8 +31,10 @@ class LRU:
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
 
-    def touch(self, expert: int) -> None:
-        self._order.move_to_end(expert)
+    def touch(self, experts: Iterable[int]) -> None:
+        move_to_end = self._order.move_to_end
+        for expert in experts:
+            move_to_end(expert)
 
     def insert(self, expert: int) -> None:
         self._order[expert] = None
@@ -60,9 +62,10 @@ class LFU:
             for key in self._counts:
                 self._counts[key] /= 2
 
-    def touch(self, expert: int) -> None:
-        self._count(expert)
-        self._resident.move_to_end(expert)
+    def touch(self, experts: Iterable[int]) -> None:
+        for expert in experts:
+            self._count(expert)
+            self._resident.move_to_end(expert)
 
     def insert(self, expert: int) -> None:
         self._count(expert)

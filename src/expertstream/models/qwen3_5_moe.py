@@ -309,27 +309,27 @@ class SparseMoeBlock:
         ops = self.ops
         routing_weights, selected_experts = ops.route(x, self.gate, self.top_k)  # (T, top_k)
         # Pairs of (token, expert), grouped by expert.
-        order = np.argsort(selected_experts, axis=None, kind="stable")
-        weights = routing_weights.ravel()[order]
         if x.shape[0] == 1:
-            pair_token, pair_start, ids = self._one_token, self._one_each, selected_experts[0, order]
-            block = self.experts.resident_block(self.layer, ids.tolist())
+            pair_token, pair_start, weights = self._one_token, self._one_each, routing_weights[0]
+            ids = selected_experts[0].tolist()
+            block = self.experts.resident_block(self.layer, ids)
             if block is not None:  # nothing to wait for, nothing to put together
                 acc = ops.shared_expert(x, *self.shared_expert)
                 ops.moe(acc, x, block, pair_start, pair_token, weights)
                 h += acc
                 return
         else:
-            pair_token = order // self.top_k
-            ids, counts = np.unique(selected_experts, return_counts=True)
-            pair_start = np.concatenate([[0], np.cumsum(counts)])
+            order = np.argsort(selected_experts, axis=None, kind="stable")
+            pair_token, weights = order // self.top_k, routing_weights.ravel()[order]
+            distinct, counts = np.unique(selected_experts, return_counts=True)
+            pair_start, ids = np.concatenate([[0], np.cumsum(counts)]), distinct.tolist()
         # The reads of all missing experts are under way before anything is computed.
-        with self.experts.fetch(self.layer, ids.tolist()) as fetch:
+        with self.experts.fetch(self.layer, ids) as fetch:
             if self.look_ahead is not None and x.shape[0] == 1:
                 self.look_ahead(h)
             acc = ops.shared_expert(x, *self.shared_expert)
             # In order, each part is summed at once; else outputs wait until all are there.
-            y = None if fetch.ordered else np.empty((order.shape[0], x.shape[1]), np.float32)
+            y = None if fetch.ordered else np.empty((pair_token.shape[0], x.shape[1]), np.float32)
             for part in fetch:
                 starts = pair_start[part.positions]
                 lengths = pair_start[np.array(part.positions) + 1] - starts
@@ -360,8 +360,9 @@ class DecoderLayer:
     def guess(self, h: F32) -> None:
         """Asks this layer's router about one token's hidden state of the layer before, so that its experts may be read ahead."""
         mlp = self.mlp
-        _, selected_experts = mlp.ops.route(self.post_attention_layernorm(h), mlp.gate, mlp.top_k)
-        mlp.experts.hint(mlp.layer, selected_experts[0].tolist())
+        weights, selected_experts = mlp.ops.route(self.post_attention_layernorm(h), mlp.gate, mlp.top_k)
+        likeliest_first = np.argsort(-weights[0], kind="stable")
+        mlp.experts.hint(mlp.layer, selected_experts[0, likeliest_first].tolist())
 
     def __call__(
         self, h: F32, state: AttentionState | DeltaState, position: int, cos: F32, sin: F32, prompt: bool

@@ -6,7 +6,7 @@ Activations are float32, C-contiguous; T is tokens, H hidden size. Ops return ne
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,8 +98,7 @@ class Weight:
     handle: Any = field(default=None, repr=False)  # what an Ops made of it
 
 
-@dataclass(frozen=True)
-class ExpertBlock:
+class ExpertBlock(NamedTuple):
     """Experts that lie in an arena: offsets (experts, 9) of data, scales and biases of gate, up and down, quantized ones in tiles
     (reference.untile says which byte is what)."""
 
@@ -178,7 +177,8 @@ class Ops(Protocol):
         rms_norm(o)·silu(z), (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
 
     def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
-        """softmax(x·wᵀ) over all experts, the top_k largest, divided by their sum: routing_weights, selected_experts (T, top_k)."""
+        """softmax(x·wᵀ) over all experts, the top_k largest, divided by their sum: routing_weights, selected_experts (T, top_k), experts
+        in ascending order."""
 
     def shared_expert(self, x: F32, gate: Weight, up: Weight, down: Weight, scale: Weight) -> F32:
         """sigmoid(x·scaleᵀ)·down(silu(gate(x))·up(x)): (T, H) → (T, H); scale has one row."""

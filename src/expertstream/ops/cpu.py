@@ -45,7 +45,7 @@ class CpuOps:
             self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
             raise UsageError(f"{threads} threads cannot be started: {error}") from None
-        self._formats: dict[ExpertFormat, list[Any]] = {}
+        self._formats: dict[int, tuple[ExpertFormat, list[Any]]] = {}  # by identity: hashing one costs as much as a call
 
     def bind(self, weight: Weight) -> Weight:
         m = weight.format
@@ -133,10 +133,10 @@ class CpuOps:
         return y
 
     def _of(self, format: ExpertFormat) -> list[Any]:
-        formats = self._formats.get(format)
-        if formats is None:
-            formats = self._formats[format] = [_format(m) for m in format.matrices]
-        return formats
+        known = self._formats.get(id(format))
+        if known is None:
+            known = self._formats[id(format)] = format, [_format(m) for m in format.matrices]
+        return known[1]
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
         y = np.empty((pair_token.shape[0], x.shape[1]), np.float32)

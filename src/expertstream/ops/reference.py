@@ -152,7 +152,7 @@ class ReferenceOps:
         logits = x @ weight.handle.T
         probs = np.exp(logits - logits.max(-1, keepdims=True))
         probs /= probs.sum(-1, keepdims=True)
-        selected = np.argsort(-probs, -1, kind="stable")[:, :top_k]
+        selected = np.sort(np.argsort(-probs, -1, kind="stable")[:, :top_k], -1)
         weights = np.take_along_axis(probs, selected, -1)
         return weights / weights.sum(-1, keepdims=True), selected
 
