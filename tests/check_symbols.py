@@ -32,8 +32,10 @@ def main() -> int:
     flags = compile_flags()
     sources = ["native/kernels/scalar.cpp"]
     if platform.machine() in ("x86_64", "AMD64"):
-        sources += ["native/kernels/avx2.cpp", "native/kernels/avx512_vnni.cpp"]
-        assert set(flags) == set(sources[1:]), flags
+        sources += ["native/kernels/avx2.cpp", "native/kernels/avx2_vnni.cpp", "native/kernels/avx512_vnni.cpp"]
+    elif platform.machine() in ("aarch64", "arm64"):
+        sources += ["native/kernels/neon.cpp", "native/kernels/neon_dot.cpp"]
+    assert {source for source in sources if "avx" in source or "dot" in source} <= set(flags), flags
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for source in sources:

@@ -155,10 +155,9 @@ static inline int64_t delta_scratch(int64_t dk, int64_t dv) {
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512_vnni;
+extern const Kernels kernels_avx2, kernels_avx2_vnni, kernels_avx512_vnni;
 #elif defined(__aarch64__)
-extern const Kernels kernels_neon;
+extern const Kernels kernels_neon, kernels_neon_dot;
 #endif
 
 // The tables this program has, slowest first, and of them those that this machine can run.

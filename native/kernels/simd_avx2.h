@@ -1,4 +1,5 @@
-// 16 lanes as two AVX2 registers (with FMA and F16C).
+// 16 lanes as two AVX2 registers (with FMA and F16C); with AVX-VNNI where the file that includes this is compiled for
+// it.
 #pragma once
 
 #include <immintrin.h>
@@ -159,6 +160,9 @@ inline I i_dot(I acc, W w, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
   const __m256i xs = _mm256_set1_epi32(four);
+#ifdef __AVXVNNI__
+  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, xs), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, xs)};
+#else
   if (BITS <= 4) {
     // Pairs are below 2·15·128 and so fit the 16 bits that this instruction saturates to.
     const __m256i ones = _mm256_set1_epi16(1);
@@ -173,6 +177,7 @@ inline I i_dot(I acc, W w, const int8_t* x) {
                             _mm256_madd_epi16(_mm256_srli_epi16(v, 8), odd));
   };
   return {_mm256_add_epi32(acc.lo, four_of(w.lo)), _mm256_add_epi32(acc.hi, four_of(w.hi))};
+#endif
 }
 inline F f_from_int(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 

@@ -1,4 +1,4 @@
-// 16 lanes as four NEON registers.
+// 16 lanes as four NEON registers; with the dot-product extension where the file that includes this is compiled for it.
 #pragma once
 
 #include <arm_neon.h>
@@ -89,7 +89,11 @@ inline void f_transpose(const F* rows, float* out, int64_t ld) {
   }
 }
 
+#ifdef __ARM_FEATURE_DOTPROD
+constexpr int kMaxLines = 4;
+#else
 constexpr int kMaxLines = 2;
+#endif
 constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
 constexpr int kDenseRows = 2, kDenseTokens = 3;
 
@@ -115,6 +119,17 @@ inline I i_dot(I acc, W w, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
   const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#ifdef __ARM_FEATURE_DOTPROD
+  if (BITS <= 4) {
+    for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), xs);
+  } else {  // w = (w − 128) + 128, the first a signed byte, the second twice 64
+    const int8x16_t half = vdupq_n_s8(64);
+    for (int i = 0; i < 4; ++i) {
+      const int8x16_t ws = vreinterpretq_s8_u8(veorq_u8(w.v[i], vdupq_n_u8(128)));
+      acc.v[i] = vdotq_s32(vdotq_s32(vdotq_s32(acc.v[i], ws, xs), half, xs), half, xs);
+    }
+  }
+#else
   for (int i = 0; i < 4; ++i) {
     int16x8_t lo, hi;  // products of rows 0 and 1, and of rows 2 and 3
     int32x4_t a, b;
@@ -133,6 +148,7 @@ inline I i_dot(I acc, W w, const int8_t* x) {
     }
     acc.v[i] = vaddq_s32(acc.v[i], vpaddq_s32(a, b));
   }
+#endif
   return acc;
 }
 inline F f_from_int(I a) { QUARTERS(vcvtq_f32_s32(a.v[i])); }

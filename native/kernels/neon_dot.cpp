@@ -1,0 +1,11 @@
+#include "simd_neon.h"
+// The order matters: what follows is written in terms of the types and functions above.
+#include "gemm.h"
+#include "matmul.h"
+#include "mixers.h"
+#include "rows.h"
+#include "table.h"
+
+namespace expertstream {
+const Kernels kernels_neon_dot = KERNEL_TABLE("neon_dot");
+}
