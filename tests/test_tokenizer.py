@@ -62,7 +62,7 @@ def test_text_that_is_not_unicode_is_refused() -> None:
 
 def test_the_chat_template_is_applied() -> None:
     prompt = TOKENIZER.apply_chat_template([{"role": "user", "content": "Hi"}])
-    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def with_template(tmp_path: Path, template: str) -> Tokenizer:

@@ -65,7 +65,59 @@ def gated_delta_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     return torch.stack(outs, 1).reshape(B, H, T + pad, dv)[:, :, :T]
 
 
+try:  # PyPI's flash-linear-attention, if it is there: three times as fast
+    from fla.ops.common import chunk_o as _chunk_o
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as _fla_rule
+except ImportError:
+    _fla_rule = None
+
+
+def use_library() -> str:
+    """Takes the library's gated-delta rule if its gradients are right on this GPU; says what was found.
+
+    Version 0.6.0 refuses to run on Hopper with Triton 3.4 to 3.7.0, because one kernel computes wrong gradients there
+    (its issue 640). With two warps that kernel is right, so it is held to two, and compared with float32 here.
+    """
+    if _fla_rule is None:
+        return "flash-linear-attention is not installed; the rule is PyTorch's"
+    kernel = _chunk_o.chunk_bwd_kernel_dqkwg
+    while not hasattr(kernel, "configs"):
+        kernel = kernel.fn
+    kernel.configs = [c for c in kernel.configs if c.num_warps == 2]
+    _chunk_o.TRITON_ABOVE_3_7_1 = True
+    torch.manual_seed(0)
+    shapes = ((4, 256, 3, 64), (4, 256, 3, 64), (4, 256, 6, 64))
+    q, k, v = (torch.randn(s, device="cuda") for s in shapes)
+    q, k = F.normalize(q, dim=-1) / 8, F.normalize(k, dim=-1)
+    g, beta = -torch.rand(4, 256, 6, device="cuda") * 0.3, torch.rand(4, 256, 6, device="cuda")
+    weight = torch.randn(4, 256, 6, 64, device="cuda")
+    results = []
+    for rule, dtype in ((plain_rule, torch.float32), (library_rule, COMPUTE)):
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)] + [t.clone().requires_grad_() for t in (g, beta)]
+        out = rule(*inputs)
+        results.append([out, *torch.autograd.grad((out.float() * weight).sum(), inputs)])
+    errors = [((b.float() - a.float()).norm() / a.float().norm()).item() for a, b in zip(*results, strict=True)]
+    if max(errors) < 0.02:
+        GatedDeltaNet.rule = staticmethod(library_rule)
+        return f"flash-linear-attention's rule; output and gradients against float32: {max(errors):.1e}"
+    return f"flash-linear-attention is wrong here ({errors}); the rule is PyTorch's"
+
+
+def plain_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """q, k (B, T, Hk, dk), v (B, T, Hv, dv), g, beta (B, T, Hv) → (B, T, Hv, dv), float32."""
+    repeat = v.shape[2] // q.shape[2]
+    q, k = (t.float().repeat_interleave(repeat, 2).transpose(1, 2) for t in (q, k))
+    return gated_delta_chunks(q, k, v.float().transpose(1, 2), g.transpose(1, 2), beta.transpose(1, 2)).transpose(1, 2)
+
+
+def library_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    out, _ = _fla_rule(q.to(COMPUTE), k.to(COMPUTE), v.to(COMPUTE), g, beta, scale=1.0)
+    return out.float()
+
+
 class GatedDeltaNet(nn.Module):
+    rule = staticmethod(plain_rule)
+
     def __init__(self, c: dict) -> None:
         super().__init__()
         h = c["hidden_size"]
@@ -95,13 +147,11 @@ class GatedDeltaNet(nn.Module):
         q, k, v = qkv.split([self.hk * self.dk, self.hk * self.dk, self.hv * self.dv], -1)
         q, k = (t.view(B, T, self.hk, self.dk) for t in (q, k))
         q, k = (t * torch.rsqrt(t.pow(2).sum(-1, keepdim=True) + 1e-6) for t in (q, k))
-        repeat = self.hv // self.hk
-        q, k = (t.repeat_interleave(repeat, 2).transpose(1, 2) for t in (q, k))
-        v = v.view(B, T, self.hv, self.dv).transpose(1, 2)
-        beta = torch.sigmoid(linear(x, self.in_proj_b.weight).float()).transpose(1, 2)
+        v = v.view(B, T, self.hv, self.dv)
+        beta = torch.sigmoid(linear(x, self.in_proj_b.weight).float())
         a = linear(x, self.in_proj_a.weight).float()
-        g = (-self.A_log.float().exp() * F.softplus(a + self.dt_bias)).transpose(1, 2)
-        o = gated_delta_chunks(q * self.dk**-0.5, k, v, g, beta).transpose(1, 2)
+        g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
+        o = self.rule(q * self.dk**-0.5, k, v, g, beta)
         o = o * torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + self.eps) * self.norm.weight
         z = linear(x, self.in_proj_z.weight).view(B, T, self.hv, self.dv)
         return linear((o * F.silu(z.float())).reshape(B, T, -1), self.out_proj.weight)

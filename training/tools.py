@@ -1,0 +1,361 @@
+"""Conversations with function calls, made from templates: functions, schemas, requests and answers, all varied.
+
+A function is a verb and a thing ("book_table"), with one to four parameters. Half of the things, and some parameters, are
+WordNet nouns, so that a call can only be written by reading the schema and copying from the request. `evaluate.py` has
+functions and wordings of its own that are not made here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from .chat import Document
+from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns
+
+__all__ = ["conversation"]
+
+R = random.Random
+
+
+class Kind(NamedTuple):
+    """A kind of parameter: names and descriptions it may have, a value, and how a request may mention it."""
+
+    names: tuple[str, ...]
+    type: str
+    descriptions: tuple[str, ...]
+    value: Callable[[R], Any]
+    phrases: tuple[str, ...]
+
+
+def _date(r: R) -> str:
+    return f"20{r.randint(20, 35)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"
+
+
+def _code(r: R) -> str:
+    letters = "".join(r.choices(string.ascii_uppercase, k=r.randint(1, 4)))
+    return r.choice(["{}-{}", "{}{}", "{}_{}", "#{}{}"]).format(letters, r.randint(1, 99999))
+
+
+def _email(r: R) -> str:
+    return f"{r.choice(NAMES).lower()}{r.choice(['', '.', '_'])}{r.choice(nouns())}@{r.choice(nouns())}.{r.choice(['com', 'org', 'net', 'io'])}"
+
+
+def _words(r: R) -> str:
+    return " ".join(r.choices(nouns(), k=r.randint(1, 3)))
+
+
+def _sentence(r: R) -> str:
+    return r.choice(examples())
+
+
+def _file(r: R) -> str:
+    return f"{r.choice(['', '/home/', '/tmp/', 'docs/', 'data/'])}{r.choice(nouns())}.{r.choice(['txt', 'csv', 'json', 'pdf', 'md', 'png'])}"
+
+
+def _list(r: R) -> list[str]:
+    return r.sample(nouns(), r.randint(2, 4))
+
+
+def _pick(values: list[str], r: R) -> str:
+    return r.choice(values)
+
+
+def _whole(low: int, high: int) -> Callable[[R], int]:
+    return lambda r: r.randint(low, high)
+
+
+def _price(r: R) -> float:
+    return round(r.uniform(0.5, 900), r.choice([1, 2]))
+
+
+KINDS = [
+    Kind(("city", "location", "place", "town", "destination", "origin"), "string", ("The city", "Name of the city", "City to use", "Where"), lambda r: r.choice(CITIES), ("in {}", "for {}", "near {}", "in the city of {}")),
+    Kind(("country", "region", "nation"), "string", ("The country", "Country name"), lambda r: r.choice(COUNTRIES), ("in {}", "for {}", "from {}")),
+    Kind(("name", "person", "user", "contact", "recipient", "guest", "owner", "author"), "string", ("Name of the person", "Who", "The person's name"), lambda r: r.choice(NAMES), ("for {}", "with {}", "under the name {}")),
+    Kind(("date", "day", "start_date", "deadline", "due_date"), "string", ("Date as YYYY-MM-DD", "The day, YYYY-MM-DD", "When, as YYYY-MM-DD"), _date, ("on {}", "for {}", "by {}")),
+    Kind(("time", "start_time", "hour"), "string", ("Time as HH:MM", "Time of day, 24 hours"), lambda r: f"{r.randint(0, 23):02}:{r.choice(['00', '15', '30', '45'])}", ("at {}", "for {}")),
+    Kind(("email", "to", "address"), "string", ("Email address", "Address to send to"), _email, ("to {}", "with the email {}", "for {}")),
+    Kind(("id", "order_id", "code", "reference", "ticket_id", "account"), "string", ("The id", "Reference code", "Number of the order"), _code, ("with id {}", "with the code {}", "number {}", "for {}")),
+    Kind(("query", "keyword", "topic", "term", "subject", "search"), "string", ("What to look for", "Search words", "The topic"), _words, ("about {}", "on {}", "for {}", 'for "{}"')),
+    Kind(("message", "text", "note", "body", "content", "comment", "title"), "string", ("The text", "Text to use", "What it says"), _sentence, ('saying "{}"', 'with the text "{}"', "that says: {}", 'with the words "{}"')),
+    Kind(("file", "path", "filename"), "string", ("Path of the file", "File to use"), _file, ("in {}", "from {}", "called {}", "at {}")),
+    Kind(("language", "target_language", "lang"), "string", ("The language", "Language to use"), lambda r: r.choice("English French Spanish German Italian Polish Greek Japanese Chinese Arabic Hindi Turkish Dutch".split()), ("in {}", "into {}", "to {}")),
+    Kind(("color", "colour", "shade"), "string", ("The color", "Color to use"), lambda r: r.choice(COLORS), ("in {}", "with the color {}", "that is {}")),
+    Kind(("count", "limit", "quantity", "number", "people", "guests", "copies", "max_results", "rooms"), "integer", ("How many", "Number of items", "The count"), _whole(1, 60), ("with {n} of {}", "and make it {}", "with {n} set to {}", "{n} {}")),
+    Kind(("minutes", "duration", "days", "seconds", "length", "weeks", "nights"), "integer", ("How long", "Duration", "Length of time"), _whole(1, 120), ("for {} {n}", "with {n} {}", "lasting {}")),
+    Kind(("amount", "price", "budget", "max_price", "weight", "distance", "value"), "number", ("The amount", "The number to use", "How much"), _price, ("with {n} {}", "of {}", "for {}", "up to {}")),
+    Kind(("year",), "integer", ("The year",), _whole(1900, 2035), ("from {}", "in {}", "for the year {}")),
+    Kind(("level", "volume", "percent", "brightness", "temperature", "speed", "score"), "integer", ("The level", "Value from 0 to 100"), _whole(0, 100), ("to {}", "at {}", "with {n} {}")),
+    Kind(("items", "tags", "names", "words", "list", "ingredients", "products"), "array", ("The items", "List of words"), _list, ("with {}", "for {}", "containing {}")),
+]  # fmt: skip
+CHOICES = [
+    (("unit", "units"), ("celsius", "fahrenheit"), ("kilometers", "miles"), ("grams", "ounces"), ("meters", "feet")),
+    (("priority", "urgency"), ("low", "medium", "high"), ("normal", "urgent")),
+    (("size",), ("small", "medium", "large"), ("tiny", "huge")),
+    (("format", "type", "kind", "mode"), ("pdf", "html", "text"), ("short", "long"), ("fast", "slow", "eco"), ("json", "csv")),
+    (("currency",), ("USD", "EUR", "GBP", "JPY")),
+    (("sort", "order", "sort_by"), ("newest", "oldest"), ("price", "rating", "name"), ("asc", "desc")),
+    (("status", "state"), ("open", "closed"), ("on", "off"), ("active", "paused", "done")),
+]  # fmt: skip
+# Each group: verbs in function names, verbs in requests, verbs in descriptions.
+ACTIONS = [
+    ("get find search lookup fetch list show check read".split(), ("find", "look up", "show me", "get me", "I need", "check", "give me", "can you find", "I am looking for", "search for", "what is"), ("Find", "Get", "Look up", "Return", "Search for")),
+    ("create add make new register save write record".split(), ("create", "add", "make", "set up", "I want to add", "please make", "save", "write down"), ("Create", "Add", "Make", "Save")),
+    ("book order buy reserve schedule plan request".split(), ("book", "order", "reserve", "I would like to book", "schedule", "plan", "please order", "get me"), ("Book", "Order", "Reserve", "Schedule")),
+    ("set update change adjust edit rename".split(), ("set", "change", "update", "adjust", "please change", "edit"), ("Set", "Change", "Update")),
+    ("delete remove cancel clear stop close".split(), ("delete", "remove", "cancel", "get rid of", "please delete", "I no longer need", "stop"), ("Delete", "Remove", "Cancel")),
+    ("send post share publish email forward".split(), ("send", "share", "post", "please send", "I want to send", "forward"), ("Send", "Share", "Post")),
+    ("convert calculate compute translate count measure estimate".split(), ("convert", "work out", "calculate", "compute", "I need to know", "how much is"), ("Convert", "Calculate", "Compute")),
+    ("play start open run turn_on launch".split(), ("play", "start", "open", "run", "turn on", "launch"), ("Start", "Play", "Open", "Run")),
+]  # fmt: skip
+THINGS = (
+    "weather forecast flight hotel recipe reminder alarm playlist song email invoice ticket meeting event task order parcel"
+    " report photo video restaurant table taxi train bus route map contact calendar timer light door window heater fan"
+    " account payment refund review course book article movie product stock rate account_balance shopping_list to_do_list"
+    " phone_number appointment doctor_visit gym_class bike_ride museum_tour dinner lunch garden_plan water_level"
+    " temperature battery backup folder document message channel profile password_hint subscription delivery"
+).split()
+OPENERS = (
+    "",
+    "",
+    "",
+    "",
+    "Hi! ",
+    "Please ",
+    "Could you ",
+    "Hey, ",
+    "Can you help? ",
+    "Hello, ",
+    "Now ",
+    "I have a job for you: ",
+    "Quick one: ",
+)
+CLOSERS = ("", "", "", ".", ".", " please.", ", thanks.", ". Thank you!", "!", " for me.")  # fmt: skip
+ORDINARY = (
+    ("How are you today?", "I am fine, thank you. What can I do for you?"),
+    ("Hello!", "Hello! What can I do for you?"), ("Thank you, that is all.", "You are welcome!"),
+    ("Good morning.", "Good morning! How can I help?"), ("What is two plus two?", "Two plus two is four."),
+    ("What can you do?", "I can answer simple questions, tell short stories and call the functions that I am given."),
+    ("What color is the sky?", "The sky is blue."), ("Goodbye!", "Goodbye! Have a nice day."),
+    ("Are you there?", "Yes, I am here. What do you need?"), ("Say something nice.", "You are doing well, and today is a good day."),
+)  # fmt: skip
+
+
+class Parameter(NamedTuple):
+    name: str
+    schema: dict[str, Any]
+    required: bool
+    value: Callable[[R], Any]
+    phrases: tuple[str, ...]
+
+
+class Function(NamedTuple):
+    name: str
+    thing: str
+    verbs: tuple[str, ...]
+    parameters: list[Parameter]
+    description: str
+
+    def schema(self) -> dict[str, Any]:
+        properties = {p.name: p.schema for p in self.parameters}
+        required = [p.name for p in self.parameters if p.required]
+        parameters = {"type": "object", "properties": properties, "required": required}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+def _parameter(r: R, taken: set[str], required: bool) -> Parameter:
+    generic = (
+        "{n} {}",
+        "with {n} {}",
+        "and the {n} is {}",
+        "use {} as the {n}",
+        "with the {n} set to {}",
+        "{n}: {}",
+        "where {n} is {}",
+    )
+    while True:
+        what = r.random()
+        if what < 0.15:  # one of a few values
+            names, *sets = r.choice(CHOICES)
+            values = list(r.choice(sets))
+            name, schema = r.choice(names), {"type": "string", "enum": values}
+            value, phrases = partial(_pick, values), (*generic, "in {}", "{}", "as {}")
+        elif what < 0.22:
+            name = r.choice(["include_", "use_", "is_", "with_", ""]) + r.choice(nouns(800))
+            schema = {"type": "boolean", "description": f"Whether to use the {name.split('_')[-1]}"}
+            value = lambda r: r.random() < 0.6  # noqa: E731
+            phrases = ()
+        elif what < 0.45:  # a name that says nothing of its kind
+            kind = r.choice(KINDS)
+            name = r.choice(nouns())
+            schema = {
+                "type": kind.type,
+                "description": r.choice([f"The {name}", f"{name.capitalize()} to use", f"Which {name}"]),
+            }
+            value, phrases = kind.value, generic
+        else:
+            kind = r.choice(KINDS)
+            name = r.choice(kind.names)
+            schema = {"type": kind.type, "description": r.choice(kind.descriptions)}
+            value, phrases = kind.value, (kind.phrases if r.random() < 0.75 else generic)
+        if name not in taken and name:
+            break
+    if schema["type"] == "array":
+        schema["items"] = {"type": "string"}
+    taken.add(name)
+    return Parameter(name, schema, required, value, phrases)
+
+
+def _function(r: R) -> Function:
+    verbs, requests, described = r.choice(ACTIONS)
+    thing = r.choice(THINGS) if r.random() < 0.5 else "_".join(r.sample(nouns(), r.choice([1, 1, 2])))
+    verb = r.choice(verbs)
+    name = r.choice([f"{verb}_{thing}"] * 5 + [f"{thing}_{verb}", thing, f"{thing.split('_')[0]}.{verb}"])
+    if r.random() < 0.15:
+        first, *rest = name.replace(".", "_").split("_")
+        name = first + "".join(word.capitalize() for word in rest)
+    taken: set[str] = set()
+    count = r.choice([0, 1, 1, 1, 2, 2, 2, 3, 3, 4])
+    parameters = [_parameter(r, taken, i == 0 or r.random() < 0.55) for i in range(count)]
+    text = thing.replace("_", " ")
+    description = r.choice(described) + r.choice([" ", " a ", " the "]) + text
+    description += r.choice(["", "", ".", " for the user", f" by {parameters[0].name}" if parameters else " now"])
+    return Function(name, text, requests, parameters, description)
+
+
+def _spoken(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value[:-1]) + " and " + value[-1]
+    return str(value)
+
+
+def _mention(r: R, p: Parameter, value: Any) -> str:
+    name = p.name.replace("_", " ")
+    if isinstance(value, bool):
+        word = name.split(" ")[-1]
+        yes = (f"with {word}", f"including the {word}", f"{name}: yes", f"and {name} should be true", f"with {name} on")
+        no = (f"without {word}", f"but no {word}", f"{name}: no", f"and {name} should be false", f"with {name} off")
+        return r.choice(yes if value else no)
+    return r.choice(p.phrases).replace("{n}", name).replace("{}", _spoken(value))
+
+
+def _request(r: R, f: Function, arguments: dict[str, Any]) -> str:
+    mentions = [_mention(r, p, arguments[p.name]) for p in f.parameters if p.name in arguments]
+    r.shuffle(mentions)
+    verb = r.choice(f.verbs)
+    text = r.choice(OPENERS) + verb + r.choice([" ", " a ", " the ", " my ", " the "]) + f.thing
+    for i, mention in enumerate(mentions):
+        text += (r.choice([" ", " ", ", "]) if i else " ") + mention
+    if r.random() < 0.12 and mentions:  # the details first
+        text = f"{mentions[0]}, {verb} the {f.thing}" + "".join(f" {m}" for m in mentions[1:])
+    text += r.choice(CLOSERS)
+    return text[0].upper() + text[1:] if r.random() < 0.8 else text
+
+
+def _arguments(r: R, f: Function) -> dict[str, Any]:
+    return {p.name: p.value(r) for p in f.parameters if p.required or r.random() < 0.5}
+
+
+def _result(r: R, f: Function) -> tuple[str, str]:
+    """A function's response and what the assistant says of it."""
+    what = r.random()
+    if what < 0.3:
+        key = r.choice(["result", "value", f.thing.replace(" ", "_"), r.choice(nouns())])
+        value = r.choice([r.randint(1, 5000), _price(r), r.choice(nouns()), r.choice(CITIES)])
+        return json.dumps({key: value}), r.choice(
+            ["The {k} is {v}.", "It is {v}.", "I found it: {k} {v}.", "{k}: {v}."]
+        ).format(k=key.replace("_", " "), v=value)
+    if what < 0.5:
+        keys = r.sample(nouns(), 2)
+        values = [r.choice([r.randint(1, 99), r.choice(nouns()), r.choice(COLORS)]) for _ in keys]
+        return json.dumps(
+            dict(zip(keys, values, strict=True))
+        ), f"The {keys[0]} is {values[0]} and the {keys[1]} is {values[1]}."
+    if what < 0.7:
+        return json.dumps({"status": "ok"}), r.choice(["Done.", "It is done.", f"The {f.thing} is done.", "All set."])
+    if what < 0.85:
+        code = _code(r)
+        return json.dumps({"status": "ok", "id": code}), r.choice(
+            ["Done. The id is {}.", "It worked. The id is {}."]
+        ).format(code)
+    reason = r.choice(["not found", "not available", "no permission", "the service is closed", "try again later"])
+    return json.dumps({"error": reason}), f"Sorry, that did not work: {reason}."
+
+
+def conversation(r: R) -> Document:
+    """One conversation: a call, several calls, a question back, or an answer that needs no function."""
+    functions: list[Function] = []
+    for _ in range(r.choice([1, 1, 2, 2, 3])):
+        f = _function(r)
+        if all(f.name != other.name and f.thing != other.thing for other in functions):
+            functions.append(f)
+    doc: Document = {"c": "tools", "tools": [f.schema() for f in functions], "m": []}
+    messages = doc["m"]
+    if r.random() < 0.25:
+        messages.append(
+            {
+                "role": "system",
+                "content": r.choice(
+                    [
+                        "You are a helpful assistant.",
+                        "Use the functions when they help.",
+                        "You help people with simple jobs.",
+                        f"You are {r.choice(NAMES)}, a friendly helper.",
+                    ]
+                ),
+            }
+        )
+    if r.random() < 0.2:
+        question, answer = r.choice(ORDINARY)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if r.random() < 0.6:
+            return doc
+    f = r.choice(functions)
+    arguments = _arguments(r, f)
+    needed = [p for p in f.parameters if p.required and p.name in arguments and p.phrases]
+    if needed and r.random() < 0.07:  # the request lacks something: ask
+        missing = r.choice(needed)
+        given = {k: v for k, v in arguments.items() if k != missing.name}
+        name = missing.name.replace("_", " ")
+        messages.append({"role": "user", "content": _request(r, f, given)})
+        messages.append(
+            {"role": "assistant", "content": r.choice([f"Which {name} should I use?", f"What is the {name}?"])}
+        )
+        reply = r.choice(["{}", "{}.", "It is {}.", "Use {}.", "{} please."]).format(_spoken(arguments[missing.name]))
+        messages.append({"role": "user", "content": reply})
+        calls = [{"name": f.name, "arguments": arguments}]
+    elif f.parameters and r.random() < 0.1:  # the same for two
+        other = dict(arguments)
+        first = f.parameters[0]
+        other[first.name] = first.value(r)
+        if other == arguments or not first.phrases:
+            other = arguments
+        text = _request(r, f, arguments)
+        calls = [{"name": f.name, "arguments": arguments}]
+        if other is not arguments:
+            text = text.rstrip(".! ") + r.choice(
+                [", and the same for {}.", " and also for {}.", ". Then again for {}."]
+            ).format(_spoken(other[first.name]))
+            calls.append({"name": f.name, "arguments": other})
+        messages.append({"role": "user", "content": text})
+    else:
+        messages.append({"role": "user", "content": _request(r, f, arguments)})
+        calls = [{"name": f.name, "arguments": arguments}]
+    said = {"role": "assistant", "content": "", "tool_calls": calls}
+    if r.random() < 0.06:
+        said["content"] = r.choice(["I will do that now.", f"Let me see to the {f.thing}.", "One moment."])
+    messages.append(said)
+    if r.random() < 0.15:
+        doc["think"] = True
+        said["reasoning_content"] = f"The user asks for {f.thing}. I call {f.name}."
+    if r.random() < 0.45:
+        results = [_result(r, f) for _ in calls]
+        messages += [{"role": "tool", "content": response} for response, _ in results]
+        messages.append({"role": "assistant", "content": " ".join(dict.fromkeys(answer for _, answer in results))})
+    return doc
