@@ -3,8 +3,8 @@
     python -m benchmarks.vs_llama_cpp [--geometry qwen3.5-35b-a3b] [--layers 16] [--rounds 3] [--folder DIR]
 
 Writes a synthetic model as a pack and as its GGUF twin (Q4_0 experts, Q8_0 trunk), installs llama-cpp-python into an environment of its
-own, and checks that both engines give the same logits and greedy tokens. Then, in rounds, every engine and mode in turn, with the disk
-and the memory measured inside each round: resident (everything fits), and in a control group with a quarter of the model's bytes (needs
+own, and checks that both engines give the same logits and greedy tokens. Then, in rounds, every engine and mode in turn, with disk,
+memory and arithmetic measured before and after each: resident (everything fits), and in a control group with a quarter of the model's bytes (needs
 root; mmap also with a read-ahead of 128 KiB, the usual one). Prints medians and ratios; every run goes to
 benchmarks/results/vs_llama_cpp.csv. llama.cpp without repacking keeps one copy of the weights; with it, it is faster and has two.
 """
@@ -147,18 +147,8 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for number in range(args.rounds):
-        disk = disk_rates(paths["ours"], model.slot_bytes, depths=(16,), splits=(256 << 10,), seconds=2)[
-            0
-        ].bytes_per_second
-        measured = {
-            "round": number, "model": name, "model_bytes": size, "threads": threads, "disk_bytes_per_second": disk,
-            "memory_bytes_per_second": memory_bandwidth(threads), "multiply_adds_per_second": arithmetic_peak(threads),
-            "greedy_equal": same,
-        }  # fmt: skip
-        print(
-            f"round {number}: disk {disk / 1e9:.2f} GB/s, memory {measured['memory_bytes_per_second'] / 1e9:.1f} GB/s",
-            flush=True,
-        )
+        about = {"round": number, "model": name, "model_bytes": size, "threads": threads, "greedy_equal": same}
+        print(f"round {number}", flush=True)
         plans = [("resident", kind, mode, 0) for kind, mode in RESIDENT if number == 0 or mode != "exact"] + [
             ("quarter", kind, mode, limit) for kind, mode in LIMITED
         ]
@@ -176,12 +166,31 @@ def main() -> None:
                 else:
                     with path.open("rb") as file:
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            before = limits(paths["ours"], model.slot_bytes, threads)
             result = run(kind, mode, paths, python, settings, most, 180 if slow else 600)
             result.pop("logits", None)
-            rows.append({**measured, "place": place, "engine": kind, "mode": mode, "limit_bytes": most, **result})
-            print(f"  {place:8} {kind:5} {mode:27} {_said(result)}", flush=True)
+            after = limits(paths["ours"], model.slot_bytes, threads)
+            measured = {key: (before[key] + after[key]) / 2 for key in before}
+            rows.append(
+                {**about, **measured, "place": place, "engine": kind, "mode": mode, "limit_bytes": most, **result}
+            )
+            print(
+                f"  {place:8} {kind:5} {mode:27} {_said(result)}; disk {measured['disk_bytes_per_second'] / 1e9:.2f}, "
+                f"memory {measured['memory_bytes_per_second'] / 1e9:.1f} GB/s",
+                flush=True,
+            )
             _write(args.csv, rows)
     print("\n".join(["", table(rows), "", *reach(rows, model)]))
+
+
+def limits(path: Path, record: int, threads: int) -> dict[str, float]:
+    """What the machine can do at this moment; shared ones drift within minutes."""
+    disk = disk_rates(path, record, depths=(16,), splits=(256 << 10,), seconds=1)[0]
+    return {
+        "disk_bytes_per_second": disk.bytes_per_second,
+        "memory_bytes_per_second": memory_bandwidth(threads),
+        "multiply_adds_per_second": arithmetic_peak(threads),
+    }
 
 
 def _said(result: dict[str, Any]) -> str:
@@ -266,7 +275,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def reach(rows: list[dict[str, Any]], model: Any) -> list[str]:
-    """How near to the machine's limits, each measured in the same round."""
+    """How near to the machine's limits, each measured before and after the run."""
     lines = []
     resident = [row for row in rows if (row["place"], row["engine"], row["mode"]) == ("resident", "ours", "default")]
     memory = statistics.median(

@@ -128,7 +128,7 @@ def _add_run(commands: Any) -> None:
     memory.add_argument(
         "--residency", choices=RESIDENCIES, help="who keeps experts: our slots, or the page cache (auto)"
     )
-    memory.add_argument("--policy", choices=POLICIES, help="which expert makes room (lru)")
+    memory.add_argument("--policy", choices=POLICIES, help="which expert makes room (s3fifo)")
     memory.add_argument("--reader", choices=READERS, help="how experts are read (auto: io_uring if it can be used)")
     memory.add_argument("--queue-depth", type=int, metavar="N", help="reads in flight (16)")
     memory.add_argument(
@@ -138,7 +138,9 @@ def _add_run(commands: Any) -> None:
         help="experts of the next layer to read ahead where guesses prove right (6; 0: none)",
     )
     memory.add_argument("--threads", type=int, metavar="N", help="threads that compute (as many as the processor has)")
-    memory.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512_vnni or neon (the fastest there is)")
+    memory.add_argument(
+        "--isa", metavar="NAME", help="scalar, avx2, avx2_vnni, avx512_vnni, neon or neon_dot (the fastest there is)"
+    )
     memory.add_argument(
         "--context", dest="context_length", type=int, metavar="N", help="tokens of prompt and answer (8192)"
     )

@@ -31,7 +31,7 @@ DEFAULT_CONTEXT = 8192  # tokens, unless the model was trained for fewer
 LEAST_CHUNK = 64  # tokens of a prompt at a time; every larger chunk is a multiple of it
 RESIDENCIES = ("auto", "slots", "os")
 READERS = ("auto", "uring", "pread")
-POLICIES = ("lru", "lfu")
+POLICIES = ("lru", "lfu", "s3fifo")
 KV_DTYPES = ("bf16", "f32")
 VERIFY = ("first", "always", "never")
 
@@ -107,7 +107,7 @@ class EngineConfig:
 
     memory_bytes: int | None = None  # trunk + state + slots; None: what is available now
     residency: str = "auto"
-    policy: str = "lru"
+    policy: str = "s3fifo"  # docs/cache-policies.md
     reader: str = "auto"
     queue_depth: int = 0  # reads in flight; 0: what `bench io` found for this disk, else 16
     split_bytes: int = 0  # larger reads are cut into pieces of this; 0 likewise, else 256 KiB

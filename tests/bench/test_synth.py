@@ -55,7 +55,7 @@ def test_a_synthetic_model_runs_and_stays_alive(tmp_path: Path, policy: BitPolic
         logits = llm.model(rng.integers(0, 2048, 300), llm.session().cache, all_logits=True, prompt=True)
         # Neither dead nor exploding, and other tokens give other logits.
         assert 0.3 < logits.std() < 30 and np.corrcoef(logits[10], logits[200])[0, 1] < 0.9
-        assert llm.generate is not None and len(list(llm.generate("Hello", max_tokens=4))) >= 1
+        assert llm.generate is not None and len(list(llm.generate("a", max_tokens=4))) >= 1
 
 
 @pytest.mark.parametrize(("routing", "low", "high"), [("uniform", 0.6, 1.0), ("zipf", 0.1, 0.5)])
@@ -89,7 +89,7 @@ def test_a_recorded_trace_is_followed(tmp_path: Path) -> None:
     row = bench_decode(tmp_path / "m", (0.5,), (16,), tokens=20)[0]
     assert row["hit_rate"] == 1.0
     for bad, message in (
-        (np.zeros((3, 4, 2)), "different ones"), (np.zeros((3, 4)), r"experts is \(tokens"), (np.full((3, 4, 2), 99), "0 to 15"),
+        (np.zeros((3, 4, 2)), "different ones"), (np.zeros((3, 4)), r"experts is \(tokens"), (np.tile([98, 99], (3, 4, 1)), "expert 99"),
     ):  # fmt: skip
         np.savez(tmp_path / "bad.npz", experts=bad)
         with pytest.raises(UsageError, match=message):

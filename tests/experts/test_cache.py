@@ -48,7 +48,7 @@ def expected(pack_folder: Path) -> np.ndarray:
 
 
 PLACEMENTS = [
-    *({"residency": "slots", "experts": n, "reader": r, "threads": t, "policy": p} for n in (3, 20, 200) for r in ("uring", "pread") for t in (1, 2, 4) for p in ("lru", "lfu")),
+    *({"residency": "slots", "experts": n, "reader": r, "threads": t, "policy": p} for n in (3, 20, 200) for r in ("uring", "pread") for t in (1, 2, 4) for p in ("lru", "lfu", "s3fifo")),
     *({"residency": "os", "experts": 20, "reader": r, "threads": t} for r in ("uring", "pread") for t in (1, 2, 4)),
     *({"residency": k, "experts": n, "prefetch": p, "eager": True, "reader": r} for k in ("slots", "os") for n in (12, 40) for p in (1, 6) for r in ("uring", "pread")),
 ]  # fmt: skip

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertstream.experts.policy import LFU, LRU, Policy, make_policy
+from expertstream.config import POLICIES
+from expertstream.experts.policy import LFU, LRU, S3FIFO, Policy, make_policy
 
 
-@pytest.mark.parametrize("name", ["lru", "lfu"])
+@pytest.mark.parametrize("name", POLICIES)
 @given(uses=st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=3), max_size=60), capacity=st.integers(3, 8))
 def test_a_policy_forgets_what_it_evicts_and_never_what_is_in_use(
     name: str, uses: list[set[int]], capacity: int
@@ -54,4 +55,26 @@ def test_lfu_evicts_the_rarest_and_ages() -> None:
     policy.insert(3)
     for _ in range(4):
         policy.touch([3])
+    assert policy.evict(set()) == 1
+
+
+def test_s3fifo_lets_into_the_main_queue_what_comes_back() -> None:
+    policy = S3FIFO()
+    for expert in range(4):
+        policy.insert(expert)
+    policy.touch([0])
+    assert policy.evict(set()) == 1  # 0 was used while it waited: it is in the main queue now
+    policy.insert(1)  # and is remembered: it goes to the main queue at once
+    assert [policy.evict(set()) for _ in range(4)] == [2, 3, 0, 1]
+
+
+def test_s3fifo_spares_what_was_used() -> None:
+    policy = S3FIFO()
+    for expert in (1, 2):
+        policy.insert(expert)
+        policy.touch([expert])
+    assert policy.evict({1}) == 2  # both passed into the main queue; what is in use stays
+    policy.touch([1, 1])
+    policy.insert(3)
+    assert policy.evict(set()) == 3
     assert policy.evict(set()) == 1

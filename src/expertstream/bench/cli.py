@@ -1,4 +1,4 @@
-"""The commands of the instruments: synth, bench, plan, report."""
+"""The commands of the instruments: synth, bench, plan, report; trace has a file of its own."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 
 from ..config import EngineConfig, format_bytes, parse_bytes
 from ..errors import UsageError
+from .trace_cli import add_trace
 
 __all__ = ["add_commands"]
 
 
 def add_commands(commands: Any, formatter: Any, epilog: str) -> None:
-    """Adds synth, bench, plan and report to the command line's subcommands."""
+    """Adds synth, bench, plan, report and trace to the command line's subcommands."""
     style = {"formatter_class": formatter, "epilog": epilog}
     _add_synth(commands, style)
     _add_bench(commands, style)
     _add_plan(commands, style)
     _add_report(commands, style)
+    add_trace(commands, style)
 
 
 def _bits(parser: argparse.ArgumentParser) -> None:
@@ -118,24 +120,27 @@ def _synth(options: argparse.Namespace) -> int:
 def _add_bench(commands: Any, style: dict[str, Any]) -> None:
     bench = commands.add_parser(
         "bench",
-        usage="expertstream bench io|mem|kernels|decode|prefill [OPTIONS] [PATH]",
+        usage="expertstream bench io|mem|kernels|decode|prefill|cache [OPTIONS] [PATH]",
         help="measure this machine, and the engine on it",
         description=(
             "io PATH        the disk at the engine's own pattern of reads; the best setting is kept for later runs\n"
             "mem            memory bandwidth by number of threads\n"
             "kernels        every instruction set, format and shape against its roofline, and against plain C++\n"
             "decode MODEL   tokens a second by memory budget and context, cold and warm, beside the limits\n"
-            "prefill MODEL  the same for prompts"
+            "prefill MODEL  the same for prompts\n"
+            "cache TRACE    hit rates of every cache policy on a routing trace (see `expertstream trace`), and of the optimum"
         ),
         **style,
     )
     bench.add_argument(
         "what",
-        choices=("io", "mem", "kernels", "decode", "prefill"),
+        choices=("io", "mem", "kernels", "decode", "prefill", "cache"),
         metavar="WHAT",
-        help="io, mem, kernels, decode or prefill",
+        help="io, mem, kernels, decode, prefill or cache",
     )
-    bench.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a checkpoint folder; for io any folder")
+    bench.add_argument(
+        "path", nargs="?", type=Path, metavar="PATH", help="a checkpoint folder; for io any folder; for cache a trace"
+    )
     bench.add_argument("--threads", type=int, metavar="N", help="threads that compute (as many as the processor has)")
     bench.add_argument(
         "--budgets",
@@ -172,17 +177,22 @@ def _bench(options: argparse.Namespace) -> int:
     for file in (options.json, options.csv):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise UsageError(f"{file}: {'is a folder' if file.is_dir() else 'no such folder'}")
-    if options.what in ("io", "decode", "prefill"):
+    paths = {
+        "io": "a folder",
+        "decode": "a checkpoint folder",
+        "prefill": "a checkpoint folder",
+        "cache": "a routing trace",
+    }
+    if options.what in paths:
         if options.path is None:
-            raise UsageError(
-                f"give a {'folder' if options.what == 'io' else 'checkpoint folder'}: expertstream bench {options.what} PATH"
-            )
+            raise UsageError(f"give {paths[options.what]}: expertstream bench {options.what} PATH")
         if not options.path.exists():
             raise UsageError(f"{options.path}: no such file or folder")
     elif options.path is not None:
         raise UsageError(f"bench {options.what} takes no path, but {options.path} was given")
     rows: list[dict[str, Any]] = {
-        "io": _bench_io, "mem": _bench_mem, "kernels": _bench_kernels, "decode": _bench_decode, "prefill": _bench_prefill
+        "io": _bench_io, "mem": _bench_mem, "kernels": _bench_kernels, "decode": _bench_decode, "prefill": _bench_prefill,
+        "cache": _bench_cache,
     }[options.what](options, threads)  # fmt: skip
     if options.json is not None:
         options.json.write_text(json.dumps({"bench": options.what, "rows": rows}, indent=1))
@@ -290,6 +300,26 @@ def _bench_prefill(options: argparse.Namespace, threads: int) -> list[dict[str, 
         lambda row: print(describe_prefill(row), flush=True),
         _say_skipped,
     )
+
+
+def _bench_cache(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
+    from ..config import POLICIES
+    from .traces import BELADY, SHARES, hit_rate, load_trace
+
+    trace = load_trace(options.path)
+    tokens, layers, top_k = trace.experts.shape
+    print(f"{options.path}: {tokens:,} tokens, {layers} layers, {top_k} of {trace.num_experts} experts")
+    names = (*POLICIES, BELADY)
+    print(f"{'experts that fit':>16} {'slots a layer':>13} " + " ".join(f"{name:>7}" for name in names))
+    rows = []
+    for share in SHARES:
+        slots = round(share * trace.num_experts)
+        if slots < 1:
+            continue
+        rates = {name: hit_rate(trace, name, slots) for name in names}
+        rows.append({"trace": options.path.stem, "share": share, "slots": slots, **rates})
+        print(f"{share:16.1%} {slots:13} " + " ".join(f"{rates[name]:7.1%}" for name in names), flush=True)
+    return rows
 
 
 def _add_plan(commands: Any, style: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Set
 from typing import Protocol
 
-__all__ = ["LFU", "LRU", "Policy", "make_policy"]
+__all__ = ["LFU", "LRU", "S3FIFO", "Policy", "make_policy"]
 
 
 class Policy(Protocol):
@@ -80,6 +80,59 @@ class LFU:
         return victim
 
 
+class S3FIFO:
+    """Three queues (Yang et al., FIFO Queues are All You Need for Cache Eviction, 2023): what is new waits in a small one, a tenth of
+    all, and gets into the main one only if it is used again; what leaves the small one unused is remembered for a while, and
+    goes to the main one if it comes back."""
+
+    def __init__(self) -> None:
+        self._small: OrderedDict[int, None] = OrderedDict()
+        self._main: OrderedDict[int, None] = OrderedDict()
+        self._ghosts: OrderedDict[int, None] = OrderedDict()
+        self._uses: dict[int, int] = {}  # of residents since they came or were last spared, at most 3
+
+    def touch(self, experts: Iterable[int]) -> None:
+        for expert in experts:
+            self._uses[expert] = min(3, self._uses[expert] + 1)
+
+    def insert(self, expert: int) -> None:
+        queue = self._main if expert in self._ghosts else self._small
+        self._ghosts.pop(expert, None)
+        queue[expert] = None
+        self._uses[expert] = 0
+
+    def evict(self, keep: Set[int]) -> int | None:
+        total = len(self._small) + len(self._main)
+        for queue in (self._small, self._main) if 10 * len(self._small) >= total else (self._main, self._small):
+            victim = self._from(queue, keep)
+            if victim is not None:
+                del self._uses[victim]
+                while len(self._ghosts) > len(self._main):
+                    self._ghosts.popitem(last=False)
+                return victim
+        return None
+
+    def _from(self, queue: OrderedDict[int, None], keep: Set[int]) -> int | None:
+        """The first of the queue that may go; those before it that were used are spared."""
+        for expert in list(queue) * 4:  # a use spares once, and no more than 3 are counted
+            if expert in keep or expert not in queue:
+                continue
+            if queue is self._small:
+                del queue[expert]
+                if self._uses[expert] == 0:
+                    self._ghosts[expert] = None
+                    return expert
+                self._main[expert], self._uses[expert] = None, 0
+            elif self._uses[expert] == 0:
+                del queue[expert]
+                return expert
+            else:
+                queue.move_to_end(expert)
+                self._uses[expert] -= 1
+        return None
+
+
 def make_policy(name: str) -> Policy:
-    """ "lru" or "lfu"."""
-    return LRU() if name == "lru" else LFU()
+    """ "lru", "lfu" or "s3fifo"."""
+    policies: dict[str, type[Policy]] = {"lru": LRU, "lfu": LFU, "s3fifo": S3FIFO}
+    return policies[name]()

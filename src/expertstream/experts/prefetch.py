@@ -1,7 +1,7 @@
 """Which experts of the next layer to read before its router has spoken. Advisory: a wrong guess costs a read, never a value.
 
 The next layer's router, asked about this layer's hidden state, names many of the experts that it will name in earnest. How many, is
-measured for each rank of its list, always, whether or not anything is read on its word: a rank is followed while it has been right
+measured for each rank of its list, whether or not anything is read on its word: a rank is followed while it has been right
 more often than not, since then its reads, done while the disk would be idle, take more from the wait than wrong ones add.
 """
 

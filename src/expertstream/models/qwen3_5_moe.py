@@ -325,7 +325,7 @@ class SparseMoeBlock:
             pair_start, ids = np.concatenate([[0], np.cumsum(counts)]), distinct.tolist()
         # The reads of all missing experts are under way before anything is computed.
         with self.experts.fetch(self.layer, ids) as fetch:
-            if self.look_ahead is not None and x.shape[0] == 1:
+            if self.look_ahead is not None and x.shape[0] == 1 and self.experts.prefetcher.most:
                 self.look_ahead(h)
             acc = ops.shared_expert(x, *self.shared_expert)
             # In order, each part is summed at once; else outputs wait until all are there.

@@ -45,7 +45,9 @@ class CpuOps:
             self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
             raise UsageError(f"{threads} threads cannot be started: {error}") from None
-        self._formats: dict[int, tuple[ExpertFormat, list[Any]]] = {}  # by identity: hashing one costs as much as a call
+        self._formats: dict[
+            int, tuple[ExpertFormat, list[Any]]
+        ] = {}  # by identity: hashing one costs as much as a call
 
     def bind(self, weight: Weight) -> Weight:
         m = weight.format

@@ -1,0 +1,181 @@
+"""Routing traces: which experts a model chose, token after token. Recorded from a run, read from a file, replayed through policies.
+
+A trace is an .npz: `experts` (tokens, layers, top_k), unsigned, ascending in each row; `starts`, the positions at which a text
+begins; `num_experts`. What it is for: how often would a cache of some size have had the expert that is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine import LLM
+from ..errors import UsageError
+from ..experts.policy import Policy, make_policy
+from ..ops import F32, I64, Ops, Weight
+
+__all__ = ["BELADY", "SHARES", "Trace", "hit_rate", "load_trace", "record", "save_trace"]
+
+BELADY = "belady"
+SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of a layer's experts
+
+
+@dataclass(frozen=True)
+class Trace:
+    """experts (tokens, layers, top_k), ascending and distinct in each row; starts: where texts begin."""
+
+    experts: I64
+    starts: I64
+    num_experts: int
+
+
+def load_trace(path: Path) -> Trace:
+    """An .npz as above, or JSON lines {"tok": …, "layers": [[expert, …], …]}, a token each. Raises UsageError."""
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line)["layers"] for line in path.read_text().splitlines()]
+            experts, starts, count = np.array(rows, np.int64), np.zeros(1, np.int64), None
+        else:
+            with np.load(path) as data:
+                experts = data["experts"].astype(np.int64)
+                starts = data["starts"].astype(np.int64) if "starts" in data else np.zeros(1, np.int64)
+                count = int(data["num_experts"]) if "num_experts" in data else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UsageError(f"{path}: not a routing trace (an .npz with the array experts): {error}") from None
+    if experts.ndim != 3 or not experts.size:
+        raise UsageError(f"{path}: experts is (tokens, layers, top-k), not {experts.shape}")
+    experts = np.sort(experts, -1)
+    # What only has what was chosen says little of what was not: models' numbers of experts are multiples of 8.
+    count = count or -(-(int(experts.max()) + 1) // 8) * 8
+    if experts.min() < 0 or experts.max() >= count or (experts[..., 1:] == experts[..., :-1]).any():
+        raise UsageError(f"{path}: experts are different ones of 0 to {count - 1} in each row")
+    if (
+        starts.ndim != 1
+        or not starts.size
+        or starts[0] != 0
+        or (np.diff(starts) <= 0).any()
+        or starts[-1] >= len(experts)
+    ):
+        raise UsageError(f"{path}: starts begins with 0 and ascends to less than {len(experts)}")
+    return Trace(experts, starts, count)
+
+
+def save_trace(path: Path, trace: Trace) -> None:
+    """Raises UsageError."""
+    kind = np.uint8 if trace.num_experts <= 256 else np.uint16
+    try:
+        with path.open("wb") as file:
+            np.savez_compressed(
+                file, experts=trace.experts.astype(kind), starts=trace.starts, num_experts=np.int64(trace.num_experts)
+            )
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+class _Recorder:
+    """Use `LLM(..., instrument=recorder.instrument)`; every text goes through one at a time."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, int] = {}  # a router's weight → its layer, in the order in which they first speak
+        self._chosen: list[list[I64]] = []  # by layer
+        self._starts: list[int] = []
+        self._inner: Any = None
+
+    def instrument(self, ops: Ops) -> Ops:
+        self._inner = ops
+        recorder: Any = self
+        return recorder  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def begin_text(self) -> None:
+        self._starts.append(sum(map(len, self._chosen[0])) if self._chosen else 0)
+
+    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
+        weights, selected = self._inner.route(x, weight, top_k)
+        layer = self._layers.setdefault(id(weight), len(self._layers))
+        if layer == len(self._chosen):
+            self._chosen.append([])
+        self._chosen[layer].append(selected)
+        return weights, selected
+
+    def trace(self, num_experts: int) -> Trace:
+        experts = np.stack([np.concatenate(chosen) for chosen in self._chosen], 1)
+        return Trace(experts, np.array(self._starts, np.int64), num_experts)
+
+
+def record(path: Path, prompts: Sequence[str], chat: bool, max_tokens: int, seed: int, memory: int | None) -> Trace:
+    """The routing of prompts and their continuations. Reading ahead is off: it asks routers about what does not come to pass."""
+    recorder = _Recorder()
+    options: dict[str, Any] = {"instrument": recorder.instrument, "prefetch": 0}
+    if memory:
+        options["memory_bytes"] = memory
+    with LLM(path, **options) as llm:
+        for i, prompt in enumerate(prompts):
+            recorder.begin_text()
+            given: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed + i}
+            answer = llm.chat([{"role": "user", "content": prompt}], **given) if chat else llm.generate(prompt, **given)
+            for _ in answer:
+                pass
+        return recorder.trace(llm.model_config.num_experts)
+
+
+def hit_rate(trace: Trace, policy: str, capacity: int) -> float:
+    """Of all experts that the trace asks for, the part that a cache with `capacity` slots a layer would have had. Misses of the
+    empty cache count. As in the engine: an expert that finds no slot is used and not kept."""
+    replay: Callable[[I64, int], int] = (
+        _belady if policy == BELADY else lambda uses, c: _replay(uses, make_policy(policy), c)
+    )
+    hits = sum(replay(trace.experts[:, layer], capacity) for layer in range(trace.experts.shape[1]))
+    return hits / trace.experts.size
+
+
+def _replay(uses: I64, policy: Policy, capacity: int) -> int:
+    resident: set[int] = set()
+    hits = 0
+    for row in uses.tolist():
+        wanted, arrived = set(row), list[int]()
+        for expert in row:
+            if expert in resident:
+                policy.touch([expert])
+                hits += 1
+            elif len(resident) + len(arrived) < capacity:
+                arrived.append(expert)
+            else:
+                victim = policy.evict(wanted)
+                if victim is not None:
+                    resident.remove(victim)
+                    arrived.append(expert)
+        for expert in arrived:
+            policy.insert(expert)
+            resident.add(expert)
+    return hits
+
+
+def _next_uses(uses: I64) -> Iterator[list[int]]:
+    """For each row, when each of its experts is used again; the number of rows if never."""
+    ahead: list[list[int]] = []
+    at: dict[int, int] = {}
+    for i in range(len(uses) - 1, -1, -1):
+        row = uses[i].tolist()
+        ahead.append([at.get(expert, len(uses)) for expert in row])
+        at.update((expert, i) for expert in row)
+    return reversed(ahead)
+
+
+def _belady(uses: I64, capacity: int) -> int:
+    """The optimum (Belady, 1966), with the right not to keep: what is used again latest is what is not there."""
+    following: dict[int, int] = {}  # resident expert → its next use
+    hits = 0
+    for row, ahead in zip(uses.tolist(), _next_uses(uses), strict=True):
+        hits += sum(expert in following for expert in row)
+        following.update(zip(row, ahead, strict=True))
+        for _ in range(len(following) - capacity):
+            del following[max(following, key=following.__getitem__)]
+    return hits
