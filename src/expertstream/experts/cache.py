@@ -23,7 +23,7 @@ from ..ops import I64, ExpertBlock, ExpertFormat
 from .policy import make_policy
 from .prefetch import Prefetcher
 from .stats import ExpertStats
-from .store import ExpertStore, plan_read
+from .store import ExpertStore
 
 __all__ = ["ExpertCache", "Fetch", "Part"]
 
@@ -271,11 +271,10 @@ class ExpertCache:
         """Issues every read of these experts at once."""
         if not loads:
             return
-        self.store.check_unchanged(layer)
         requests, dests = [], []
         for load in loads:
             base = load.slot * self.store.slot_bytes
-            plan = plan_read(self.store.layouts[layer], load.expert)
+            plan = self.store.plan(layer, load.expert)
             self._offsets[load.slot] = plan.pieces
             self._offsets[load.slot] += base
             for read in plan.reads:
@@ -399,7 +398,7 @@ class Fetch:
 
     def _issue(self) -> None:
         """Looks up the next experts and starts the reads of those that are missing, as far as there are slots."""
-        keep, loads = set(self.experts), []
+        keep, loads, missing = set(self.experts), [], False
         while self._issued < len(self.experts):
             position, expert = self._issued, self.experts[self._issued]
             slot = self.cache.lookup(self.layer, expert)
@@ -410,6 +409,9 @@ class Fetch:
                 taken = self.cache.take_slot(self.layer, keep, evict=not self.ordered)
                 if taken is None:
                     break
+                if not missing:  # also where all were read ahead: a guess does not look at the file
+                    self.cache.store.check_unchanged(self.layer)
+                    missing = True
                 load = self.cache.claim(self.layer, expert, position, *taken)
                 if load is None:
                     load = _Load(self.layer, position, expert, *taken, pending=1)

@@ -72,6 +72,7 @@ class ExpertStore:
         self.layouts = layouts
         self.slot_bytes = max(slot_bytes(layout) for layout in layouts)
         self._files: dict[Path, OpenFile] = {}
+        self._plans: list[dict[int, ReadPlan]] = [{} for _ in layouts]
         try:
             for layout in layouts:
                 for path in layout.files:
@@ -88,6 +89,13 @@ class ExpertStore:
 
     def file(self, layer: int, index: int) -> OpenFile:
         return self._files[self.layouts[layer].files[index]]
+
+    def plan(self, layer: int, expert: int) -> ReadPlan:
+        """plan_read(), made once for each expert."""
+        plan = self._plans[layer].get(expert)
+        if plan is None:
+            plan = self._plans[layer][expert] = plan_read(self.layouts[layer], expert)
+        return plan
 
     def check_unchanged(self, layer: int) -> None:
         """Raises ReadError if a file of this layer was replaced, overwritten or removed since it was opened."""
