@@ -338,7 +338,8 @@ def _fact(r: R) -> tuple[str, str]:
 
 def _memory(r: R) -> Turns:
     """Something is said, and asked for later."""
-    name, color, number = r.choice(NAMES), r.choice(COLORS), r.randint(2, 90)
+    name = r.choice(NAMES) if r.random() < 0.5 else "".join(r.choice("bdfgklmnprst") + r.choice("aeio") for _ in range(3)).capitalize()
+    color, number = r.choice(COLORS), r.randint(2, 90)
     word = r.choice(senses()[:3000]).word
     said = r.choice([
         (f"My name is {name}.", f"Nice to meet you, {name}!", "What is my name?", f"Your name is {name}."),
@@ -354,13 +355,24 @@ def _memory(r: R) -> Turns:
     return [(said[0], said[1]), *between, (said[2], said[3])]
 
 
+def _copy(r: R) -> tuple[str, str]:
+    """Something to say again, which a name that it has not seen needs."""
+    letters = "".join(r.choice("bcdfghjklmnprstvw") + r.choice("aeiou") for _ in range(r.randint(2, 4)))
+    word = r.choice([letters, letters.capitalize(), r.choice(senses()[:6000]).word, f"{letters} {r.randint(1, 999)}"])
+    return r.choice([
+        (f"Say {word}.", f"{word}"), (f"Repeat after me: {word}", f"{word}"), (f'Write "{word}" twice.', f"{word} {word}"),
+        (f"My friend is called {word.capitalize()}.", f"{word.capitalize()} is a nice name!"), (f"Spell {word}.", "-".join(word)),
+        (f"I live in {word.capitalize()}.", f"I hope that it is nice in {word.capitalize()}."), (f"Hello, I am {word.capitalize()}!", f"Hello, {word.capitalize()}! Nice to meet you."),
+    ])  # fmt: skip
+
+
 def _chat(r: R) -> tuple[str, str]:
     asked, answers = r.choice(CHAT)
     return r.choice(asked), r.choice(answers)
 
 
 def _single(r: R) -> tuple[str, str]:
-    kind = r.choices([_fact, _sum, _country, _animal, _opposite, _order, _word, _chat], [5, 4, 3, 2, 2, 2, 5, 5])[0]
+    kind = r.choices([_fact, _sum, _country, _animal, _opposite, _order, _word, _chat, _copy], [5, 4, 3, 2, 2, 2, 5, 5, 3])[0]
     return kind(r)
 
 

@@ -1,7 +1,8 @@
 """Conversations with function calls, made from templates: functions, schemas, requests and answers, all varied.
 
-A function is a verb and a thing ("book_table"), with one to four parameters. Half of the things, and some parameters, are
-WordNet nouns, so that a call can only be written by reading the schema and copying from the request. `evaluate.py` has
+A function is a verb and a thing ("book_table"), with up to four parameters. Most things and names of parameters are made of WordNet
+nouns, and many values are words that nobody has heard, so that a call can only be written by reading the schema and copying from
+the request. `evaluate.py` has
 functions and wordings of its own that are not made here.
 """
 
@@ -45,6 +46,21 @@ def _email(r: R) -> str:
     return f"{r.choice(NAMES).lower()}{r.choice(['', '.', '_'])}{r.choice(nouns())}@{r.choice(nouns())}.{r.choice(['com', 'org', 'net', 'io'])}"
 
 
+def _made_up(r: R) -> str:
+    """A name that nobody has heard, to be copied letter by letter."""
+    syllables = ("".join((r.choice("bcdfghjklmnprstvwz"), r.choice("aeiou"), r.choice(["", "", "n", "r", "s", "l", "k"]))) for _ in range(r.randint(2, 4)))
+    return "".join(syllables).capitalize()
+
+
+def _or_made_up(known: list[str], r: R) -> str:
+    return r.choice(known) if r.random() < 0.6 else _made_up(r)
+
+
+def _title(r: R) -> str:
+    words = [r.choice(nouns()).capitalize() if r.random() < 0.7 else _made_up(r) for _ in range(r.randint(1, 3))]
+    return r.choice(["", "", "The "]) + " ".join(words)
+
+
 def _words(r: R) -> str:
     return " ".join(r.choices(nouns(), k=r.randint(1, 3)))
 
@@ -74,15 +90,18 @@ def _price(r: R) -> float:
 
 
 KINDS = [
-    Kind(("city", "location", "place", "town", "destination", "origin"), "string", ("The city", "Name of the city", "City to use", "Where"), lambda r: r.choice(CITIES), ("in {}", "for {}", "near {}", "in the city of {}")),
-    Kind(("country", "region", "nation"), "string", ("The country", "Country name"), lambda r: r.choice(COUNTRIES), ("in {}", "for {}", "from {}")),
-    Kind(("name", "person", "user", "contact", "recipient", "guest", "owner", "author"), "string", ("Name of the person", "Who", "The person's name"), lambda r: r.choice(NAMES), ("for {}", "with {}", "under the name {}")),
+    Kind(("city", "location", "place", "town", "destination", "origin"), "string", ("The city", "Name of the city", "City to use", "Where"), partial(_or_made_up, CITIES), ("in {}", "for {}", "near {}", "in the city of {}")),
+    Kind(("country", "region", "nation"), "string", ("The country", "Country name"), partial(_or_made_up, COUNTRIES), ("in {}", "for {}", "from {}")),
+    Kind(("name", "person", "user", "contact", "recipient", "guest", "owner", "author"), "string", ("Name of the person", "Who", "The person's name"), partial(_or_made_up, NAMES), ("for {}", "with {}", "under the name {}")),
     Kind(("date", "day", "start_date", "deadline", "due_date"), "string", ("Date as YYYY-MM-DD", "The day, YYYY-MM-DD", "When, as YYYY-MM-DD"), _date, ("on {}", "for {}", "by {}")),
     Kind(("time", "start_time", "hour"), "string", ("Time as HH:MM", "Time of day, 24 hours"), lambda r: f"{r.randint(0, 23):02}:{r.choice(['00', '15', '30', '45'])}", ("at {}", "for {}")),
     Kind(("email", "to", "address"), "string", ("Email address", "Address to send to"), _email, ("to {}", "with the email {}", "for {}")),
     Kind(("id", "order_id", "code", "reference", "ticket_id", "account"), "string", ("The id", "Reference code", "Number of the order"), _code, ("with id {}", "with the code {}", "number {}", "for {}")),
     Kind(("query", "keyword", "topic", "term", "subject", "search"), "string", ("What to look for", "Search words", "The topic"), _words, ("about {}", "on {}", "for {}", 'for "{}"')),
     Kind(("message", "text", "note", "body", "content", "comment", "title"), "string", ("The text", "Text to use", "What it says"), _sentence, ('saying "{}"', 'with the text "{}"', "that says: {}", 'with the words "{}"')),
+    Kind(("title", "show", "song", "restaurant", "company", "brand", "event"), "string", ("The title", "What it is called", "Its name"), _title, ("called {}", "named {}", "with the title {}", 'called "{}"')),
+    Kind(("phone", "number", "phone_number", "mobile"), "string", ("Phone number", "Number to call"), lambda r: f"{r.randint(100, 999)}-{r.randint(1000, 9999)}", ("on {}", "at {}", "with the number {}")),
+    Kind(("room", "device", "object", "item", "place", "part"), "string", ("Which one", "The thing to use", "What it is about"), lambda r: r.choice(nouns()), ("in the {}", "for the {}", "of the {}", "on the {}")),
     Kind(("file", "path", "filename"), "string", ("Path of the file", "File to use"), _file, ("in {}", "from {}", "called {}", "at {}")),
     Kind(("language", "target_language", "lang"), "string", ("The language", "Language to use"), lambda r: r.choice("English French Spanish German Italian Polish Greek Japanese Chinese Arabic Hindi Turkish Dutch".split()), ("in {}", "into {}", "to {}")),
     Kind(("color", "colour", "shade"), "string", ("The color", "Color to use"), lambda r: r.choice(COLORS), ("in {}", "with the color {}", "that is {}")),
@@ -113,6 +132,19 @@ ACTIONS = [
     ("convert calculate compute translate count measure estimate".split(), ("convert", "work out", "calculate", "compute", "I need to know", "how much is"), ("Convert", "Calculate", "Compute")),
     ("play start open run turn_on launch".split(), ("play", "start", "open", "run", "turn on", "launch"), ("Start", "Play", "Open", "Run")),
 ]  # fmt: skip
+# What people say who do not speak like a schema, by the group above; {t} the thing, {m} the details.
+FRAMES = (
+    ("What is the {t}{m}?", "Is there a {t}{m}?", "Any {t}{m}?", "How is the {t}{m}?", "I want to know the {t}{m}.", "Do you know the {t}{m}?", "Where is my {t}{m}?", "Can I see the {t}{m}?", "Tell me about the {t}{m}.", "Which {t} is there{m}?", "News of the {t}{m}?", "What about the {t}{m}?"),
+    ("I want a {t}{m}.", "We need a new {t}{m}.", "Put a {t}{m}.", "Let there be a {t}{m}.", "Note a {t}{m}.", "There is a {t}{m}, keep it."),
+    ("We would like a {t}{m}.", "Get us a {t}{m}.", "I need a {t}{m}.", "I will take a {t}{m}.", "Can I have a {t}{m}?", "A {t}{m}, if you can."),
+    ("The {t} should be{m}.", "Make the {t}{m}.", "I want the {t}{m}.", "Put the {t}{m}.", "From now on the {t} is{m}.", "I would like the {t}{m}."),
+    ("The {t}{m} can go.", "Throw away the {t}{m}.", "I do not want the {t}{m} any more.", "Take the {t}{m} away.", "No {t}{m} any more."),
+    ("Let them have the {t}{m}.", "Pass the {t} on{m}.", "They should get the {t}{m}.", "Tell them the {t}{m}.", "The {t} must go out{m}."),
+    ("How much is the {t}{m}?", "How many {t}{m}?", "What does the {t}{m} come to?", "What would the {t} be{m}?", "What is the {t}{m} in numbers?"),
+    ("Let us have the {t}{m}.", "I feel like the {t}{m}.", "Go ahead with the {t}{m}.", "Time for the {t}{m}.", "On with the {t}{m}."),
+)  # fmt: skip
+# Where one function is offered, a request may not name it at all.
+BARE = ("Please do it{m}.", "Go ahead{m}.", "I need this{m}.", "Can you help{m}?", "Do what you can{m}.", "It is needed{m}.", "Same as always{m}.")  # fmt: skip
 THINGS = (
     "weather forecast flight hotel recipe reminder alarm playlist song email invoice ticket meeting event task order parcel"
     " report photo video restaurant table taxi train bus route map contact calendar timer light door window heater fan"
@@ -158,6 +190,7 @@ class Function(NamedTuple):
     name: str
     thing: str
     verbs: tuple[str, ...]
+    frames: tuple[str, ...]
     parameters: list[Parameter]
     description: str
 
@@ -169,64 +202,72 @@ class Function(NamedTuple):
         return {"type": "function", "function": function}
 
 
-def _parameter(r: R, taken: set[str], required: bool) -> Parameter:
-    generic = (
-        "{n} {}",
-        "with {n} {}",
-        "and the {n} is {}",
-        "use {} as the {n}",
-        "with the {n} set to {}",
-        "{n}: {}",
-        "where {n} is {}",
-    )
+GENERIC = ("{n} {}", "with {n} {}", "and the {n} is {}", "use {} as the {n}", "with the {n} set to {}", "{n}: {}", "where {n} is {}")
+PREFIXES = "new old first last main max min from to home target source start end".split()
+
+
+def _name(r: R, usual: str) -> str:
+    """A name for a parameter: the usual one in a third of all cases, so that names have to be read."""
+    what = r.random()
+    if what < 0.3:
+        return usual
+    if what < 0.5:
+        return f"{r.choice(PREFIXES)}_{usual}"
+    word = r.choice(nouns())
+    return word if what > 0.75 else r.choice([f"{word}_{usual}", f"{usual}_{word}"])
+
+
+def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parameter:
+    """taken: names that the function has; kinds: those that a request may mention without naming them, each only once, since who
+    reads "in Paris, in Rome" could not say which is which."""
     while True:
         what = r.random()
         if what < 0.15:  # one of a few values
             names, *sets = r.choice(CHOICES)
-            values = list(r.choice(sets))
-            name, schema = r.choice(names), {"type": "string", "enum": values}
-            value, phrases = partial(_pick, values), (*generic, "in {}", "{}", "as {}")
+            values = list(r.choice(sets)) if r.random() < 0.6 else r.sample(nouns(), r.randint(2, 4))
+            name, schema = _name(r, r.choice(names)), {"type": "string", "enum": values}
+            key, value, phrases = values[0], partial(_pick, values), (*GENERIC[:3], "in {}", "{}", "as {}")
         elif what < 0.22:
             name = r.choice(["include_", "use_", "is_", "with_", ""]) + r.choice(nouns(800))
             schema = {"type": "boolean", "description": f"Whether to use the {name.split('_')[-1]}"}
-            value = lambda r: r.random() < 0.6  # noqa: E731
-            phrases = ()
-        elif what < 0.45:  # a name that says nothing of its kind
-            kind = r.choice(KINDS)
-            name = r.choice(nouns())
-            schema = {
-                "type": kind.type,
-                "description": r.choice([f"The {name}", f"{name.capitalize()} to use", f"Which {name}"]),
-            }
-            value, phrases = kind.value, generic
+            key, value, phrases = name, (lambda r: r.random() < 0.6), ()
         else:
             kind = r.choice(KINDS)
-            name = r.choice(kind.names)
-            schema = {"type": kind.type, "description": r.choice(kind.descriptions)}
-            value, phrases = kind.value, (kind.phrases if r.random() < 0.75 else generic)
-        if name not in taken and name:
+            usual = r.choice(kind.names)
+            name, key, value, phrases = _name(r, usual), kind.names[0], kind.value, kind.phrases
+            words = name.replace("_", " ")
+            schema = {"type": kind.type, "description": r.choice([*kind.descriptions, f"The {words}", f"{words.capitalize()} to use"])}
+            if r.random() < 0.3 or words in schema["description"].lower():
+                phrases = GENERIC
+        if name not in taken:
             break
+    if key in kinds:
+        phrases = GENERIC
     if schema["type"] == "array":
         schema["items"] = {"type": "string"}
+    if "description" not in schema and r.random() < 0.5:
+        schema = {"type": "string", "description": f"The {name.replace('_', ' ')}", "enum": schema["enum"]}
     taken.add(name)
+    kinds.add(key)
     return Parameter(name, schema, required, value, phrases)
 
 
 def _function(r: R) -> Function:
-    verbs, requests, described = r.choice(ACTIONS)
-    thing = r.choice(THINGS) if r.random() < 0.5 else "_".join(r.sample(nouns(), r.choice([1, 1, 2])))
+    group = r.randrange(len(ACTIONS))
+    verbs, requests, described = ACTIONS[group]
+    thing = r.choice(THINGS) if r.random() < 0.4 else "_".join(r.sample(nouns(), r.choice([1, 1, 2])))
     verb = r.choice(verbs)
     name = r.choice([f"{verb}_{thing}"] * 5 + [f"{thing}_{verb}", thing, f"{thing.split('_')[0]}.{verb}"])
     if r.random() < 0.15:
         first, *rest = name.replace(".", "_").split("_")
         name = first + "".join(word.capitalize() for word in rest)
-    taken: set[str] = set()
+    taken, kinds = set[str](), set[str]()
     count = r.choice([0, 1, 1, 1, 2, 2, 2, 3, 3, 4])
-    parameters = [_parameter(r, taken, i == 0 or r.random() < 0.55) for i in range(count)]
+    parameters = [_parameter(r, taken, kinds, i == 0 or r.random() < 0.55) for i in range(count)]
     text = thing.replace("_", " ")
     description = r.choice(described) + r.choice([" ", " a ", " the "]) + text
     description += r.choice(["", "", ".", " for the user", f" by {parameters[0].name}" if parameters else " now"])
-    return Function(name, text, requests, parameters, description)
+    return Function(name, text, requests, FRAMES[group], parameters, description)
 
 
 def _spoken(value: Any) -> str:
@@ -245,16 +286,22 @@ def _mention(r: R, p: Parameter, value: Any) -> str:
     return r.choice(p.phrases).replace("{n}", name).replace("{}", _spoken(value))
 
 
-def _request(r: R, f: Function, arguments: dict[str, Any]) -> str:
+def _request(r: R, f: Function, arguments: dict[str, Any], alone: bool) -> str:
+    """alone: no other function is offered."""
     mentions = [_mention(r, p, arguments[p.name]) for p in f.parameters if p.name in arguments]
     r.shuffle(mentions)
-    verb = r.choice(f.verbs)
-    text = r.choice(OPENERS) + verb + r.choice([" ", " a ", " the ", " my ", " the "]) + f.thing
-    for i, mention in enumerate(mentions):
-        text += (r.choice([" ", " ", ", "]) if i else " ") + mention
-    if r.random() < 0.12 and mentions:  # the details first
-        text = f"{mentions[0]}, {verb} the {f.thing}" + "".join(f" {m}" for m in mentions[1:])
-    text += r.choice(CLOSERS)
+    details = "".join((r.choice([" ", " ", ", "]) if i else " ") + mention for i, mention in enumerate(mentions))
+    what = r.random()
+    if alone and mentions and what < 0.15:
+        text = r.choice(BARE).replace("{m}", details)
+    elif what < 0.55:
+        text = r.choice(f.frames).replace("{t}", f.thing).replace("{m}", details)
+    else:
+        verb = r.choice(f.verbs)
+        text = r.choice(OPENERS) + verb + r.choice([" ", " a ", " the ", " my ", " the "]) + f.thing + details
+        if r.random() < 0.12 and mentions:  # the details first
+            text = f"{mentions[0]}, {verb} the {f.thing}" + "".join(f" {m}" for m in mentions[1:])
+        text += r.choice(CLOSERS)
     return text[0].upper() + text[1:] if r.random() < 0.8 else text
 
 
@@ -323,7 +370,7 @@ def conversation(r: R) -> Document:
         missing = r.choice(needed)
         given = {k: v for k, v in arguments.items() if k != missing.name}
         name = missing.name.replace("_", " ")
-        messages.append({"role": "user", "content": _request(r, f, given)})
+        messages.append({"role": "user", "content": _request(r, f, given, len(functions) == 1)})
         messages.append(
             {"role": "assistant", "content": r.choice([f"Which {name} should I use?", f"What is the {name}?"])}
         )
@@ -336,7 +383,7 @@ def conversation(r: R) -> Document:
         other[first.name] = first.value(r)
         if other == arguments or not first.phrases:
             other = arguments
-        text = _request(r, f, arguments)
+        text = _request(r, f, arguments, len(functions) == 1)
         calls = [{"name": f.name, "arguments": arguments}]
         if other is not arguments:
             text = text.rstrip(".! ") + r.choice(
@@ -345,7 +392,7 @@ def conversation(r: R) -> Document:
             calls.append({"name": f.name, "arguments": other})
         messages.append({"role": "user", "content": text})
     else:
-        messages.append({"role": "user", "content": _request(r, f, arguments)})
+        messages.append({"role": "user", "content": _request(r, f, arguments, len(functions) == 1)})
         calls = [{"name": f.name, "arguments": arguments}]
     said = {"role": "assistant", "content": "", "tool_calls": calls}
     if r.random() < 0.06:

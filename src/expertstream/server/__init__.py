@@ -1,0 +1,1 @@
+"""Serving: what a model writes as API events. HTTP comes on top."""
