@@ -160,13 +160,13 @@ def main() -> None:
                 "threads": threads, "prompts": [512, 2048] if place == "resident" else [] if slow else [2048],
                 "warm": 2 if slow else 16, "decode": 6 if slow else args.tokens,
             }  # fmt: skip
+            before = limits(paths["ours"], model.slot_bytes, threads)
             for path in paths.values():
                 if path.is_dir():
                     drop_page_cache(path)
                 else:
                     with path.open("rb") as file:
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            before = limits(paths["ours"], model.slot_bytes, threads)
             result = run(kind, mode, paths, python, settings, most, 180 if slow else 600)
             result.pop("logits", None)
             after = limits(paths["ours"], model.slot_bytes, threads)

@@ -75,9 +75,8 @@ class Engine {
   // key_heads).
   void delta_net(bool chunked, float* qkv, const float* z, const float* a, const float* b, const DeltaParams& p,
                  int64_t tokens, float* conv_state, float* state, float* out);
-  // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum; descending, the lower
-  // index first among equals.
-  // The chosen experts in ascending order.
+  // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum, in ascending order of
+  // expert; of equals, the lower indices are chosen.
   void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, float* weights, int64_t* selected);
 
  private:

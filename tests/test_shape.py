@@ -20,9 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others; `errors` and `config` may be imported by all.
 ARROWS = {
-    "cli": {"bench", "engine", "convert", "summary", "checkpoint", "sampling"},
+    "cli": {"bench", "server", "engine", "convert", "summary", "checkpoint", "sampling"},
     "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
-    "server": set(),
+    "server": {"engine", "ops", "sampling"},
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
     "summary": {"models", "experts", "checkpoint", "ops", "machine"},
     "engine": {

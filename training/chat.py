@@ -7,13 +7,11 @@ tool_calls [{"name", "arguments"}], reasoning_content. The category "text" has o
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-__all__ = ["SPECIALS", "SPLIT", "TEMPLATE", "Document", "segments"]
+__all__ = ["SPECIALS", "SPLIT", "Document", "segments"]
 
 Document = dict[str, Any]
-TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 # The family's control tokens, so that its own templates and parsers work with this tokenizer too.
 SPECIALS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",

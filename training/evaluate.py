@@ -164,7 +164,7 @@ def evaluate_questions(llm: LLM) -> dict[str, Any]:
     wrong = []
     for question, accepted in QUESTIONS:
         text = answer(llm, [{"role": "user", "content": question}], temperature=0.0, max_tokens=60)
-        if not any(a.lower() in text.lower() for a in accepted):
+        if not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in accepted):
             wrong.append([question, text])
     return {"questions": len(QUESTIONS), "right": 1 - len(wrong) / len(QUESTIONS), "wrong": wrong}
 

@@ -1,6 +1,6 @@
-"""Text by the teacher, on one CUDA GPU. Run: python -m training.generate TEACHER.gguf OUT [--seconds N] [--part I/N]
+"""Text by the teacher, on one CUDA GPU. Run: python -m training.generate TEACHER.gguf OUT [--seconds N] [--part I]
 
-OUT gets corpus.jsonl.I.xz, one document a line: {"c": category, "m": [[role, text], …]}. One process a GPU; each has its
+OUT gets corpus.jsonl.GI.xz (older text is corpus.jsonl.0.xz and so on), one document a line: {"c": category, "m": [[role, text], …]}. One process a GPU; each has its
 own seed. What is kept has been through `clean`, which `prepare` runs on older text too.
 """
 
@@ -140,16 +140,19 @@ def _without_repeats(text: str) -> str:
 
 
 def main() -> None:
+    import torch
+
     from .teacher import Teacher  # needs a GPU's libraries; `clean` does not
 
     parser = argparse.ArgumentParser()
     parser.add_argument("teacher", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--part", type=int, default=0, help="which GPU, and which seed")
     parser.add_argument("--slots", type=int, default=4096)
     args = parser.parse_args()
-    part = int(args.part.split("/")[0])
+    part = args.part
+    torch.cuda.set_device(part)
     teacher = Teacher(args.teacher, args.slots, length=400, temperature=0.75, min_p=0.1)
     r = R(f"teacher {part}")
     asked: list[tuple[str, str]] = [prompt(r) for _ in range(int(args.seconds * 3000))]
@@ -162,7 +165,7 @@ def main() -> None:
     kept = tokens = written = 0
     answers = teacher.write(prompts, args.seconds, seed=part)
     decoded = teacher.tokenizer.decode_batch([ids for _, ids in answers], skip_special_tokens=True)
-    with lzma.open(args.out / f"corpus.jsonl.{part + 100}.xz", "wt", encoding="utf-8", preset=1) as file:
+    with lzma.open(args.out / f"corpus.jsonl.G{part}.xz", "wt", encoding="utf-8", preset=1) as file:
         for (i, ids), text in zip(answers, decoded, strict=True):
             written, tokens = written + 1, tokens + len(ids)
             category, question = asked[i]

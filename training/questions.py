@@ -338,7 +338,11 @@ def _fact(r: R) -> tuple[str, str]:
 
 def _memory(r: R) -> Turns:
     """Something is said, and asked for later."""
-    name = r.choice(NAMES) if r.random() < 0.5 else "".join(r.choice("bdfgklmnprst") + r.choice("aeio") for _ in range(3)).capitalize()
+    name = (
+        r.choice(NAMES)
+        if r.random() < 0.5
+        else "".join(r.choice("bdfgklmnprst") + r.choice("aeio") for _ in range(3)).capitalize()
+    )
     color, number = r.choice(COLORS), r.randint(2, 90)
     word = r.choice(senses()[:3000]).word
     said = r.choice([
@@ -372,7 +376,9 @@ def _chat(r: R) -> tuple[str, str]:
 
 
 def _single(r: R) -> tuple[str, str]:
-    kind = r.choices([_fact, _sum, _country, _animal, _opposite, _order, _word, _chat, _copy], [5, 4, 3, 2, 2, 2, 5, 5, 3])[0]
+    kind = r.choices(
+        [_fact, _sum, _country, _animal, _opposite, _order, _word, _chat, _copy], [5, 4, 3, 2, 2, 2, 5, 5, 3]
+    )[0]
     return kind(r)
 
 

@@ -2,7 +2,7 @@
 
 A function is a verb and a thing ("book_table"), with up to four parameters. Most things and names of parameters are made of WordNet
 nouns, and many values are words that nobody has heard, so that a call can only be written by reading the schema and copying from
-the request. `evaluate.py` has
+the request. `unseen.py` has
 functions and wordings of its own that are not made here.
 """
 
@@ -48,7 +48,10 @@ def _email(r: R) -> str:
 
 def _made_up(r: R) -> str:
     """A name that nobody has heard, to be copied letter by letter."""
-    syllables = ("".join((r.choice("bcdfghjklmnprstvwz"), r.choice("aeiou"), r.choice(["", "", "n", "r", "s", "l", "k"]))) for _ in range(r.randint(2, 4)))
+    syllables = (
+        "".join((r.choice("bcdfghjklmnprstvwz"), r.choice("aeiou"), r.choice(["", "", "n", "r", "s", "l", "k"])))
+        for _ in range(r.randint(2, 4))
+    )
     return "".join(syllables).capitalize()
 
 
@@ -202,7 +205,15 @@ class Function(NamedTuple):
         return {"type": "function", "function": function}
 
 
-GENERIC = ("{n} {}", "with {n} {}", "and the {n} is {}", "use {} as the {n}", "with the {n} set to {}", "{n}: {}", "where {n} is {}")
+GENERIC = (
+    "{n} {}",
+    "with {n} {}",
+    "and the {n} is {}",
+    "use {} as the {n}",
+    "with the {n} set to {}",
+    "{n}: {}",
+    "where {n} is {}",
+)
 PREFIXES = "new old first last main max min from to home target source start end".split()
 
 
@@ -236,7 +247,10 @@ def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parame
             usual = r.choice(kind.names)
             name, key, value, phrases = _name(r, usual), kind.names[0], kind.value, kind.phrases
             words = name.replace("_", " ")
-            schema = {"type": kind.type, "description": r.choice([*kind.descriptions, f"The {words}", f"{words.capitalize()} to use"])}
+            schema = {
+                "type": kind.type,
+                "description": r.choice([*kind.descriptions, f"The {words}", f"{words.capitalize()} to use"]),
+            }
             if r.random() < 0.3 or words in schema["description"].lower():
                 phrases = GENERIC
         if name not in taken:

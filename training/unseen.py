@@ -126,11 +126,11 @@ STORY_THEMES = (
     "a snowman in spring",
 )  # fmt: skip
 
-# Question, and texts of which one must be in the answer (letters only, any case).
+# Question, and words of which one must be in the answer. The wordings are none of training/questions.py; the facts are.
 QUESTIONS = tuple(
     (line.split("|")[0], tuple(line.split("|")[1].split("/")))
     for line in """Capital of Italy?|Rome
-Which city is the capital of Japan?|Tokyo
+Japan's capital is called what?|Tokyo
 Name the capital of Egypt.|Cairo
 What's the capital of Spain?|Madrid
 What is Germany's capital?|Berlin
@@ -139,17 +139,17 @@ On what continent do we find Kenya?|Africa
 On what continent does Brazil lie?|South America
 What do people speak in Mexico?|Spanish
 What language would I hear in Austria?|German
-What is 2 plus 2?|4/four
-What is 9 plus 6?|15/fifteen
+2 and 2 make how much?|4/four
+Add 9 and 6.|15/fifteen
 3 + 8?|11/eleven
 What's 10 minus 4?|6/six
-How much is 5 times 3?|15/fifteen
+Multiply 5 by 3.|15/fifteen
 What do you get when you add 7 and 7?|14/fourteen
-12 - 5 = ?|7/seven
-What is 6 times 6?|36
+Take 5 away from 12.|7/seven
+6 multiplied by 6 gives what?|36
 What's 20 plus 30?|50/fifty
-What is one plus one?|2/two
-What is the color of the sky?|blue
+One and one make how much?|2/two
+By day the sky has which color?|blue
 Which color has grass?|green
 What colour is snow?|white
 Tell me the color of a ripe banana.|yellow
@@ -170,7 +170,7 @@ Which month follows March?|April
 Which month comes before December?|November
 What number comes right after 41?|42
 What comes before 10?|9/nine
-Which is more, 15 or 51?|51
+Which number is one less than 100?|99
 What's the opposite of big?|small/little
 What's the opposite of up?|down
 Opposite of wet?|dry
@@ -179,54 +179,54 @@ The opposite of slow is what?|fast
 Give the opposite of happy.|sad
 What sound do cows make?|moo
 What noise does a cat make?|meow
-What does a duck say?|quack
-What do you call a baby cat?|kitten
+How does a duck sound?|quack
+Give the word for a very young cat.|kitten
 What is a young dog called?|puppy
 What is a young cow called?|calf
-Where do bees live?|hive
-Where do fish live?|water/sea/river
-What do bees make?|honey
-What do hens lay?|egg
+In what do bees have their home?|hive
+Fish have their home where?|water/sea/river
+What sweet thing comes from bees?|honey
+What do we get from hens?|egg/eggs
 What comes from cows that we drink?|milk
-What is ice?|frozen/water
-What is bread made from?|flour
+Tell me what ice is.|frozen/water
+Bread: from what is it baked?|flour
 What's paper made of?|wood
-What is cheese made of?|milk
-What is the largest planet?|Jupiter
+From what do people make cheese?|milk
+Which of the planets is biggest?|Jupiter
 Which planet is nearest the sun?|Mercury
 What planet are we on?|Earth
-What is the largest ocean?|Pacific
+Name the biggest ocean.|Pacific
 What's the tallest mountain on Earth?|Everest
 Which animal is the largest of all?|whale
 What is the fastest animal on land?|cheetah
-Which animal is the tallest?|giraffe
-Where does the sun rise?|east
-Where does the sun set?|west
-When does the sun rise?|morning
-What does a baker make?|bread/cake
-Who puts out fires?|firefighter
-What does a teacher do?|teach/learn/help
-What does a doctor do?|sick/help/heal
-What do we hear with?|ear
-What do we see with?|eye
+Name the animal that is taller than all others.|giraffe
+On which side does the sun come up, east or west?|east
+The sun goes down in which direction?|west
+At what time of day do we see the sun come up?|morning
+What does a baker make?|bread/cake/cakes
+Who puts out fires?|firefighter/firefighters
+What is the work of a teacher?|teach/teaches/learn/help/helps
+What is a doctor for?|sick/help/helps/heal
+Which part of the body hears?|ear/ears
+Which part of the body sees?|eye/eyes
 What can I use to cut paper?|scissors
-What do you wear on your feet?|shoe/sock
-What is the sun?|star
-What is an island?|land/water
-What is a desert?|dry/rain
-Is fire hot or cold?|hot
-Is the Earth round?|round/not flat
+Name something for your feet.|shoe/shoes/sock/socks
+Tell me what the sun is.|star
+Tell me what an island is.|land/water
+Tell me what a desert is.|dry
+Does fire feel cold or hot?|hot
+Which shape has the Earth?|round/ball
 Can penguins fly?|cannot/can not/can't/no
-Who wrote Romeo and Juliet?|Shakespeare
+Romeo and Juliet: who is its author?|Shakespeare
 What do plants need?|water/light
-What is a museum?|look/old/beautiful/art
-What season comes after winter?|spring
-What do pandas eat?|bamboo
-Where do polar bears live?|north/arctic/pole
+What would I find in a museum?|look/old/beautiful/art
+After winter, which season is it?|spring
+Tell me the food of pandas.|bamboo
+In which part of the world are polar bears?|north/arctic
 What do you call frozen water?|ice
 How many letters has the alphabet?|26/twenty-six
-Who are you?|expertstream/model
-Are you a human?|not/model/program
+Introduce yourself, please.|expertstream/model
+Are you a person or a program?|not/model/program
 My name is Nils. What is my name?|Nils
 I have 3 cats. How many cats do I have?|3/three""".splitlines()
 )

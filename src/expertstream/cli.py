@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .bench.cli import add_commands
 from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
 from .errors import ExpertStreamError, RequestError, UsageError
+from .server.cli import add_serve
 
 if TYPE_CHECKING:
     from .engine import LLM, GenerationResponse, GenerationStats
@@ -68,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_inspect(commands)
     add_commands(commands, _formatter, EXIT_CODES)
+    style = {"formatter_class": _formatter, "epilog": EXIT_CODES}
+    add_serve(commands, style, _add_engine_options, _ENGINE_OPTIONS)
     return parser
 
 
@@ -119,7 +122,12 @@ def _add_run(commands: Any) -> None:
         "--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives (with --json)"
     )
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
-    memory = run.add_argument_group("memory and reading (these change speed, never the text)")
+    _add_engine_options(run)
+    run.set_defaults(function=_run)
+
+
+def _add_engine_options(parser: Any) -> None:
+    memory = parser.add_argument_group("memory and reading (these change speed, never the text)")
     memory.add_argument(
         "--memory",
         metavar="SIZE",
@@ -147,7 +155,7 @@ def _add_run(commands: Any) -> None:
     memory.add_argument(
         "--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)"
     )
-    values = run.add_argument_group("precision (these change the text; what is lossy is said in the footer)")
+    values = parser.add_argument_group("precision (these change the text; what is lossy is said in the footer)")
     values.add_argument(
         "--exact",
         action="store_true",
@@ -158,7 +166,6 @@ def _add_run(commands: Any) -> None:
     values.add_argument(
         "--experts-per-token", type=int, metavar="N", help="lossy: use fewer experts than the model was trained with"
     )
-    run.set_defaults(function=_run)
 
 
 def _add_convert(commands: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from .errors import UsageError
 from .machine import usable_processors
 
-__all__ = ["EngineConfig", "IoSettings", "format_bytes", "parse_bytes"]
+__all__ = ["API_KEY", "EngineConfig", "IoSettings", "api_key", "format_bytes", "parse_bytes"]
 
+API_KEY = "EXPERTSTREAM_API_KEY"  # what clients of a server must send
 _UNITS = {
     "": 1,
     "k": 1000,
@@ -183,3 +184,8 @@ class EngineConfig:
     @property
     def thread_count(self) -> int:
         return self.threads or usable_processors()
+
+
+def api_key() -> str:
+    """The key that clients of a server must send, from the environment: a process list does not show it. "" if there is none."""
+    return os.environ.get(API_KEY, "").strip()

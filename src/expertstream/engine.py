@@ -287,9 +287,15 @@ class Session:
         self.cache = llm.model_config.make_cache(llm.context_length, llm.config.kv_dtype)
 
     def generate(
-        self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None = None
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        progress: Callable[[int], None] | None = None,
+        control_tokens: bool = False,
     ) -> Iterator[GenerationResponse]:
-        """Appends tokens (T,) to the text and continues it. Raises RequestError before any work if they cannot fit."""
+        """Appends tokens (T,) to the text and continues it. `progress` is told how many tokens of the prompt are read. With
+        `control_tokens`, what a model writes between <think> or <tool_call> tokens comes with them. Raises RequestError before any work
+        if the tokens cannot fit."""
         if not self.cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset() it")
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
@@ -313,7 +319,7 @@ class Session:
             )
         # The last token's own state is never needed, so an answer may be one longer than the room.
         limited = replace(params, max_tokens=min(params.max_tokens, room - tokens.shape[0] + 1))
-        return self._pieces(tokens, limited, progress)
+        return self._pieces(tokens, limited, progress, control_tokens)
 
     def reset(self) -> None:
         """Forgets the text."""
@@ -321,13 +327,13 @@ class Session:
         self._unread = []
 
     def _pieces(
-        self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None
+        self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None, control_tokens: bool
     ) -> Iterator[GenerationResponse]:
         llm = self.llm
         sampler = Sampler(params, tokens.tolist())
         experts = ExpertSpans(llm.experts.stats)
         stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
-        detokenizer, stops = Detokenizer(llm.tokenizer), StopStrings(params.stop)
+        detokenizer, stops = Detokenizer(llm.tokenizer, not control_tokens), StopStrings(params.stop)
         steps = stream_generate(
             llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
         )

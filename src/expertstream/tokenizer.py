@@ -110,24 +110,28 @@ def _refuse(message: str) -> None:
 class Detokenizer:
     """Tokens to text piece by piece, never splitting a character: bytes that do not yet make one wait for the next token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids: list[int] = []
         self._begin, self._end = 0, 0  # _ids[_begin:_end] is shown already and gives the context for what follows
 
     def add(self, token: int) -> str:
         """The text that this token completes, maybe empty."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids[self._begin :])
+        text = self._tokenizer.decode(self._ids[self._begin :], self._skip)
         if text.endswith("\ufffd") and len(self._ids) - self._end < 8:
             return ""
         return self._emit(text)
 
     def flush(self) -> str:
         """What is left at the end, bytes that never made a character as U+FFFD."""
-        return self._emit(self._tokenizer.decode(self._ids[self._begin :])) if self._end < len(self._ids) else ""
+        return (
+            self._emit(self._tokenizer.decode(self._ids[self._begin :], self._skip))
+            if self._end < len(self._ids)
+            else ""
+        )
 
     def _emit(self, text: str) -> str:
-        shown = len(self._tokenizer.decode(self._ids[self._begin : self._end]))
+        shown = len(self._tokenizer.decode(self._ids[self._begin : self._end], self._skip))
         self._begin, self._end = self._end, len(self._ids)
         return text[shown:]

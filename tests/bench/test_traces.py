@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from expertstream.bench.traces import BELADY, Trace, hit_rate, load_trace, recor
 from expertstream.cli import main
 from expertstream.config import POLICIES
 from expertstream.engine import LLM, embedded_model
+from expertstream.experts.cache import ExpertCache
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -95,7 +97,7 @@ def test_json_lines_are_read(tmp_path: Path) -> None:
         '{"tok": 1, "layers": [[3, 1], [0, 2]]}\n{"tok": 2, "layers": [[1, 9], [0, 4]]}\n'
     )
     trace = load_trace(tmp_path / "t.jsonl")
-    assert trace.experts.tolist() == [[[1, 3], [0, 2]], [[1, 9], [0, 4]]] and trace.num_experts == 16
+    assert trace.experts.tolist() == [[[3, 1], [0, 2]], [[1, 9], [0, 4]]] and trace.num_experts == 16
 
 
 @pytest.mark.parametrize(
@@ -114,9 +116,36 @@ def test_bad_traces_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], m
         load_trace(tmp_path / "t.npz")
 
 
+def test_damaged_traces_are_refused(tmp_path: Path) -> None:
+    whole = (DATA / "embedded-trace.npz").read_bytes()
+    for name, content in (
+        ("cut.npz", whole[: len(whole) // 2]), ("flipped.npz", whole[:3000] + bytes([whole[3000] ^ 255]) + whole[3001:]), ("empty.npz", b""),
+        ("large.jsonl", b'{"layers": [[1, 1180591620717411303424]]}\n'), ("ragged.jsonl", b'{"layers": [[1, 2]]}\n{"layers": [[1]]}\n'),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match="not a routing trace"):
+            load_trace(tmp_path / name)
+
+
+def test_what_is_recorded_is_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what the cache was asked for, layer by layer; the cache holds all, so that every token asks at once."""
+    asked: list[list[list[int]]] = [[] for _ in range(12)]
+    real = ExpertCache.resident_block
+
+    def noted(cache: ExpertCache, layer: int, experts: list[int]) -> Any:
+        asked[layer].append(list(experts))
+        return real(cache, layer, experts)
+
+    monkeypatch.setattr(ExpertCache, "resident_block", noted)
+    trace = record(embedded_model(), ["Hi"], chat=False, max_tokens=9, seed=1)
+    assert trace.experts.shape[0] == 9  # one token of prompt; the last of nine is not read again
+    for layer, rows in enumerate(asked):
+        assert trace.experts[:, layer].tolist() == rows
+
+
 def test_recording_sees_every_token_and_what_was_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["Hello!", "What is the moon?"]
-    trace = record(embedded_model(), prompts, chat=True, max_tokens=5, seed=3, memory=None)
+    trace = record(embedded_model(), prompts, chat=True, max_tokens=5, seed=3)
     with LLM(embedded_model()) as llm:
         first = sum(
             len(llm.tokenizer.encode(llm.tokenizer.apply_chat_template([{"role": "user", "content": p}])))

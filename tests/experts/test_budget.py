@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertstream import BudgetError
-from expertstream.experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_memory
+from expertstream.experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_memory, plan_with_chunk
 
 MIB = 1 << 20
 
@@ -71,3 +71,21 @@ def test_the_default_leaves_a_margin() -> None:
     assert default_budget(24 << 30) == 22 << 30
     assert default_budget(100 * MIB) == 52 * MIB
     assert default_budget(MIB) == 0
+
+
+def chunk_of(memory: int, num_experts: int) -> int:
+    """Scratch of 100 KiB a token; trunk and state take 150 MiB; experts of 2 MiB in 10 layers."""
+    sizes = {
+        "memory_bytes": memory * MIB, "available_bytes": 100_000 * MIB, "trunk_bytes": 100 * MIB, "state_bytes": 50 * MIB, "slot_bytes": 2 * MIB,
+        "layers": 10, "num_experts": num_experts, "top_k": 8, "residency": "slots", "direct": True,
+    }  # fmt: skip
+    return plan_with_chunk(lambda tokens: tokens * 100 << 10, 2048, 64, **sizes)[1]
+
+
+def test_a_chunk_leaves_half_to_the_slots() -> None:
+    assert chunk_of(1000, 100) == 2048  # 200 MiB of 850
+    assert chunk_of(350, 50) == 1024  # 100 MiB of 200, which could hold a tenth of the experts
+
+
+def test_a_chunk_is_larger_where_slots_could_hold_hardly_anything() -> None:
+    assert chunk_of(350, 500) == 1344  # 131 MiB of 200

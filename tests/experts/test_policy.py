@@ -9,7 +9,7 @@ from expertstream.experts.policy import LFU, LRU, S3FIFO, Policy, make_policy
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@given(uses=st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=3), max_size=60), capacity=st.integers(3, 8))
+@given(uses=st.lists(st.sets(st.integers(0, 29), min_size=1, max_size=12), max_size=60), capacity=st.integers(12, 24))
 def test_a_policy_forgets_what_it_evicts_and_never_what_is_in_use(
     name: str, uses: list[set[int]], capacity: int
 ) -> None:
@@ -78,3 +78,15 @@ def test_s3fifo_spares_what_was_used() -> None:
     policy.insert(3)
     assert policy.evict(set()) == 3
     assert policy.evict(set()) == 1
+
+
+def test_s3fifo_finds_what_may_go_though_the_main_queue_may_not() -> None:
+    policy = S3FIFO()
+    for expert in range(20):
+        policy.insert(expert)
+    policy.touch(range(20))
+    assert policy.evict(set()) == 0  # all were used: they are in the main queue now, spared once
+    for expert in (50, 51):
+        policy.insert(expert)
+        policy.touch([expert])
+    assert policy.evict(set(range(20))) == 50

@@ -57,6 +57,22 @@ TEXTS: list[tuple[str, bool, list[Event]]] = [
     (f"{XML} and more", False, [CALL, Content("and more")]),
     ("<tool_call>\nno call\n</tool_call>", False, [Content("<tool_call>\nno call\n</tool_call>")]),
     ("<tool_call>\n<function=f>\n<parameter=n>\n3", False, [Content("<tool_call>\n<function=f>\n<parameter=n>\n3")]),
+    ("Write <tool_call> to call.", False, [Content("Write <tool_call> to call.")]),
+    (
+        f"Hm.</think>\n\nSo: <tool_call>no</tool_call>\n{XML}",
+        True,
+        [Reasoning("Hm."), Content("So: <tool_call>no</tool_call>"), CALL],
+    ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+        False,
+        [Content('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>')],
+    ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"maybe": "null"}}</tool_call>',
+        False,
+        [FunctionCall("f", {"maybe": "null"})],
+    ),
     ("a < b, a <t and <tool", False, [Content("a < b, a <t and <tool")]),
     ("Tags are written <think>so</think>.", False, [Content("Tags are written <think>so</think>.")]),
     ("", False, []),
@@ -105,9 +121,19 @@ def test_arguments_come_back_with_their_types(keys: dict[str, None], data: st.Da
         ("3", {"type": "string"}, "3"), ("3", {}, "3"), ("3", {"type": "integer"}, 3), ("3.0", {"type": "integer"}, 3), ("3", {"type": "number"}, 3),
         ("3.5", {"type": "integer"}, "3.5"), ("True", {"type": "boolean"}, True), ("yes", {"type": "boolean"}, "yes"), ("None", {"type": ["null", "integer"]}, None),
         ("[1, 2]", {"type": "array"}, [1, 2]), ("{", {"type": "object"}, "{"), ("null", {"type": ["string", "null"]}, None), ("[" * 9999, {"type": "array"}, "[" * 9999),
+        ("[1e400]", {"type": "array"}, "[1e400]"), ("[NaN]", {"type": "array"}, "[NaN]"), ("3", True, "3"), ("3", {"anyOf": None, "enum": None}, "3"),
         ("2", {"enum": [1, 2]}, 2), ("a", {"enum": ["a", "b"]}, "a"), ("7", {"oneOf": [{"type": "integer"}]}, 7), ("1e400", {"type": "integer"}, "1e400"),
     ],
 )  # fmt: skip
-def test_an_argument_is_typed_by_its_schema(value: str, schema: dict[str, Any], typed: Any) -> None:
+def test_an_argument_is_typed_by_its_schema(value: str, schema: Any, typed: Any) -> None:
     found = typed_argument(value, schema)
     assert found == typed and type(found) is type(typed)
+
+
+@pytest.mark.parametrize(
+    "parameters", [None, {}, {"properties": None}, {"properties": {"n": True}}, {"properties": []}]
+)
+def test_a_schema_that_says_little_leaves_arguments_as_text(parameters: Any) -> None:
+    splitter = Splitter([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    text = "<tool_call><function=f><parameter=n>3</parameter></function></tool_call>"
+    assert splitter.feed(text) + splitter.finish() == [FunctionCall("f", {"n": "3"})]

@@ -30,6 +30,7 @@ from ..models.qwen3_5_moe import Config, weight_map
 from ..ops import ExpertFormat, MatrixFormat, to_bf16, to_f32
 from ..ops.cpu import CpuOps
 from .geometry import TRACE
+from .traces import load_trace, save_trace
 
 __all__ = ["Matrix", "Synthesizer", "trunk_formats", "write_synthetic"]
 
@@ -237,7 +238,7 @@ def write_synthetic(
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(embedded_model() / name, work / name)
     if trace is not None:
-        shutil.copy(trace, work / TRACE)
+        save_trace(work / TRACE, load_trace(trace))
     manifest = {
         "format": PACK_FORMAT, "version": PACK_VERSION, "convention": "hf", "trunk_checksums": checksums, "layers": layers,
         "source": {"name": "synthetic", "seed": seed, "routing": routing},

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..config import parse_bytes
 from ..errors import UsageError
 
 __all__ = ["add_trace"]
@@ -59,8 +58,11 @@ def _trace(options: argparse.Namespace) -> int:
         raise UsageError(f"--max-tokens is at least 1, not {options.max_tokens}")
     if options.file.suffix != ".npz" or options.file.is_dir() or not options.file.absolute().parent.is_dir():
         raise UsageError(f"{options.file}: a trace is a file whose name ends in .npz, in a folder that exists")
-    memory = parse_bytes(options.memory) if options.memory else None
-    trace = record(options.model, prompts, not options.plain, options.max_tokens, options.seed, memory)
+    try:
+        options.file.open("ab").close()  # told now, and not when everything has run
+    except OSError as error:
+        raise UsageError(f"{options.file}: cannot be written: {error.strerror}") from None
+    trace = record(options.model, prompts, not options.plain, options.max_tokens, options.seed, options.memory)
     save_trace(options.file, trace)
     tokens, layers, top_k = trace.experts.shape
     print(

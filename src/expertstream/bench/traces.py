@@ -1,12 +1,14 @@
 """Routing traces: which experts a model chose, token after token. Recorded from a run, read from a file, replayed through policies.
 
-A trace is an .npz: `experts` (tokens, layers, top_k), unsigned, ascending in each row; `starts`, the positions at which a text
+A trace is an .npz: `experts` (tokens, layers, top_k), unsigned, distinct in each row; `starts`, the positions at which a text
 begins; `num_experts`. What it is for: how often would a cache of some size have had the expert that is asked for.
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of a layer
 
 @dataclass(frozen=True)
 class Trace:
-    """experts (tokens, layers, top_k), ascending and distinct in each row; starts: where texts begin."""
+    """experts (tokens, layers, top_k), distinct in each row; starts: where texts begin."""
 
     experts: I64
     starts: I64
@@ -41,18 +43,18 @@ def load_trace(path: Path) -> Trace:
             rows = [json.loads(line)["layers"] for line in path.read_text().splitlines()]
             experts, starts, count = np.array(rows, np.int64), np.zeros(1, np.int64), None
         else:
-            with np.load(path) as data:
+            with path.open("rb") as file, np.load(file) as data:
                 experts = data["experts"].astype(np.int64)
                 starts = data["starts"].astype(np.int64) if "starts" in data else np.zeros(1, np.int64)
                 count = int(data["num_experts"]) if "num_experts" in data else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: not a routing trace (an .npz with the array experts): {error}") from None
     if experts.ndim != 3 or not experts.size:
         raise UsageError(f"{path}: experts is (tokens, layers, top-k), not {experts.shape}")
-    experts = np.sort(experts, -1)
     # What only has what was chosen says little of what was not: models' numbers of experts are multiples of 8.
     count = count or -(-(int(experts.max()) + 1) // 8) * 8
-    if experts.min() < 0 or experts.max() >= count or (experts[..., 1:] == experts[..., :-1]).any():
+    ordered = np.sort(experts, -1)
+    if experts.min() < 0 or experts.max() >= count or (ordered[..., 1:] == ordered[..., :-1]).any():
         raise UsageError(f"{path}: experts are different ones of 0 to {count - 1} in each row")
     if (
         starts.ndim != 1
@@ -110,13 +112,12 @@ class _Recorder:
         return Trace(experts, np.array(self._starts, np.int64), num_experts)
 
 
-def record(path: Path, prompts: Sequence[str], chat: bool, max_tokens: int, seed: int, memory: int | None) -> Trace:
+def record(
+    path: Path, prompts: Sequence[str], chat: bool, max_tokens: int, seed: int, memory: str | None = None
+) -> Trace:
     """The routing of prompts and their continuations. Reading ahead is off: it asks routers about what does not come to pass."""
     recorder = _Recorder()
-    options: dict[str, Any] = {"instrument": recorder.instrument, "prefetch": 0}
-    if memory:
-        options["memory_bytes"] = memory
-    with LLM(path, **options) as llm:
+    with LLM(path, instrument=recorder.instrument, prefetch=0, memory=memory) as llm:
         for i, prompt in enumerate(prompts):
             recorder.begin_text()
             given: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed + i}
@@ -128,11 +129,13 @@ def record(path: Path, prompts: Sequence[str], chat: bool, max_tokens: int, seed
 
 def hit_rate(trace: Trace, policy: str, capacity: int) -> float:
     """Of all experts that the trace asks for, the part that a cache with `capacity` slots a layer would have had. Misses of the
-    empty cache count. As in the engine: an expert that finds no slot is used and not kept."""
+    empty cache count. As in the engine, tokens come one at a time, and an expert that finds no slot is used and not kept; unlike there,
+    the tokens of a prompt are treated as those of an answer."""
     replay: Callable[[I64, int], int] = (
         _belady if policy == BELADY else lambda uses, c: _replay(uses, make_policy(policy), c)
     )
-    hits = sum(replay(trace.experts[:, layer], capacity) for layer in range(trace.experts.shape[1]))
+    experts = np.sort(trace.experts, -1)  # the order in which the engine asks
+    hits = sum(replay(experts[:, layer], capacity) for layer in range(experts.shape[1]))
     return hits / trace.experts.size
 
 

@@ -127,7 +127,8 @@ def plan_memory(
 
 def plan_with_chunk(scratch_of: Callable[[int], int], largest: int, least: int, **sizes: Any) -> tuple[MemoryPlan, int]:
     """The plan with the largest prefill chunk, down from `largest` by steps of `least` tokens, whose scratch leaves the slots at least
-    half of what trunk and state leave. scratch_of: bytes by tokens; sizes: plan_memory()'s. Raises BudgetError."""
+    half of what trunk and state leave; a third where that holds under a tenth of the experts anyway, since every piece of a long prompt
+    reads nearly all of them once more. scratch_of: bytes by tokens; sizes: plan_memory()'s. Raises BudgetError."""
     chunk = largest
     while True:
         scratch, last = scratch_of(chunk), chunk <= least
@@ -137,7 +138,9 @@ def plan_with_chunk(scratch_of: Callable[[int], int], largest: int, least: int, 
             if last:
                 raise
         else:
-            if last or scratch * 2 <= plan.budget_bytes - plan.trunk_bytes - plan.state_bytes:
+            left = plan.budget_bytes - plan.trunk_bytes - plan.state_bytes
+            few = 10 * left < plan.total_experts * plan.slot_bytes
+            if last or (scratch * 3 <= left * 2 if few else scratch * 2 <= left):
                 return plan, chunk
         chunk -= least
 

@@ -103,7 +103,8 @@ class S3FIFO:
 
     def evict(self, keep: Set[int]) -> int | None:
         total = len(self._small) + len(self._main)
-        for queue in (self._small, self._main) if 10 * len(self._small) >= total else (self._main, self._small):
+        queues = (self._small, self._main) if 10 * len(self._small) >= total else (self._main, self._small, self._main)
+        for queue in queues:  # the main queue again, since what the small one spares goes there
             victim = self._from(queue, keep)
             if victim is not None:
                 del self._uses[victim]

@@ -12,7 +12,7 @@ from ..errors import ReadError
 __all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read", "slot_bytes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SlotRead:
     """One read: `length` bytes at `offset` of a file to `dest` in the slot, all multiples of 4,096; `needed` of them matter."""
 
@@ -23,7 +23,7 @@ class SlotRead:
     dest: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ReadPlan:
     reads: tuple[SlotRead, ...]
     pieces: tuple[int, ...]  # nine offsets in the slot: data, scales, biases of gate, up, down

@@ -61,12 +61,13 @@ class Splitter:
     _state: _State = field(init=False)
     _text: str = field(init=False, default="")  # not yet told: a tag may be in it, or a call is being written
     _fresh: bool = field(init=False, default=True)  # white space at the beginning of reasoning or content is dropped
-    _schemas: dict[str, dict[str, Any]] = field(init=False)
+    _space: str = field(init=False, default="")  # before a call, and dropped if it is one
+    _properties: dict[str, dict[str, Any]] = field(init=False)  # of each function's arguments
 
     def __post_init__(self) -> None:
         self._state = _State.REASONING if self.reasoning else _State.START
         functions = [tool.get("function", tool) for tool in self.tools]
-        self._schemas = {f["name"]: f.get("parameters") or {} for f in functions}
+        self._properties = {f["name"]: _object(_object(f.get("parameters")).get("properties")) for f in functions}
 
     def feed(self, text: str) -> list[Event]:
         """The next piece of what the model writes, control tokens included."""
@@ -102,6 +103,7 @@ class Splitter:
                     self._state = _State.CONTENT
                     continue
                 events += self._tell(before.rstrip())
+                self._space = "" if self._fresh else before[len(before.rstrip()) :]
                 self._text = self._text[at + len(tag) :]
                 self._enter(tag)
                 continue
@@ -141,56 +143,62 @@ class Splitter:
 
     def _call(self, body: str, closed: bool) -> list[Event]:
         """A call, or what was meant to be one as the text that it is."""
-        found = _xml_call(body) or _json_call(body)
+        found = self._xml_call(body) or _json_call(body)
         if found is None:
             self._fresh = False
-            return [Content(_CALL + body + (_END_CALL if closed else ""))]
-        name, given = found
-        properties = self._schemas.get(name, {}).get("properties", {})
-        typed = {
-            key: typed_argument(value, properties.get(key, {})) if isinstance(value, str) else value
-            for key, value in given.items()
-        }
-        return [FunctionCall(name, typed)]
+            return [Content(self._space + _CALL + body + (_END_CALL if closed else ""))]
+        return [FunctionCall(*found)]
 
-
-def _xml_call(body: str) -> tuple[str, dict[str, Any]] | None:
-    match = _XML.fullmatch(body)
-    if match is None:
-        return None
-    inner, at, arguments = match[2], 0, {}
-    while parameter := _PARAMETER.match(inner, at):
-        # A value stands on lines of its own; the line ends around it are not part of it.
-        arguments[parameter[1]] = parameter[2].removeprefix("\n").removesuffix("\n")
-        at = parameter.end()
-    return None if inner[at:].strip() else (match[1].strip(), arguments)
+    def _xml_call(self, body: str) -> tuple[str, dict[str, Any]] | None:
+        match = _XML.fullmatch(body)
+        if match is None:
+            return None
+        name, inner, at, arguments = match[1].strip(), match[2], 0, dict[str, Any]()
+        properties = self._properties.get(name, {})
+        while parameter := _PARAMETER.match(inner, at):
+            # A value stands on lines of its own; the line ends around it are not part of it.
+            value = parameter[2].removeprefix("\n").removesuffix("\n")
+            arguments[parameter[1]] = typed_argument(value, properties.get(parameter[1]))
+            at = parameter.end()
+        return None if inner[at:].strip() else (name, arguments)
 
 
 def _json_call(body: str) -> tuple[str, dict[str, Any]] | None:
     try:
-        call = json.loads(body)
+        call = _loads(body)
         arguments = call["arguments"]
         if isinstance(arguments, str):
-            arguments = json.loads(arguments)
+            arguments = _loads(arguments)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return (call["name"], arguments) if isinstance(call.get("name"), str) and isinstance(arguments, dict) else None
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _object(value: Any) -> dict[str, Any]:
+    """What a client's schema says where an object belongs, or nothing."""
+    return value if isinstance(value, dict) else {}
 
 
-def typed_argument(value: str, schema: dict[str, Any]) -> Any:
+def _loads(text: str) -> Any:
+    """JSON, without Python's NaN and Infinity, and without numbers that become them. Raises ValueError, RecursionError."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
+def typed_argument(value: str, schema: Any) -> Any:
     """The value as its JSON schema wants it, where it can be read so; else the text, for the function to complain of."""
     kinds = _kinds(schema)
     if not kinds or ("string" in kinds and (len(kinds) == 1 or value != "null")):
         return value
     try:
-        parsed = json.loads(_PYTHON.get(value.strip(), value), parse_constant=_no_number)
+        parsed = _loads(_PYTHON.get(value.strip(), value))
     except (ValueError, RecursionError):
-        return value
-    if isinstance(parsed, float) and not isfinite(parsed):
         return value
     kind = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", str: "string"}.get(
         type(parsed), "null"
@@ -200,13 +208,18 @@ def typed_argument(value: str, schema: dict[str, Any]) -> Any:
     return parsed if kind in kinds or (kind == "integer" and "number" in kinds) else value
 
 
-def _kinds(schema: dict[str, Any]) -> set[str]:
+def _kinds(schema: Any) -> set[str]:
     """The types that a schema allows; none if it does not say."""
+    schema = _object(schema)
     kind = schema.get("type")
-    kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
-    for choice in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
-        kinds |= _kinds(choice) if isinstance(choice, dict) else set()
+    kinds = {kind} if isinstance(kind, str) else {k for k in _list(kind) if isinstance(k, str)}
+    for choice in (*_list(schema.get("anyOf")), *_list(schema.get("oneOf"))):
+        kinds |= _kinds(choice)
     if not kinds:
         names = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
-        kinds = {names[type(v)] for v in schema.get("enum", ()) if type(v) in names}
+        kinds = {names[type(v)] for v in _list(schema.get("enum")) if type(v) in names}
     return kinds
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
