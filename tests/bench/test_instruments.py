@@ -161,6 +161,8 @@ def test_a_profile_covers_the_time_and_can_be_drawn(pack_folder: Path, tmp_path:
         2,
         3,
     }
+    heads = [e for e in events if e["ph"] == "X" and e["args"].get("phase") == "head"]
+    assert len(heads) == 6 and {e["name"] for e in heads} == {"project"}  # one a forward pass
     assert "decode:" in profiler.table() and "prompt:" in profiler.table()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,17 @@ class Profiler:
         if not tokens:
             return {}
         sums: dict[str, float] = {}
-        at, covered = 0, 0.0
+        covered = 0.0
+        for event, phase in self._phased(spans):
+            sums[phase] = sums.get(phase, 0.0) + event.end - event.begin
+            covered += event.end - event.begin
+        total = sum(end - begin for begin, end, _ in spans)
+        sums["python"] = total - covered
+        return {phase: 1000 * seconds / tokens for phase, seconds in sorted(sums.items(), key=lambda item: -item[1])}
+
+    def _phased(self, spans: list[tuple[float, float, int]]) -> Iterator[tuple[Event, str]]:
+        """The events of these forward passes, each with its phase."""
+        at = 0
         events = sorted(self.events, key=lambda event: event.begin)
         for begin, end, _ in spans:
             while at < len(events) and events[at].begin < begin:
@@ -129,12 +140,7 @@ class Profiler:
             inside = events[first:at]
             head = max((i for i, event in enumerate(inside) if event.name == "project"), default=-1)
             for i, event in enumerate(inside):
-                phase = "head" if i == head else PHASES[event.name]
-                sums[phase] = sums.get(phase, 0.0) + event.end - event.begin
-                covered += event.end - event.begin
-        total = sum(end - begin for begin, end, _ in spans)
-        sums["python"] = total - covered
-        return {phase: 1000 * seconds / tokens for phase, seconds in sorted(sums.items(), key=lambda item: -item[1])}
+                yield event, "head" if i == head else PHASES[event.name]
 
     def table(self) -> str:
         lines = []
@@ -158,7 +164,7 @@ class Profiler:
         trace = [
             event(f"{tokens} tokens" if tokens > 1 else "token", b, e, 1, tokens=tokens) for b, e, tokens in self.spans
         ]
-        trace += [event(e.name, e.begin, e.end, 2, layer=e.layer, phase=PHASES[e.name]) for e in self.events]
+        trace += [event(e.name, e.begin, e.end, 2, layer=e.layer, phase=phase) for e, phase in self._phased(self.spans)]
         names = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": t, "args": {"name": n}}
             for t, n in ((1, "tokens"), (2, "ops"))
