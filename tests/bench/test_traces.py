@@ -190,8 +190,11 @@ def test_recording_sees_every_token_and_what_was_computed(tmp_path: Path, capsys
         (["trace", "MODEL", "/tmp/x.npz", "--max-tokens", "0"], "at least 1"),
         (["bench", "cache"], "give a routing trace"),
         (["bench", "cache", "/dev/null"], "not a routing trace"),
+        (["bench", "cache", "README.md"], "File is not a zip file"),
+        (["trace", "MODEL", "/tmp/expertstream-none.npz", "--memory", "1MiB"], "at least --memory"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main([str(embedded_model()) if a == "MODEL" else a for a in arguments])
-    assert code in (2, 3) and message in capsys.readouterr().err
+    assert code in (2, 3, 5) and message in capsys.readouterr().err
+    assert not Path("/tmp/expertstream-none.npz").exists()  # what could not be recorded leaves nothing behind

@@ -58,11 +58,17 @@ def _trace(options: argparse.Namespace) -> int:
         raise UsageError(f"--max-tokens is at least 1, not {options.max_tokens}")
     if options.file.suffix != ".npz" or options.file.is_dir() or not options.file.absolute().parent.is_dir():
         raise UsageError(f"{options.file}: a trace is a file whose name ends in .npz, in a folder that exists")
+    there_before = options.file.exists()
     try:
         options.file.open("ab").close()  # told now, and not when everything has run
     except OSError as error:
         raise UsageError(f"{options.file}: cannot be written: {error.strerror}") from None
-    trace = record(options.model, prompts, not options.plain, options.max_tokens, options.seed, options.memory)
+    try:
+        trace = record(options.model, prompts, not options.plain, options.max_tokens, options.seed, options.memory)
+    except BaseException:
+        if not there_before:
+            options.file.unlink()
+        raise
     save_trace(options.file, trace)
     tokens, layers, top_k = trace.experts.shape
     print(

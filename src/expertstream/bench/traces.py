@@ -43,7 +43,7 @@ def load_trace(path: Path) -> Trace:
             rows = [json.loads(line)["layers"] for line in path.read_text().splitlines()]
             experts, starts, count = np.array(rows, np.int64), np.zeros(1, np.int64), None
         else:
-            with path.open("rb") as file, np.load(file) as data:
+            with path.open("rb") as file, np.lib.npyio.NpzFile(file) as data:
                 experts = data["experts"].astype(np.int64)
                 starts = data["starts"].astype(np.int64) if "starts" in data else np.zeros(1, np.int64)
                 count = int(data["num_experts"]) if "num_experts" in data else None

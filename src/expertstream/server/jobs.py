@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 from ..engine import LLM, GenerationResponse
 from ..ops import I64
@@ -69,9 +69,7 @@ class Job:
             raise
         self._running = True
         queue: asyncio.Queue[GenerationResponse | BaseException | None] = asyncio.Queue()
-        self._thread = asyncio.ensure_future(
-            asyncio.to_thread(self._work, asyncio.get_running_loop(), queue, self._pieces)
-        )
+        self._thread = asyncio.ensure_future(asyncio.to_thread(self._work, asyncio.get_running_loop(), queue))
         return self._read(queue)
 
     async def __aexit__(self, *_: object) -> None:
@@ -97,11 +95,10 @@ class Job:
         self,
         loop: asyncio.AbstractEventLoop,
         queue: asyncio.Queue[GenerationResponse | BaseException | None],
-        pieces: Iterator[GenerationResponse],
     ) -> None:
         end: BaseException | None = None
         try:
-            for piece in pieces:
+            for piece in self._pieces:
                 if self._gone.is_set():
                     break
                 loop.call_soon_threadsafe(queue.put_nowait, piece)
