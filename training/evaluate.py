@@ -22,6 +22,7 @@ import numpy as np
 from expertstream import LLM
 
 from .chat import Document, segments
+from .generate import loops
 from .unseen import QUESTIONS, STORY_OPENINGS, STORY_THEMES, TOOLS
 
 __all__ = ["heldout", "parse_calls", "perplexity"]
@@ -129,14 +130,6 @@ def evaluate_tools(llm: LLM) -> dict[str, Any]:
         "right": right / total,
         "wrong": wrong,
     }
-
-
-def loops(text: str) -> bool:
-    """Whether it goes round in circles: eight words that were there before, or a sentence three times."""
-    words = text.lower().split()
-    eights = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
-    sentences = [s.strip().lower() for s in re.split(r"[.!?]", text) if len(s.split()) > 2]
-    return len(set(eights)) < len(eights) or any(sentences.count(s) > 2 for s in set(sentences))
 
 
 def evaluate_stories(llm: LLM) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .words import CITIES, COLORS, NAMES, a, nouns, senses
 
-__all__ = ["clean", "prompt"]
+__all__ = ["clean", "loops", "prompt"]
 
 R = random.Random
 SYSTEM = {
@@ -84,11 +84,37 @@ def prompt(r: R) -> tuple[str, str]:
 
 
 _NONSENSE = re.compile(
-    r"as an ai|language model|i'm a (kind|simple|friendly)|kind,? friendly|helper|smollm|hugging|\bassistant\b|i'm here to|step 1: choose|\bteacher\. i\b",
+    r"as an ai|language model|i'm a (kind|simple|friendly)|kind,? friendly|helper|smollm|hugging|\bassistant\b|i'm here to|step 1: choose|\bteacher\. i\b|the story (?:is about|starts|begins)|(?-i:\b(?P<who>[A-Z][a-z]+) and (?P=who)\b)",
     re.IGNORECASE,
 )
 # The least number of words. Other categories are the teacher's worst: what it says in a chat, and sentences written anew.
 LEAST = {"story": 60, "qa": 10, "howto": 20, "list": 4}
+
+
+def loops(text: str) -> bool:
+    """Whether it goes round in circles: eight words that were there before, or a sentence three times."""
+    words = text.lower().split()
+    eights = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
+    sentences = [s.strip().lower() for s in re.split(r"[.!?]", text) if len(s.split()) > 2]
+    return len(set(eights)) < len(eights) or any(sentences.count(s) > 2 for s in set(sentences))
+
+
+def _follows(text: str, request: str) -> bool:
+    """Whether a story keeps to few people, short sentences, and whom it was to be about: what a small model can follow."""
+    sentences = [s for s in re.split(r"[.!?]+\"?\s+", text) if s]
+    words = text.split()
+    if len(words) > 17 * len(sentences) or max(len(s.split()) for s in sentences) > 40:
+        return False
+    people = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+\b", text)) - {"I"}
+    wanted = [n for n in re.findall(r"\b[A-Z][a-z]+\b", request) if n in NAMES] or [
+        w for w in re.findall(r"[a-z]+", request) if w in ANIMALS or w in PEOPLE
+    ]
+    begin, end = " ".join(words[: len(words) // 2]).lower(), " ".join(words[len(words) // 2 :])
+    return (
+        len(people) <= 4
+        and all(w.lower() in begin for w in wanted)
+        and any(p in end for p in people | {"he ", "she ", "they "})
+    )
 
 
 def clean(category: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]] | None:
@@ -108,9 +134,13 @@ def clean(category: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]] 
         if len(words) < LEAST[category]:
             return None
         triples = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
-        if len(words) > 30 and len(set(triples)) < 0.86 * len(triples):
+        if len(words) > 30 and len(set(triples)) < 0.9 * len(triples):
+            return None
+        if loops(text):
             return None
         if category == "story":
+            if not _follows(text, out[-1][1]):
+                return None
             common = max(words.count(w) for w in set(words) if len(w) > 3)
             if common > max(4, 0.06 * len(words)) or len(set(words[:100])) < 56 * min(len(words), 100) / 100:
                 return None

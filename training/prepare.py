@@ -34,7 +34,7 @@ READ_ONLY = 0x8000
 HELD_OUT = 200  # one in so many prompts
 MAKERS = {"tools": tools.conversation, "story": stories.asked, "text": stories.plain, "questions": questions.ask}
 # Documents made from templates, for the whole corpus.
-AMOUNTS = {"tools": 200_000, "story": 90_000, "text": 30_000, "questions": 330_000}
+AMOUNTS = {"tools": 240_000, "story": 120_000, "text": 40_000, "questions": 380_000}
 UNIT = 2_000
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 from .chat import Document
+from .facts import FAMILIES, reword
+from .unseen import QUESTIONS
 from .words import COLORS, NAMES, a, senses
 
 __all__ = ["ask"]
@@ -245,6 +247,32 @@ def _sum(r: R) -> tuple[str, str]:
             f"How much is {x} {word} {y}?",
             f"Can you calculate {x} {kind} {y}?",
             f"{x} {word} {y}?",
+            *{
+                "+": (
+                    f"Sum of {x} and {y}?",
+                    f"{x} and {y} together?",
+                    f"I have {x} and get {y} more. How many do I have?",
+                    f"{y} more than {x}?",
+                    f"The sum of {x} and {y}, please.",
+                    f"Count {x} and {y} together.",
+                ),
+                "-": (
+                    f"{x} less {y}?",
+                    f"I have {x} and give away {y}. How many are left?",
+                    f"What is left of {x} without {y}?",
+                    f"Subtract {y} from {x}.",
+                    f"{y} less than {x}?",
+                    f"The difference of {x} and {y}?",
+                ),
+                "*": (
+                    f"The product of {x} and {y}?",
+                    f"{x} groups of {y}, how many?",
+                    f"What is {x} multiplied by {y}?",
+                    f"{x} by {y}?",
+                    f"How many are {x} times {y}?",
+                    f"If {x} people have {y} each, how many is that?",
+                ),
+            }[kind],
         ]
     )
     return question, f"{x} {word} {y} is {result}."
@@ -252,6 +280,7 @@ def _sum(r: R) -> tuple[str, str]:
 
 def _country(r: R) -> tuple[str, str]:
     country, capital, continent, language = r.choice(COUNTRIES)
+    other = r.choice([c[0] for c in COUNTRIES if c[0] != country])
     return r.choice([
         (f"What is the capital of {country}?", f"The capital of {country} is {capital}."),
         (f"Which city is the capital of {country}?", f"The capital of {country} is {capital}."),
@@ -262,6 +291,24 @@ def _country(r: R) -> tuple[str, str]:
         (f"On which continent is {country}?", f"{country} is in {continent}."),
         (f"What language do people speak in {country}?", f"In {country}, people speak {language}."),
         (f"Which language is spoken in {country}?", f"In {country}, people speak {language}."),
+        (f"{country} has which capital?", f"The capital of {country} is {capital}."),
+        (f"I forgot the capital of {country}.", f"The capital of {country} is {capital}."),
+        (f"Give me the capital of {country}.", f"The capital of {country} is {capital}."),
+        (f"{country}, what is its capital?", f"The capital of {country} is {capital}."),
+        (f"The capital of {country}, please.", f"The capital of {country} is {capital}."),
+        (f"Which city do they call the capital of {country}?", f"The capital of {country} is {capital}."),
+        (f"In which country is {capital}?", f"{capital} is in {country}."),
+        (f"Where is {capital}?", f"{capital} is in {country}."),
+        (f"Is {capital} in {country} or in {other}?", f"{capital} is in {country}."),
+        (f"Is {capital} in {other} or in {country}?", f"{capital} is in {country}."),
+        (f"{country} is on which continent?", f"{country} is in {continent}."),
+        (f"In what part of the world is {country}?", f"{country} is in {continent}."),
+        (f"Which continent has {country}?", f"{country} is in {continent}."),
+        (f"Where in the world do I find {country}?", f"{country} is in {continent}."),
+        (f"What is spoken in {country}?", f"In {country}, people speak {language}."),
+        (f"How do people talk in {country}?", f"In {country}, people speak {language}."),
+        (f"Which language should I learn for {country}?", f"In {country}, people speak {language}."),
+        (f"The language of {country}?", f"In {country}, people speak {language}."),
     ])  # fmt: skip
 
 
@@ -285,7 +332,19 @@ def _opposite(r: R) -> tuple[str, str]:
     if x == "old":
         y = "young"
     return r.choice(
-        [f"What is the opposite of {x}?", f'What is the opposite of "{x}"?', f"Which word is the opposite of {x}?"]
+        [
+            f"What is the opposite of {x}?",
+            f'What is the opposite of "{x}"?',
+            f"Which word is the opposite of {x}?",
+            f"It is not {x}. What is it then?",
+            f"Name the opposite of {x}.",
+            f"{x} and its opposite?",
+            f"I need a word that means the opposite of {x}.",
+            f"{x} is the opposite of which word?",
+            f"What is not {x}?",
+            f"The opposite of {x}, please.",
+            f"Do you know the opposite of {x}?",
+        ]
     ), f"The opposite of {x} is {y}."
 
 
@@ -300,6 +359,19 @@ def _order(r: R) -> tuple[str, str]:
         (f"What comes after {now}?", f"{after} comes after {now}."),
         (f"What number comes after {n}?", f"{n + 1} comes after {n}."),
         (f"What number comes before {n + 1}?", f"{n} comes before {n + 1}."),
+        (f"After {now} comes which {what}?", f"{after} comes after {now}."),
+        (f"The {what} after {now}?", f"{after} comes after {now}."),
+        (f"The {what} before {now}?", f"{before} comes before {now}."),
+        (f"Before {now} there is which {what}?", f"{before} comes before {now}."),
+        (f"It is {now}. Which {what} is next?", f"{after} comes after {now}."),
+        (f"It is {now}. Which {what} was the last one?", f"{before} comes before {now}."),
+        (f"Next {what} after {now}?", f"{after} comes after {now}."),
+        (f"Which {what} is before {now}?", f"{before} comes before {now}."),
+        (f"What is one more than {n}?", f"{n + 1} comes after {n}."),
+        (f"Count on from {n}.", f"{n + 1} comes after {n}."),
+        (f"After {n} comes which number?", f"{n + 1} comes after {n}."),
+        (f"Before {n + 1} comes which number?", f"{n} comes before {n + 1}."),
+        (f"What is just below {n + 1}?", f"{n} comes before {n + 1}."),
         (f"Which is bigger, {n} or {n + i + 1}?", f"{n + i + 1} is bigger than {n}."),
     ])  # fmt: skip
 
@@ -334,6 +406,17 @@ def _word(r: R) -> tuple[str, str]:
 def _fact(r: R) -> tuple[str, str]:
     forms, answer = r.choice(FACTS)
     return r.choice(forms.split("/")), answer
+
+
+def _table(r: R) -> tuple[str, str]:
+    return r.choice(FAMILIES)(r)
+
+
+def _bare(question: str) -> str:
+    return question.lower().strip(" ?.!")
+
+
+_UNSEEN = frozenset(_bare(question) for question, _ in QUESTIONS)  # what the evaluation asks is never made
 
 
 def _memory(r: R) -> Turns:
@@ -377,9 +460,13 @@ def _chat(r: R) -> tuple[str, str]:
 
 def _single(r: R) -> tuple[str, str]:
     kind = r.choices(
-        [_fact, _sum, _country, _animal, _opposite, _order, _word, _chat, _copy], [5, 4, 3, 2, 2, 2, 5, 5, 3]
+        [_fact, _table, _sum, _country, _animal, _opposite, _order, _word, _chat, _copy],
+        [4, 8, 5, 4, 1, 2, 3, 5, 4, 3],
     )[0]
-    return kind(r)
+    question, answer = kind(r)
+    if kind not in (_chat, _copy, _word):
+        question = reword(r, question)
+    return _single(r) if _bare(question) in _UNSEEN else (question, answer)
 
 
 def ask(r: R) -> Document:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole recipe on one machine with CUDA GPUs:
-#   training/run.sh TEACHER.gguf CHITCHAT.json OUT [SECONDS_OF_GENERATION] [SECONDS_OF_TRAINING] [OLDER_TEACHER_TEXT]
+#   training/run.sh TEACHER.gguf CHITCHAT.json OUT [SECONDS_OF_GENERATION] [SECONDS_IN_ALL] [OLDER_TEACHER_TEXT]
 # OUT gets corpus/ (the teacher's text), data/ (tokenizer, rows, held-out documents) and model/ (the bf16 checkpoint).
 set -euo pipefail
-teacher=$1 chitchat=$2 out=$3 generate=${4:-300} train=${5:-700} older=${6:-}
+teacher=$1 chitchat=$2 out=$3 generate=${4:-200} all=${5:-1500} older=${6:-}
 gpus=$(nvidia-smi -L | wc -l)
 export PYTHONUNBUFFERED=1
 cd "$(dirname "$0")/.."
@@ -27,5 +27,7 @@ END
 torchrun --nproc-per-node "$gpus" -m training.train "$out/empty" "$out/empty" --seconds 4 --epochs 100000 > "$out/empty/log" 2>&1 &
 python3 -m training.prepare "$out/data" --teacher "$out/corpus" --chitchat "$chitchat"
 wait
+train=$((all - SECONDS - 60)) # loading what was compiled takes a minute
+echo "training for $train seconds"
 torchrun --nproc-per-node "$gpus" -m training.train "$out/data" "$out/model" --seconds "$train"
 rm -r "$out/empty"

@@ -15,6 +15,9 @@ __all__ = ["asked", "plain", "story"]
 
 R = random.Random
 ANIMALS = "cat dog rabbit fox bear mouse duck frog owl hen pony lamb turtle squirrel hedgehog goat kitten puppy donkey bird beaver badger".split()
+PEOPLE = (
+    "baker farmer sailor gardener painter cook shepherd giant robot dragon wizard knight fisherman musician".split()
+)
 PLACES = "forest garden park village field farm meadow hill river lake beach school market library yard castle mountain island".split()
 LITTLE = "small little young kind quiet brave curious shy cheerful gentle clever funny".split()
 THINGS = "ball kite hat boat drum bell book lantern key shell coat bucket basket ribbon scarf spoon cup doll whistle stone box bag toy train".split()
@@ -25,10 +28,10 @@ FAMILY = "mother father grandmother grandfather sister brother aunt uncle neighb
 # {n} the hero, {he} {him} {his} pronouns, {m} the helper's name, {f} the family member, {an} an animal, {adj}, {t} {t2}
 # things, {p} {p2} places, {food}, {col} a color, {w} weather. "A|B" between parentheses is a choice.
 OPENINGS = (
-    "(Once upon a time, there was|Once there was|There once was) {a adj} (child|{child}) named {n}. {He} lived near the {p} with {his} {f}.",
-    "{n} was {a adj} (child|{child}) who loved the {p}. (Every morning|Every day after school|When it was {w}), {he} went there to play.",
+    "(Once upon a time, there was|Once there was|There once was) {a adj} {child} named {n}. {He} lived near the {p} with {his} {f}.",
+    "{n} was {a adj} {child} who loved the {p}. (Every morning|Every day after school|When it was {w}), {he} went there to play.",
     "(On a {w} morning|One {w} day|One {w} afternoon), {n} went to the {p}. {He} took {his} {col} {t} (with {him}|along).",
-    "In a house by the {p} lived {a adj} (child|{child}) named {n}. {He} had {a an} named {m}, and the two were (best friends|always together).",
+    "In a house by the {p} lived {a adj} {child} named {n}. {He} had {a an} named {m}, and the two were (best friends|always together).",
     "{n} had {a col} {t}. It was a (present|gift) from {his} {f}, and {he} (took it everywhere|loved it very much).",
 )
 PLOTS = (
@@ -145,11 +148,115 @@ PLOTS = (
         "They did not win, but {n} had a new friend, and that was (better than a prize|worth more than winning).",
     ),
 )  # fmt: skip
+PLOTS += (
+    (  # a cup that broke
+        "One afternoon, {n} was playing inside with {his} {t}. (Crash|Bang)! The best (cup|vase) of {his} {f} fell down and broke.",
+        "{n} ran through the house, and {his} {t} hit a (cup|plate). It fell and broke into (many|a hundred) pieces.",
+        "/",
+        "{n} looked (around|at the door). Nobody had seen it. {He} hid the pieces (under the bed|behind a chair).",
+        "\"What shall I do?\" {n} whispered. {He} put the pieces into a box and went outside.",
+        "/",
+        "But {he} could not (play|eat|sleep). {His} stomach hurt, and all {he} could think of was the broken pieces.",
+        "All day, {n} was very quiet. Even {food} did not taste good.",
+        "/",
+        "At last {n} went to {his} {f}. \"It was me. I broke it, and I am sorry,\" {he} said with tears in {his} eyes.",
+        "In the evening {he} said (softly|in a small voice), \"I have to tell you something. I broke it.\"",
+        "/",
+        "{His} {f} was quiet for a moment. Then {his} {f} said, \"Thank you for telling me the truth. That was not easy.\"",
+        "{His} {f} took {him} into {his} arms. \"A thing can be mended,\" {his} {f} said. \"I am glad that you told me.\"",
+        "/",
+        "Together they glued the pieces. You could still see the cracks, but {n} felt (light|much better).",
+        "That night {n} slept well again, for there was nothing left to hide.",
+    ),
+    (  # a seed
+        "{His} {f} gave {n} a tiny seed. \"Put it into the ground and (wait|be patient),\" {his} {f} said.",
+        "Near the {p2}, {n} found a seed that was as small as a (grain of sand|crumb). {He} took it home.",
+        "/",
+        "{n} put it into a pot and gave it water. {He} sat down beside it and waited, but nothing happened.",
+        "{He} planted it behind the house. The next morning {he} ran outside, but there was only (earth|brown soil).",
+        "/",
+        "After (three days|a week), {n} was (sad|angry). \"It does not want to grow!\" {he} told {m} the {an}.",
+        "Day after day nothing could be seen. \"Maybe it is dead,\" {n} said to {m} the {an}.",
+        "/",
+        "\"Good things grow in the dark first,\" said {m}. So {n} went on giving it water and (told it little songs|sang to it).",
+        "{m} laughed. \"I was not big in one day either. Give it (time|some sun and some time).\"",
+        "/",
+        "Then, one {w} morning, there was a green (point|leaf). {n} shouted so loudly that everybody came to see it.",
+        "And one day, when {n} had almost forgotten it, a small green (leaf|stem) looked out of the earth.",
+        "/",
+        "In summer it was a {col} flower, taller than {n}. \"I only had to wait,\" {he} said.",
+        "It grew and grew, and in autumn there were new seeds. {n} gave one of them to {m}.",
+    ),
+    (  # lost on the way
+        "One day {n} followed a {col} butterfly, further and further, until {he} did not know where {he} was.",
+        "On the way to the {p2}, {n} took a path that {he} did not know. Soon all the trees looked the same.",
+        "/",
+        "The sun went down, and it became (cold|dark). \"I want to go home,\" said {n}, but nobody answered.",
+        "{He} went left, then right, then left again. (It got darker|The shadows grew longer) and longer.",
+        "/",
+        "Then {he} heard a voice. \"Who is crying here?\" It was {m}, an old {an} (with kind eyes|with a gray nose).",
+        "Something moved in the bushes. {n} held {his} breath. But it was only {m}, a (friendly|little) {an}.",
+        "/",
+        "\"I know the way by the stars,\" said {m}. \"Do you see the bright one? It stands above the {p}. Follow me.\"",
+        "\"Listen,\" said {m}. \"Do you hear the water? It flows past the {p}. We only have to walk beside it.\"",
+        "/",
+        "They walked and told each other stories, and the night was not so dark any more. (Soon|At last) {n} saw a light.",
+        "So they went on together until {n} could see {his} own window far away.",
+        "/",
+        "{His} {f} ran out and held {n} tight. And {m} got a big plate of {food} and a place by the fire.",
+        "\"There you are!\" called {his} {f}. From that day on, {n} and {m} met every evening to look at the stars.",
+    ),
+    (  # a surprise
+        "It was {n}'s birthday, but in the morning nobody said a word about it. {His} {f} only said, \"Good morning.\"",
+        "{n} woke up early because it was {his} birthday. But the kitchen was empty, and there was no cake.",
+        "/",
+        "{He} went to see {m} the {an}. \"I have no time today,\" said {m} and ran away.",
+        "{n} asked {m} the {an} to play. But {m} (looked at the ground|turned red) and said, \"Not now, maybe later.\"",
+        "/",
+        "\"They have all forgotten me,\" thought {n}, and walked slowly to the {p2}.",
+        "{n} sat down alone at the {p2} and threw little stones. It was the (longest|saddest) day of the year.",
+        "/",
+        "When it got dark, {he} went home. The house was quiet. {He} opened the door and (everybody|a whole room of friends) shouted, \"Surprise!\"",
+        "Then {his} {f} came and said, \"Close your eyes and come with me.\" When {n} opened them, all {his} friends were there.",
+        "/",
+        "There was a cake with {food}, and {m} had made {a col} {t} for {him}. \"That is why I had no time,\" {m} said and laughed.",
+        "Lanterns hung in the trees, and there were {food} for everybody. {m} gave {n} {a col} {t}.",
+        "/",
+        "\"And I thought that you had forgotten me,\" said {n}. \"We could never forget you,\" said {his} {f}.",
+        "They danced until late. It was the best birthday that {n} ever had.",
+    ),
+    (  # learning something
+        "All the others could (swim|ride a bike|whistle), only {n} could not. When they met at the {p2}, {he} always stayed at home.",
+        "{n} wanted so much to learn to (swim|sing|climb|dance). But every time {he} tried, somebody laughed.",
+        "/",
+        "\"I am too {adj} for that,\" {he} told {m} the {an}. \"Nobody is too {adj} for that,\" said {m}.",
+        "One day {m} the {an} saw {him} sitting alone. \"Shall I show you how it goes?\" asked {m}.",
+        "/",
+        "They began with something very easy. {n} tried it (ten|twenty) times, and {m} never laughed.",
+        "First {n} only watched. Then {he} did a little bit of it, and the next day a little bit more.",
+        "/",
+        "One time {he} almost gave up. \"Tomorrow it will be easier,\" said {m}. And it was true.",
+        "There was a day when nothing worked. {n} was (angry|close to tears), but the next morning {he} tried again.",
+        "/",
+        "And then, (suddenly|one {w} morning), it worked! {n} could do it, once, twice and then again and again.",
+        "After two weeks {n} went to the {p2} and showed it to everybody. Nobody laughed this time. They clapped.",
+        "/",
+        "\"How did you do it?\" they asked. {n} smiled at {m}. \"I had a good teacher,\" {he} said.",
+        "Now {n} helps the little ones who cannot do it yet, and {he} never laughs at them.",
+    ),
+)  # fmt: skip
 ENDINGS = ("", "", "", " The end.", "\n\nThe end.", " And they lived happily ever after.", " That night, {n} slept very well.", " {He} went to bed with a smile.")  # fmt: skip
 
 
 def _choose(r: R, text: str) -> str:
     return re.sub(r"\(([^()]*\|[^()]*)\)", lambda m: r.choice(m[1].split("|")), text)
+
+
+def _child(r: R, boy: bool) -> str:
+    what = r.random()
+    if what < 0.5:
+        return r.choice(["boy", "child"]) if boy else r.choice(["girl", "child"])
+    return r.choice(ANIMALS) if what < 0.8 else r.choice(PEOPLE)
 
 
 def story(r: R) -> tuple[str, dict[str, str]]:
@@ -158,7 +265,8 @@ def story(r: R) -> tuple[str, dict[str, str]]:
     name = r.choice(BOYS if boy else GIRLS)
     other = r.choice([n for n in (BOYS if boy2 else GIRLS) if n != name])
     place, place2 = r.sample(PLACES, 2)
-    about = {"child": "boy" if boy else "girl", "n": name, "m": other, "an": r.choice(ANIMALS), "adj": r.choice(LITTLE), "t": r.choice(THINGS), "p": place, "p2": place2, "food": r.choice(FOODS), "col": r.choice(COLORS), "w": r.choice(WEATHER), "f": r.choice(FAMILY)}  # fmt: skip
+    child = _child(r, boy)
+    about = {"child": child, "n": name, "m": other, "an": r.choice([x for x in ANIMALS if x != child]), "adj": r.choice(LITTLE), "t": r.choice(THINGS), "p": place, "p2": place2, "food": r.choice(FOODS), "col": r.choice(COLORS), "w": r.choice(WEATHER), "f": r.choice(FAMILY)}  # fmt: skip
     pronouns = {"he": "he", "him": "him", "his": "his"} if boy else {"he": "she", "him": "her", "his": "her"}
     words = about | pronouns | {"he2": "he" if boy2 else "she", "his2": "his" if boy2 else "her"}
     words |= {
@@ -192,7 +300,7 @@ REQUESTS = (
     "Tell me a story about {n}.", "Tell me a (short|little) story.", "Write a (short |little |)story about {a an} and {a t}.",
     "Write a story about {n} and {m}.", "Can you tell me a story about {a an}?", "I want to hear a story about {n} and {a t}.",
     "Tell me a bedtime story.", "Write a story with a happy end about {n} and the {t}.", "Please write a story that plays at the {p2}.",
-    "Tell me about {n} and {m} the {an}.", "Write a short story about a {adj} child near the {p}.", "Story please, with {a an} in it!",
+    "Tell me about {n} and {m} the {an}.", "Write a short story about {a adj} {child} near the {p}.", "Tell me about {a child} named {n}.", "A story about {a adj} {child}, please.", "What happened to {n} the {child}?", "Story please, with {a an} in it!",
     "Make up a story about {a col} {t}.", "Do you know a story about the {p}?", "Once upon a time there was a child named {n}. What happened?",
 )  # fmt: skip
 

@@ -2,21 +2,23 @@
 
 A function is a verb and a thing ("book_table"), with up to four parameters. Most things and names of parameters are made of WordNet
 nouns, and many values are words that nobody has heard, so that a call can only be written by reading the schema and copying from
-the request. `unseen.py` has
-functions and wordings of its own that are not made here.
+the request. Half of the functions are everyday.py's, whose requests are what people say. `unseen.py` has functions and wordings of
+its own that are not made here.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import string
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 from .chat import Document
-from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns
+from .everyday import SCENES, Scene, Slot
+from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns, senses
 
 __all__ = ["conversation"]
 
@@ -90,6 +92,65 @@ def _whole(low: int, high: int) -> Callable[[R], int]:
 
 def _price(r: R) -> float:
     return round(r.uniform(0.5, 900), r.choice([1, 2]))
+
+
+def _amount(r: R) -> float:
+    return r.choice([r.randint(1, 5000), r.randint(1, 50) * 10, _price(r)])
+
+
+def _phrase(r: R) -> str:
+    """Some words out of a sentence, or all of a short one."""
+    words = r.choice(examples()).rstrip(".").split()
+    return " ".join(words[: r.randint(2, 7)]).rstrip(",;:")
+
+
+def _spot(r: R) -> str:
+    return r.choice(
+        [
+            _or_made_up(CITIES, r),
+            f"the {r.choice(nouns())}",
+            f"{_made_up(r)} {r.choice(['Street', 'Square', 'Station', 'Road', 'Bridge'])}",
+            _title(r),
+        ]
+    )
+
+
+def _command(r: R) -> str:
+    return r.choice(
+        [
+            "ls -l {}",
+            "cat {}",
+            "wc -l {}",
+            "rm {}",
+            "head -n 3 {}",
+            "du -h {}",
+            "echo {}",
+            "python3 {}",
+            "date",
+            "pwd",
+            "uptime",
+            "git status",
+            "mkdir {}",
+            "touch {}",
+        ]
+    ).replace("{}", _file(r))
+
+
+def _goods(r: R) -> str:
+    things = r.choice(nouns())
+    return r.choice(
+        [
+            things,
+            f"{things}s",
+            f"{r.choice(COLORS)} {things}s",
+            f"{r.choice(nouns())} {things}s",
+            f"{_code(r)} {things}s",
+        ]
+    )
+
+
+def _tracking(r: R) -> str:
+    return r.choice([_code(r), "".join(r.choices(string.ascii_uppercase + string.digits, k=r.randint(5, 9)))])
 
 
 KINDS = [
@@ -186,7 +247,8 @@ class Parameter(NamedTuple):
     schema: dict[str, Any]
     required: bool
     value: Callable[[R], Any]
-    phrases: tuple[str, ...]
+    phrases: tuple[str, ...] = ()
+    slot: str = ""  # of a scene
 
 
 class Function(NamedTuple):
@@ -196,6 +258,7 @@ class Function(NamedTuple):
     frames: tuple[str, ...]
     parameters: list[Parameter]
     description: str
+    scene: Scene | None = None
 
     def schema(self) -> dict[str, Any]:
         properties = {p.name: p.schema for p in self.parameters}
@@ -284,6 +347,99 @@ def _function(r: R) -> Function:
     return Function(name, text, requests, FRAMES[group], parameters, description)
 
 
+# What a slot of everyday.py may hold: type in the schema, usual names of such a parameter, value.
+SLOTS: dict[str, tuple[str, tuple[str, ...], Callable[[R], Any]]] = {
+    kind.names[0]: (kind.type, kind.names, kind.value) for kind in KINDS
+} | {
+    "currency": ("string", ("currency", "code"), lambda r: r.choice("USD EUR GBP JPY CHF INR CNY SEK NOK PLN BRL CAD AUD TRY MXN ZAR".split())),
+    "degrees": ("number", ("degrees", "temperature", "target"), lambda r: r.choice([r.randint(5, 30), r.randint(10, 59) / 2])),
+    "phrase": ("string", ("text", "words", "message", "phrase"), _phrase),
+    "ticker": ("string", ("symbol", "ticker", "share"), lambda r: "".join(r.choices(string.ascii_uppercase, k=r.randint(2, 5)))),
+    "food": ("string", ("ingredient", "food"), lambda r: " ".join(r.sample(nouns(), r.choice([1, 1, 2])))),
+    "spot": ("string", ("place", "from", "to", "stop"), _spot),
+    "goods": ("string", ("product", "item", "article"), _goods),
+    "rare": ("string", ("word", "term"), lambda r: r.choice(senses()).word if r.random() < 0.7 else _made_up(r).lower()),
+    "stars": ("integer", ("stars", "rating"), lambda r: r.randint(1, 5)),
+    "command": ("string", ("command", "cmd", "line"), _command),
+    "amount": ("number", ("amount", "sum", "money", "value"), _amount),
+    "id": ("string", ("id", "code", "number", "reference"), _tracking),
+    "room": ("string", ("room", "device", "thing", "object", "part"), lambda r: r.choice([r.choice(nouns()), f"{r.choice(nouns())} {r.choice(nouns())}"])),
+}  # fmt: skip
+
+
+def _slot(r: R, slot: Slot, taken: set[str]) -> Parameter:
+    schema: dict[str, Any]
+    if slot.kind.startswith("one of: "):
+        values = slot.kind[8:].split(", ")
+        if r.random() < 0.3:
+            values = r.sample(nouns(), len(values))
+        elif len(values) > 2 and r.random() < 0.5:
+            values = r.sample(values, r.randint(2, len(values)))
+        schema, usual, value = (
+            {"type": "string", "enum": values},
+            (slot.name, "choice", "which"),
+            partial(_pick, values),
+        )
+    elif slot.kind == "bool":
+        schema, usual, value = {"type": "boolean"}, (slot.name,), lambda r: r.random() < 0.5
+    else:
+        kind, usual, value = SLOTS[slot.kind]
+        schema = {"type": kind}
+    what = r.random()
+    name = slot.name if what < 0.25 else r.choice(usual) if what < 0.4 else _name(r, r.choice([slot.name, *usual]))
+    while name in taken:
+        name = _name(r, slot.name)
+    taken.add(name)
+    described = r.choice(
+        [slot.description] * 3 + [slot.description.lower(), f"The {slot.name}", slot.name.capitalize()]
+    )
+    schema = {"type": schema.pop("type"), "description": described, **schema}
+    if schema["type"] == "array":
+        schema["items"] = {"type": "string"}
+    return Parameter(name, schema, slot.required, value, slot=slot.name)
+
+
+def _everyday(r: R) -> Function:
+    scene, taken = r.choice(SCENES), set[str]()
+    slots = [s for s in scene.slots if s.required or r.random() < 0.7]
+    if r.random() < 0.3:
+        r.shuffle(slots)
+    parameters = [_slot(r, slot, taken) for slot in slots]
+    name = r.choice(scene.names)
+    if r.random() < 0.4:
+        name = r.choice(
+            [
+                f"{name}_{r.choice(nouns())}",
+                f"{r.choice(nouns())}_{name}",
+                f"{r.choice(nouns())}.{name}",
+                "_".join(r.sample(nouns(), 2)),
+            ]
+        )
+    if r.random() < 0.15:
+        first, *rest = name.replace(".", "_").split("_")
+        name = first + "".join(word.capitalize() for word in rest)
+    return Function(
+        name, name.replace("_", " "), (), (), parameters, scene.description + r.choice(["", "", "."]), scene
+    )
+
+
+def _say(r: R, f: Function) -> tuple[str, dict[str, Any]]:
+    """A request to a scene's function, and the arguments of the call."""
+    assert f.scene is not None
+    names = {p.slot: p for p in f.parameters}
+    said = [(w, {}) if isinstance(w, str) else w for w in f.scene.wordings]
+    wording, implied = r.choice([w for w in said if set(re.findall(r"\{(\w+)\}", w[0])) <= names.keys()])
+    values = {slot: p.value(r) for slot, p in names.items() if "{" + slot + "}" in wording}
+    text = wording.format(**{slot: _spoken(value) for slot, value in values.items()})
+    if r.random() < 0.2:
+        text = r.choice(OPENERS) + text
+    if r.random() < 0.15:
+        text = text.rstrip("?.!")
+    text = text[0].upper() + text[1:] if r.random() < 0.85 else text[0].lower() + text[1:]
+    values |= implied
+    return text, {p.name: values[p.slot] for p in f.parameters if p.slot in values}
+
+
 def _spoken(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value[:-1]) + " and " + value[-1]
@@ -353,7 +509,7 @@ def conversation(r: R) -> Document:
     """One conversation: a call, several calls, a question back, or an answer that needs no function."""
     functions: list[Function] = []
     for _ in range(r.choice([1, 1, 2, 2, 3])):
-        f = _function(r)
+        f = _everyday(r) if r.random() < 0.5 else _function(r)
         if all(f.name != other.name and f.thing != other.thing for other in functions):
             functions.append(f)
     doc: Document = {"c": "tools", "tools": [f.schema() for f in functions], "m": []}
@@ -378,7 +534,7 @@ def conversation(r: R) -> Document:
         if r.random() < 0.6:
             return doc
     f = r.choice(functions)
-    arguments = _arguments(r, f)
+    request, arguments = _say(r, f) if f.scene else ("", _arguments(r, f))
     needed = [p for p in f.parameters if p.required and p.name in arguments and p.phrases]
     if needed and r.random() < 0.07:  # the request lacks something: ask
         missing = r.choice(needed)
@@ -391,7 +547,7 @@ def conversation(r: R) -> Document:
         reply = r.choice(["{}", "{}.", "It is {}.", "Use {}.", "{} please."]).format(_spoken(arguments[missing.name]))
         messages.append({"role": "user", "content": reply})
         calls = [{"name": f.name, "arguments": arguments}]
-    elif f.parameters and r.random() < 0.1:  # the same for two
+    elif f.parameters and not f.scene and r.random() < 0.1:  # the same for two
         other = dict(arguments)
         first = f.parameters[0]
         other[first.name] = first.value(r)
@@ -406,7 +562,8 @@ def conversation(r: R) -> Document:
             calls.append({"name": f.name, "arguments": other})
         messages.append({"role": "user", "content": text})
     else:
-        messages.append({"role": "user", "content": _request(r, f, arguments, len(functions) == 1)})
+        request = request or _request(r, f, arguments, len(functions) == 1)
+        messages.append({"role": "user", "content": request})
         calls = [{"name": f.name, "arguments": arguments}]
     said = {"role": "assistant", "content": "", "tool_calls": calls}
     if r.random() < 0.06:
