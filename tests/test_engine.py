@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from expertstream import LLM, BudgetError, ReadError, RequestError, UsageError, _native
-from expertstream.engine import StopStrings
+from expertstream.responses import StopStrings
 
 QUICK = {"memory": "64MiB", "context_length": 256}
 PROMPT = "Once upon a time there was"

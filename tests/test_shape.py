@@ -20,9 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others; `errors` and `config` may be imported by all.
 ARROWS = {
-    "cli": {"bench", "server", "engine", "convert", "summary", "checkpoint", "sampling"},
+    "cli": {"bench", "server", "responses", "engine", "convert", "summary", "checkpoint", "sampling"},
     "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
-    "server": {"engine", "ops", "sampling"},
+    "server": {"engine", "experts", "generate", "kv_cache", "machine", "ops", "responses", "sampling"},
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
     "summary": {"models", "experts", "checkpoint", "ops", "machine"},
     "engine": {
@@ -35,8 +35,14 @@ ARROWS = {
         "ops",
         "machine",
         "kv_cache",
+        "prefix_cache",
+        "responses",
+        "state_file",
         "_native",
     },
+    "prefix_cache": {"kv_cache", "ops", "state_file"},
+    "state_file": set(),
+    "responses": {"experts"},
     "generate": {"kv_cache", "ops", "sampling"},
     "models": {"layers", "ops", "experts", "checkpoint", "kv_cache"},
     "layers": {"ops"},
@@ -44,13 +50,14 @@ ARROWS = {
     "experts": {"checkpoint", "ops", "_native"},
     "checkpoint": {"ops"},
     "sampling": {"ops"},
-    "tokenizer": {"checkpoint", "ops"},
+    "template": set(),
+    "tokenizer": {"checkpoint", "ops", "template"},
     "kv_cache": {"ops"},
     "machine": set(),
     "config": {"machine"},
     "errors": set(),
     "__main__": {"cli"},
-    "__init__": {"engine", "sampling"},
+    "__init__": {"engine", "responses", "sampling"},
 }
 
 

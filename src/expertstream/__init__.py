@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EngineConfig
-    from .engine import LLM, GenerationResponse, GenerationStats, Session, TokenLogprob
+    from .engine import LLM, Session
     from .errors import (
         BudgetError,
         CheckpointError,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         RequestError,
         UsageError,
     )
+    from .responses import GenerationResponse, GenerationStats, TokenLogprob
     from .sampling import SamplingParams
 
 __all__ = [
@@ -37,8 +38,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"EngineConfig": "config", "SamplingParams": "sampling"} | {
-    name: "engine" for name in ("LLM", "GenerationResponse", "GenerationStats", "Session", "TokenLogprob")
+_HOMES = {"EngineConfig": "config", "SamplingParams": "sampling", "LLM": "engine", "Session": "engine"} | {
+    name: "responses" for name in ("GenerationResponse", "GenerationStats", "TokenLogprob")
 }
 
 

@@ -17,7 +17,8 @@ from .errors import ExpertStreamError, RequestError, UsageError
 from .server.cli import add_serve
 
 if TYPE_CHECKING:
-    from .engine import LLM, GenerationResponse, GenerationStats
+    from .engine import LLM
+    from .responses import GenerationResponse, GenerationStats
     from .sampling import SamplingParams
 
 __all__ = ["build_parser", "main"]

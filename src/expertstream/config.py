@@ -116,6 +116,8 @@ class EngineConfig:
     threads: int = 0  # 0: as many as this process may use
     isa: str = ""  # "": the fastest this machine has
     ops: str = "cpu"
+    sequences: int = 1  # texts that may be under way at once, each with a context of its own
+    prefix_cache_bytes: int = 0  # of the memory budget, for what was computed of earlier prompts
     context_length: int = 0  # 0: 8,192, or what the model was trained for if that is less
     exact: bool = False  # 16-bit activations in products with quantized weights, instead of 8-bit ones
     kv_dtype: str = "bf16"
@@ -139,6 +141,8 @@ class EngineConfig:
             ("split_bytes", 0, 1 << 30),
             ("prefetch", 0, 64),
             ("threads", 0, 1024),
+            ("sequences", 1, 256),
+            ("prefix_cache_bytes", 0, 1 << 50),
             ("context_length", 0, 1 << 30),
             ("prefill_chunk", 64, 65536),
             ("experts_per_token", 0, 65536),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,115 +17,24 @@ from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, form
 from .errors import CheckpointError, RequestError, UsageError
 from .experts.budget import MemoryPlan, MemoryWatch, plan_with_chunk
 from .experts.cache import ExpertCache
-from .experts.stats import ExpertStats, LayerStats
 from .experts.store import ExpertStore
-from .generate import stream_generate
+from .generate import Forward, Step, drive, stream_generate
+from .kv_cache import AttentionState
 from .machine import available_bytes
 from .models import find_model
-from .ops import I64, Ops, make_ops
+from .ops import F32, I64, Ops, make_ops
 from .ops.cpu import CpuOps
-from .sampling import Sampler, SamplingParams
+from .prefix_cache import PrefixCache, snapshot_positions
+from .responses import ExpertSpans, GenerationResponse, GenerationStats, StopStrings, TokenLogprob
+from .sampling import Constraint, Sampler, SamplingParams
+from .state_file import StateFile, StateFileError, write_state
 from .tokenizer import Detokenizer, Tokenizer
 
-__all__ = ["LLM", "GenerationResponse", "GenerationStats", "Session", "TokenLogprob", "embedded_model"]
+# Goes up when a change makes states of before useless: another layout, other arithmetic.
+STATE_VERSION = 1
+KEEP_EVERY = 4096  # tokens of a long prompt, beside the beginnings of messages
 
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token with its log-probability and the most likely alternatives (text, log-probability)."""
-
-    token: str
-    logprob: float
-    top_logprobs: tuple[tuple[str, float], ...]
-
-
-class ExpertSpans:
-    """The expert counters of one generation. They are read only when somebody asks: adding up every layer's at every token would cost
-    more than the token's own bookkeeping."""
-
-    def __init__(self, counters: ExpertStats) -> None:
-        self._counters = counters
-        self._begin = counters.copy()
-        self._prefilled: ExpertStats | None = None
-        self._end: ExpertStats | None = None
-
-    def end_prefill(self) -> None:
-        self._prefilled = self._counters.copy()
-
-    def end(self) -> None:
-        """What is counted later belongs to others."""
-        self._end = self._counters.copy()
-
-    @property
-    def _now(self) -> ExpertStats:
-        return self._end or self._counters
-
-    @property
-    def prefill(self) -> ExpertStats:
-        return (self._prefilled or self._now).since(self._begin)
-
-    @property
-    def decode(self) -> ExpertStats:
-        return self._now.since(self._prefilled or self._now)
-
-    @property
-    def all(self) -> ExpertStats:
-        return self._now.since(self._begin)
-
-
-@dataclass
-class GenerationStats:
-    """What one generation took. Seconds and rates are of the wall clock; experts are counted, in prefill and decode apart."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    ttft_seconds: float = 0.0  # time to first token: prefill and the first draw
-    decode_seconds: float = 0.0  # of the tokens after the first
-    seed: int = 0
-    lossy: str = ""  # what was asked for that changes the model's output, "" if nothing
-    experts: ExpertSpans = field(default_factory=lambda: ExpertSpans(ExpertStats(0)))
-
-    @property
-    def prefill_experts(self) -> LayerStats:
-        return self.experts.prefill.total()
-
-    @property
-    def decode_experts(self) -> LayerStats:
-        return self.experts.decode.total()
-
-    @property
-    def layers(self) -> list[LayerStats]:
-        """Prefill and decode together."""
-        return self.experts.all.layers
-
-    @property
-    def prefill_tps(self) -> float:
-        return self.prompt_tokens / self.ttft_seconds if self.ttft_seconds else 0.0
-
-    @property
-    def decode_tps(self) -> float:
-        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        result: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "experts"}
-        result |= {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps}
-        for name in ("prefill_experts", "decode_experts"):
-            span: LayerStats = getattr(self, name)
-            result[name] = {**asdict(span), "hit_rate": span.hit_rate}
-        result["layers"] = [asdict(layer) for layer in self.layers]
-        return result
-
-
-@dataclass(frozen=True)
-class GenerationResponse:
-    """One piece of an answer: the text that became whole since the last piece. The last has a finish_reason: "stop" (end token or
-    stop string) or "length". stats are running totals."""
-
-    text: str
-    token: int | None
-    logprob: TokenLogprob | None
-    finish_reason: str | None
-    stats: GenerationStats
+__all__ = ["LLM", "Session", "embedded_model"]
 
 
 def embedded_model() -> Path:
@@ -198,6 +108,9 @@ class LLM:
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
             self.model = model_module.Model(self.model_config, self.checkpoint, ops, self.experts, self.top_k)
+            self.prefixes: PrefixCache | None = None
+            if c.prefix_cache_bytes:
+                self.keep_prefixes()
         except BaseException:
             store.close()
             raise
@@ -213,7 +126,7 @@ class LLM:
             memory_bytes=c.memory_bytes,
             available_bytes=available_bytes(),
             trunk_bytes=self.checkpoint.trunk_bytes(model_module.weight_map(m)),
-            state_bytes=m.state_bytes(self.context_length, c.kv_dtype),
+            state_bytes=c.sequences * m.state_bytes(self.context_length, c.kv_dtype) + c.prefix_cache_bytes,
             slot_bytes=store.slot_bytes,
             layers=m.num_hidden_layers,
             num_experts=m.num_experts,
@@ -233,15 +146,34 @@ class LLM:
             else "experts left to the page cache"
         )
         return (
-            f"memory {format_bytes(p.budget_bytes)}: trunk {format_bytes(p.trunk_bytes)}, context {format_bytes(p.state_bytes)}, "
+            f"memory {format_bytes(p.budget_bytes)}: trunk {format_bytes(p.trunk_bytes)}, {self._state()}, "
             f"scratch {format_bytes(p.scratch_bytes)}, slots {format_bytes(p.slots_bytes)} ({experts}); "
             f"residency {p.residency}, {self.reader_name}, {file_kind}, {self.config.thread_count} threads{self._isa()}"
         )
+
+    def _state(self) -> str:
+        kept, several = self.config.prefix_cache_bytes, self.config.sequences
+        context = f"context {format_bytes(self.plan.state_bytes - kept)}" + (f" for {several}" if several > 1 else "")
+        return context + (f", prefixes {format_bytes(kept)}" if kept else "")
 
     def _isa(self) -> str:
         if not isinstance(self.ops, CpuOps):
             return ""
         return f", {self.ops.engine.isa}, {self.config.activation_bits}-bit activations"
+
+    def keep_prefixes(self, directory: Path | None = None, disk_bytes: int = 0) -> None:
+        """Keeps what is computed of prompts, in memory as far as config.prefix_cache_bytes go, and in `directory`; later sessions go
+        on from the longest known beginning of their prompt."""
+        if self.prefixes is not None:
+            self.prefixes.close()
+        self.prefixes = PrefixCache(self.state_fingerprint(), self.config.prefix_cache_bytes, directory, disk_bytes)
+
+    def state_fingerprint(self) -> str:
+        """Of all that a text's state depends on: the checkpoint, and how it is computed. 40 hex digits."""
+        c = self.config
+        isa = self.ops.engine.isa if isinstance(self.ops, CpuOps) else c.ops
+        parts = (self.checkpoint.fingerprint(), isa, c.activation_bits, c.kv_dtype, self.top_k, STATE_VERSION)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
     def session(self) -> Session:
         """A new, empty text."""
@@ -267,6 +199,8 @@ class LLM:
         return self.generate(self.tokenizer.apply_chat_template(messages), params, **given)
 
     def close(self) -> None:
+        if self.prefixes is not None:
+            self.prefixes.close()
         self.experts.close()
 
     def __enter__(self) -> LLM:
@@ -292,10 +226,22 @@ class Session:
         params: SamplingParams,
         progress: Callable[[int], None] | None = None,
         control_tokens: bool = False,
+        constraint: Constraint | None = None,
     ) -> Iterator[GenerationResponse]:
         """Appends tokens (T,) to the text and continues it. `progress` is told how many tokens of the prompt are read. With
-        `control_tokens`, what a model writes between <think> or <tool_call> tokens comes with them. Raises RequestError before any work
-        if the tokens cannot fit."""
+        `control_tokens`, what a model writes between <think> or <tool_call> tokens comes with them. `constraint` says which tokens
+        may come next. Raises RequestError before any work if the tokens cannot fit."""
+        return drive(self.llm.model, self.steps(tokens, params, progress, control_tokens, constraint))
+
+    def steps(
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        progress: Callable[[int], None] | None = None,
+        control_tokens: bool = False,
+        constraint: Constraint | None = None,
+    ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
+        """generate(), for who runs the passes: it is sent the logits of each Forward that it yields."""
         if not self.cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset() it")
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
@@ -319,75 +265,123 @@ class Session:
             )
         # The last token's own state is never needed, so an answer may be one longer than the room.
         limited = replace(params, max_tokens=min(params.max_tokens, room - tokens.shape[0] + 1))
-        return self._pieces(tokens, limited, progress, control_tokens)
+        return self._pieces(tokens, limited, progress, control_tokens, constraint)
 
     def reset(self) -> None:
         """Forgets the text."""
         self.cache.reset()
         self._unread = []
 
+    def save(self, path: Path) -> None:
+        """Writes the text's state to a file, from which load() goes on without reading the text again. Raises OSError."""
+        if not self.cache.valid:
+            raise RequestError("this session stopped in the middle of a token; reset() it")
+        arrays: list[Any] = []
+        for layer in self.cache.layers:
+            arrays += layer.rows(0, self.cache.position) if isinstance(layer, AttentionState) else layer.copies()
+        header = {"of": self.llm.state_fingerprint(), "position": self.cache.position, "unread": self._unread}
+        write_state(path, header, arrays)
+
+    def load(self, path: Path) -> None:
+        """The state that save() wrote. Raises RequestError for a file that is damaged, too long for this context, or of another model;
+        the session is empty then."""
+        self.reset()
+        try:
+            file = StateFile.open(path)
+            if file.header["of"] != self.llm.state_fingerprint():
+                raise StateFileError(f"{path}: of another model, or computed in another way")
+            position = int(file.header["position"])
+            if not 0 <= position < self.cache.capacity:
+                raise StateFileError(f"{path}: a text of {position} tokens does not fit this context")
+            at = 0
+            for layer in self.cache.layers:
+                rows = isinstance(layer, AttentionState)
+                mine = layer.arrays if isinstance(layer, AttentionState) else layer.copies()
+                expected = [(a.dtype.name, (a.shape[0], position, *a.shape[2:]) if rows else a.shape) for a in mine]
+                found = file.read(at, at + len(mine), expected)
+                at += len(mine)
+                if isinstance(layer, AttentionState):
+                    layer.put(0, found)
+                else:
+                    layer.put(found)
+            self._unread = [int(t) for t in file.header["unread"]]
+            self.cache.position = position
+        except (StateFileError, OSError, KeyError, TypeError, ValueError) as error:
+            self.reset()
+            raise RequestError(f"the session's state cannot be used: {error}") from None
+
     def _pieces(
-        self, tokens: I64, params: SamplingParams, progress: Callable[[int], None] | None, control_tokens: bool
-    ) -> Iterator[GenerationResponse]:
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        progress: Callable[[int], None] | None,
+        control_tokens: bool,
+        constraint: Constraint | None,
+    ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
         llm = self.llm
-        sampler = Sampler(params, tokens.tolist())
+        sampler = Sampler(params, tokens.tolist(), constraint)
         experts = ExpertSpans(llm.experts.stats)
         stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
         detokenizer, stops = Detokenizer(llm.tokenizer, not control_tokens), StopStrings(params.stop)
+        # What goes on from an answer is not a prompt's beginning that another text could have.
+        prefixes = llm.prefixes if self.cache.position == 0 else None
+        if prefixes is not None:
+            stats.cached_tokens = prefixes.restore(tokens, self.cache)
+            self.cache.keep = snapshot_positions(len(tokens), llm.tokenizer.message_starts(tokens), KEEP_EVERY)
         steps = stream_generate(
-            llm.model, self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+            self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
         )
-        for step in steps:
-            stats.generated_tokens += 1
-            if stats.generated_tokens == 1:
-                stats.ttft_seconds = step.seconds
-                experts.end_prefill()
-            else:
-                stats.decode_seconds += step.seconds
-            token, logprob, reason = step.choice.token, None, None
-            self._unread = [token]
-            if step.choice.logprob is not None:
-                text = llm.tokenizer.token_text
-                top = tuple((text(t), p) for t, p in step.choice.top_logprobs)
-                logprob = TokenLogprob(text(token), step.choice.logprob, top)
-            ended = token in llm.tokenizer.eos_ids
-            piece = stops.add("" if ended else detokenizer.add(token))
-            if ended or stats.generated_tokens == params.max_tokens:
-                reason = "stop" if ended else "length"
-                if not stops.found:
-                    piece += stops.add(detokenizer.flush())
-                piece += stops.rest()
-            if stops.found:
-                reason = "stop"
-            if reason is not None:
-                experts.end()
-            yield GenerationResponse(piece, token, logprob, reason, stats)
-            if reason is not None:
-                return
+        answer: F32 | None = None
+        try:
+            while True:
+                try:
+                    step = steps.send(answer)
+                except StopIteration:
+                    return
+                if isinstance(step, Forward):
+                    answer = yield step
+                    continue
+                answer = None
+                if stats.generated_tokens == 0 and prefixes is not None:
+                    prefixes.insert(tokens, self.cache)
+                piece = self._piece(step, params, stats, detokenizer, stops)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            steps.close()
+            if stats.generated_tokens == 0 and prefixes is not None:
+                prefixes.insert(tokens, self.cache)  # as far as it came
 
-
-class StopStrings:
-    """Holds back text that may turn out to be the beginning of a stop string."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops, self._held, self.found = stops, "", False
-
-    def add(self, text: str) -> str:
-        """What of it can be shown; nothing any more once a stop string is found."""
-        if self.found:
-            return ""
-        self._held += text
-        places = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if places:
-            shown, self._held, self.found = self._held[: min(places)], "", True
-            return shown
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
-
-    def rest(self) -> str:
-        held, self._held = self._held, ""
-        return "" if self.found else held
+    def _piece(
+        self, step: Step, params: SamplingParams, stats: GenerationStats, detokenizer: Detokenizer, stops: StopStrings
+    ) -> GenerationResponse:
+        """What one more token makes of the answer."""
+        llm, token = self.llm, step.choice.token
+        stats.generated_tokens += 1
+        if stats.generated_tokens == 1:
+            stats.ttft_seconds = step.seconds
+            stats.experts.end_prefill()
+        else:
+            stats.decode_seconds += step.seconds
+        logprob, reason = None, None
+        self._unread = [token]
+        if step.choice.logprob is not None:
+            text = llm.tokenizer.token_text
+            top = tuple((text(t), p) for t, p in step.choice.top_logprobs)
+            logprob = TokenLogprob(text(token), step.choice.logprob, top)
+        ended = token in llm.tokenizer.eos_ids
+        piece = stops.add("" if ended else detokenizer.add(token))
+        if ended or stats.generated_tokens == params.max_tokens:
+            reason = "stop" if ended else "length"
+            if not stops.found:
+                piece += stops.add(detokenizer.flush())
+            piece += stops.rest()
+        if stops.found:
+            reason, stats.stop_string = "stop", stops.found
+        if reason is not None:
+            stats.experts.end()
+        return GenerationResponse(piece, token, logprob, reason, stats)
 
 
 def _make_reader(c: EngineConfig, path: Path) -> tuple[str, Any]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .ops import F32
 
-__all__ = ["AttentionState", "DeltaState", "KVCache"]
+__all__ = ["AttentionState", "CancelledError", "DeltaState", "KVCache"]
+
+
+class CancelledError(Exception):
+    """Nobody waits for this text any more."""
 
 
 @dataclass
@@ -19,6 +25,18 @@ class AttentionState:
     keys: Any
     values: Any
 
+    def rows(self, begin: int, end: int) -> list[Any]:
+        """Copies of what was kept of tokens [begin, end)."""
+        return [np.ascontiguousarray(a[:, begin:end]) for a in self.arrays]
+
+    def put(self, begin: int, rows: Sequence[Any]) -> None:
+        for mine, given in zip(self.arrays, rows, strict=True):
+            mine[:, begin : begin + given.shape[1]] = given
+
+    @property
+    def arrays(self) -> list[Any]:
+        return [self.keys, self.values]
+
 
 @dataclass
 class DeltaState:
@@ -26,24 +44,39 @@ class DeltaState:
 
     conv_state: F32
     recurrent_state: F32
+    # Copies of both as they were after some tokens, where the cache was asked to keep them.
+    kept: dict[int, list[F32]] = field(default_factory=dict)
+
+    def copies(self) -> list[F32]:
+        return [self.conv_state.copy(), self.recurrent_state.copy()]
+
+    def put(self, states: Sequence[F32]) -> None:
+        self.conv_state[:], self.recurrent_state[:] = states
 
 
 class KVCache:
     """The state of one text. `position` tokens have been seen; at most `capacity` can be.
 
-    A forward pass that fails leaves it in between two tokens: `valid` is False then, and it must be reset."""
+    `keep`: positions, multiples of 64, at which the gated-delta states are kept on the way past, in each one's `kept`: they cannot be
+    rewound, as keys and values can. A forward pass that fails leaves the cache in between two tokens: `valid` is False then, and it
+    must be reset."""
 
     def __init__(self, layers: list[AttentionState | DeltaState], capacity: int) -> None:
         self.layers, self.capacity = layers, capacity
         self.position = 0
         self.valid = True
+        self.keep: frozenset[int] = frozenset()
+        self.cancelled: threading.Event | None = (
+            None  # set by another thread: the pass under way ends with CancelledError
+        )
 
     def reset(self) -> None:
         for layer in self.layers:
             if isinstance(layer, DeltaState):
                 layer.conv_state[:] = 0
                 layer.recurrent_state[:] = 0
-        self.position, self.valid = 0, True
+                layer.kept.clear()
+        self.position, self.valid, self.keep = 0, True, frozenset()
 
 
 def attention_state(kv_heads: int, capacity: int, head_dim: int, dtype: str) -> AttentionState:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import CheckpointError, UsageError
 from .ops import F32, I64
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Constraint", "Sampler", "SamplingParams"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,16 @@ class SamplingParams:
         return cls(**{**defaults, **given})
 
 
+class Constraint(Protocol):
+    """Says which tokens may come next."""
+
+    def mask(self, logits: F32) -> F32:
+        """A copy of logits (vocab,) in which tokens that may not come are -inf."""
+
+    def accept(self, token: int) -> None:
+        """The token has been chosen."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A chosen token; logprob and alternatives (token, logprob; most likely first) where asked for."""
@@ -105,10 +115,11 @@ class Choice:
 class Sampler:
     """One text's draws. With the same seed, logits and parameters it makes the same choices on every run."""
 
-    def __init__(self, params: SamplingParams, prompt: list[int]) -> None:
+    def __init__(self, params: SamplingParams, prompt: list[int], constraint: Constraint | None = None) -> None:
         if params.seed is None:
             params = replace(params, seed=int(np.random.SeedSequence().generate_state(1)[0]))
         self.params = params
+        self._constraint = constraint
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
         self._seen = set(prompt)
         self._counts: dict[int, int] = {}
@@ -117,7 +128,11 @@ class Sampler:
         """logits (vocab,), finite."""
         p = self.params
         adjusted = self._penalize(logits)
+        if self._constraint is not None:
+            adjusted = self._constraint.mask(adjusted)
         token = int(adjusted.argmax()) if p.temperature == 0 else self._draw(adjusted)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self._seen.add(token)
         self._counts[token] = self._counts.get(token, 0) + 1
         if p.logprobs is None:

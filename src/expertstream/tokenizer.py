@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
 from .checkpoint.reader import read_json
 from .errors import CheckpointError, RequestError
 from .ops import I64
+from .template import render_template
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -65,6 +61,11 @@ class Tokenizer:
             raise RequestError("the prompt is not valid UTF-8") from None
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
+    def message_starts(self, tokens: I64) -> list[int]:
+        """Where messages begin in a prompt of this family's chat templates; none for others."""
+        start = self._tokenizer.token_to_id("<|im_start|>")
+        return [] if start is None else np.flatnonzero(tokens == start).tolist()
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
@@ -74,18 +75,22 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
         """The messages ({"role", "content"}) as one prompt that asks for an answer. Runs in a sandbox: a template sees what it is
-        given and nothing else. Raises RequestError if there is no template or it refuses the messages."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        given and nothing else, and takes no more time and memory than anybody needs. Raises RequestError if there is no template or
+        it refuses the messages."""
         values: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, "tools": None}
         values |= {name: self._special(name) for name in ("bos_token", "eos_token")} | variables
         template = self._template()
         try:
-            return environment.from_string(template).render(**values)
+            return render_template(template, values)
         except Exception as error:  # a template is a program of somebody's, and may fail as any other
             raise RequestError(f"{self.path}: the chat template failed: {error or type(error).__name__}") from None
+
+    def writes_xml_calls(self) -> bool:
+        """Whether the template teaches calls as <function=NAME><parameter=KEY>…, not as JSON."""
+        try:
+            return "<function=" in self._template()
+        except RequestError:
+            return True
 
     def _template(self) -> str:
         file = self.path / "chat_template.jinja"
@@ -101,10 +106,6 @@ class Tokenizer:
         if not isinstance(template, str):
             raise RequestError(f"{self.path}: missing chat template; give a raw prompt, without --chat")
         return template
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
 
 
 class Detokenizer:

@@ -3,75 +3,22 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
-import uvicorn
 
-from expertstream.cli import main
 from expertstream.engine import LLM
-from expertstream.server.app import MOST_BODY, create_app
+from expertstream.server.app import MOST_BODY
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather", "description": "Get the weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "The city"}}, "required": ["city"]},
-    },
-}  # fmt: skip
-
-
-class Server:
-    """The app in a thread of its own, on a free port."""
-
-    def __init__(self, llm: LLM, **options: Any) -> None:
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(create_app(llm, "small", **options), log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def waiting(self) -> int:
-        return int(httpx.get(f"{self.url}/health").json()["waiting"])
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-        self.socket.close()
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(context_length=2048) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def server(llm: LLM) -> Iterator[Server]:
-    server = Server(llm, most_waiting=3)
-    yield server
-    server.stop()
+from .conftest import HELLO, TOOL, Server
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return server.client()
-
-
-HELLO: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+    return server.openai()
 
 
 def test_an_answer_is_the_engines(client: openai.OpenAI, llm: LLM) -> None:
@@ -129,14 +76,136 @@ def test_a_function_is_called_and_answered(client: openai.OpenAI) -> None:
     assert none.choices[0].message.tool_calls is None and none.choices[0].message.content
 
 
+def test_several_answers_to_one_prompt(client: openai.OpenAI) -> None:
+    story: list[Any] = [{"role": "user", "content": "Tell me a story about a fox. " * 20}]
+    options: dict[str, Any] = {"model": "small", "messages": story, "max_tokens": 12, "seed": 5, "temperature": 1.0}
+    answer = client.chat.completions.create(**options, n=3)
+    texts = [c.message.content for c in answer.choices]
+    assert [c.index for c in answer.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert answer.usage is not None and answer.usage.completion_tokens == 36
+    single = client.chat.completions.create(**{**options, "seed": 6})
+    assert single.choices[0].message.content == texts[1]  # a seed each, and the same bits whether alone or not
+    assert single.usage is not None and single.usage.prompt_tokens_details is not None
+    assert single.usage.prompt_tokens_details.cached_tokens == (single.usage.prompt_tokens - 1) // 64 * 64 > 0
+    parts = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, n=3, stream=True):
+        for choice in chunk.choices:
+            parts[choice.index] += choice.delta.content or ""
+    assert parts == texts
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "small",
+        "messages": HELLO,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    choice = client.chat.completions.create(**options).choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    tokens = choice.logprobs.content
+    assert "".join(t.token for t in tokens).startswith(choice.message.content or "?")
+    for token in tokens:
+        assert token.logprob <= 0 and len(token.top_logprobs) == 3 and token.top_logprobs[0].token == token.token
+    streamed: list[Any] = []
+    for chunk in client.chat.completions.create(**options, stream=True):
+        for c in chunk.choices:
+            streamed += (c.logprobs.content or []) if c.logprobs else []
+    assert [t.token for t in streamed] == [t.token for t in tokens]
+
+
+def test_completions_of_texts_and_tokens(client: openai.OpenAI, llm: LLM) -> None:
+    options: dict[str, Any] = {"model": "small", "temperature": 0, "max_tokens": 8}
+    text = client.completions.create(prompt="Once upon a time", **options).choices[0]
+    expected = "".join(p.text for p in llm.generate("Once upon a time", temperature=0.0, max_tokens=8))
+    assert text.text == expected and text.finish_reason == "length"
+    tokens = llm.tokenizer.encode("Once upon a time").tolist()
+    assert client.completions.create(prompt=tokens, **options).choices[0].text == expected
+    several = client.completions.create(prompt=["Once upon a time", "The sky"], **options, n=2, logprobs=1)
+    assert [c.index for c in several.choices] == [0, 1, 2, 3] and several.choices[1].text == expected
+    assert several.choices[0].logprobs is not None and len(several.choices[0].logprobs.tokens or ()) == 8
+    streamed = "".join(c.choices[0].text for c in client.completions.create(prompt="Once upon a time", **options, stream=True))  # fmt: skip
+    assert streamed == expected
+
+
+BOOKING: Any = {
+    "type": "function",
+    "function": {
+        "name": "book_table",
+        "parameters": {
+            "type": "object",
+            "properties": {"guests": {"type": "integer", "minimum": 1, "maximum": 20}, "where": {"type": "string", "enum": ["inside", "outside"]}},
+            "required": ["guests", "where"],
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book_table"}}])
+def test_a_required_call_fits_its_schema_whatever_is_said(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    for seed in range(3):
+        options: dict[str, Any] = {
+            "model": "small", "messages": [{"role": "user", "content": "Sing me a song."}], "tools": [TOOL, BOOKING], "tool_choice": choice,
+            "seed": seed, "temperature": 1.5, "max_tokens": 300, "parallel_tool_calls": False,
+        }  # fmt: skip
+        if stream:
+            chunks = list(client.chat.completions.create(**options, stream=True))
+            deltas: list[Any] = [d for c in chunks for d in c.choices[0].delta.tool_calls or ()]
+            calls: list[Any] = [d.function for d in deltas]
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        else:
+            answer = client.chat.completions.create(**options).choices[0]
+            assert answer.finish_reason == "tool_calls" and answer.message.content is None
+            calls = [c.function for c in answer.message.tool_calls or ()]  # type: ignore[union-attr]
+        assert len(calls) == 1
+        if choice != "required":
+            assert calls[0].name == "book_table"
+        schema = {t["function"]["name"]: t["function"]["parameters"] for t in (TOOL, BOOKING)}[calls[0].name]
+        jsonschema.validate(json.loads(calls[0].arguments), schema)
+
+
+def test_answers_in_json(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"animal": {"type": "string", "enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["animal", "legs"], "additionalProperties": False,
+    }  # fmt: skip
+    options: dict[str, Any] = {"model": "small", "messages": HELLO, "max_tokens": 200, "temperature": 1.2}
+    for seed in range(3):
+        form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema, "strict": True}}
+        text = client.chat.completions.create(**options, seed=seed, response_format=form).choices[0].message.content
+        jsonschema.validate(json.loads(text or ""), schema)
+    some = client.chat.completions.create(**options, seed=1, response_format={"type": "json_object"}).choices[0]
+    assert some.finish_reason == "length" or isinstance(json.loads(some.message.content or ""), dict)
+
+
+def test_strict_functions_under_auto(client: openai.OpenAI) -> None:
+    strict = {**BOOKING, "function": {**BOOKING["function"], "strict": True}}
+    for seed in range(4):
+        message = client.chat.completions.create(
+            model="small", messages=[{"role": "user", "content": "Book a table outside for 4."}], tools=[strict], seed=seed,
+            temperature=1.2, max_tokens=200,
+        ).choices[0].message  # fmt: skip
+        for call in message.tool_calls or ():
+            jsonschema.validate(json.loads(call.function.arguments), BOOKING["function"]["parameters"])  # type: ignore[union-attr]
+        assert "<tool_call>" not in (message.content or "")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         ({"messages": []}, 400, "messages: List should have at least 1 item"),
         ({}, 400, "messages: Field required"),
         ({"messages": HELLO, "logit_bias": {"1": 2}}, 400, "logit_bias: is not supported"),
-        ({"messages": HELLO, "n": 2}, 400, "n: Input should be 1"),
-        ({"messages": HELLO, "tool_choice": "required", "tools": [TOOL]}, 400, "tool_choice"),
+        ({"messages": HELLO, "n": 0}, 400, "n: Input should be greater"),
+        ({"messages": HELLO, "tool_choice": "required"}, 400, "no tools"),
+        ({"messages": HELLO, "tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [TOOL]}, 400, "not among the tools"),
+        ({"messages": HELLO, "tools": [TOOL, TOOL]}, 400, "the same name"),
+        ({"messages": HELLO, "tools": [TOOL], "response_format": {"type": "json_object"}}, 400, "together with tools"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, 400, "cannot be followed"),
+        ({"messages": HELLO, "top_logprobs": 2}, 400, "only with logprobs"),
         ({"messages": HELLO, "temperature": -1}, 400, "temperature is a number"),
         ({"messages": HELLO, "max_tokens": 0}, 400, "max_tokens is a whole number"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "messages.0.content"),
@@ -159,66 +228,3 @@ def test_a_body_that_is_too_large_or_no_json_is_refused(server: Server) -> None:
     assert httpx.post(url, content=b"\xff{").status_code == 400
     assert httpx.post(url, content=b"[" * 100_000).status_code == 400
     assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "Not Found"
-
-
-def test_more_than_may_wait_are_told_so_and_the_others_answered(server: Server, client: openai.OpenAI) -> None:
-    def ask(i: int) -> int:
-        body = {"messages": HELLO, "seed": i, "max_tokens": 60, "temperature": 1.5}
-        return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code
-
-    with ThreadPoolExecutor(12) as pool:
-        codes = list(pool.map(ask, range(12)))
-    assert set(codes) == {200, 429} and codes.count(200) >= 4
-    assert server.waiting() == 0
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_costs_nothing_more(server: Server, client: openai.OpenAI, stream: bool) -> None:
-    """A text of a thousand tokens is asked for and left; the next one is answered long before it could have ended."""
-    body = {
-        "messages": [{"role": "user", "content": "Tell me a story."}],
-        "max_tokens": 1500,
-        "temperature": 5,
-        "stream": stream,
-    }
-    with pytest.raises(httpx.ReadTimeout):
-        if stream:
-            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
-                next(response.iter_bytes())
-                raise httpx.ReadTimeout("enough")
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.5)
-    for _ in range(300):
-        if server.waiting() == 0:
-            break
-        time.sleep(0.01)
-    assert server.waiting() == 0
-
-
-def test_a_key_is_asked_for(llm: LLM) -> None:
-    server = Server(llm, key="secret")
-    try:
-        assert server.client("secret").chat.completions.create(model="small", messages=HELLO, max_tokens=1).choices
-        for request in (lambda c: c.models.list(), lambda c: c.chat.completions.create(model="small", messages=HELLO)):
-            with pytest.raises(openai.AuthenticationError):
-                request(server.client("wrong"))
-        assert httpx.get(f"{server.url}/health").status_code == 200
-    finally:
-        server.stop()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--host", "0.0.0.0"], "give a key"),
-        (["--port", "70000"], "--port"),
-        (["--queue", "-1"], "--queue"),
-        (["--api-key-file", "/no/such"], "cannot be read"),
-        (["/no/such/model"], "no such folder"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_served(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("EXPERTSTREAM_API_KEY", raising=False)
-    assert main(["serve", *arguments]) in (2, 3)
-    assert message in capsys.readouterr().err

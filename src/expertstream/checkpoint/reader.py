@@ -8,6 +8,7 @@ Names are made canonical (`model.layers.N.…`, `lm_head.weight`) once, here. Ki
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -67,6 +68,19 @@ class Checkpoint:
     skipped: dict[str, int]  # what is left out: vision, MTP → number of tensors
     quantization: dict[str, tuple[int, int]]  # module or "" (default) → bits, group_size
     manifest: dict[str, Any] | None = None
+
+    def fingerprint(self) -> str:
+        """Of what the files say: JSON files as they are (a pack's manifest has checksums of all its weights), the others by name,
+        size and, where nothing vouches for their content, time of change. 40 hex digits."""
+        digest = hashlib.blake2b(digest_size=20)
+        for file in sorted(self.path.iterdir()):
+            if file.suffix == ".json":
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            elif file.suffix == ".safetensors":
+                stat = file.stat()
+                changed = 0 if self.manifest is not None else stat.st_mtime_ns
+                digest.update(f"{file.name}\0{stat.st_size} {changed}".encode())
+        return digest.hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
         try:

@@ -86,6 +86,7 @@ class ExpertCache:
         self.quotas = self._shares(self.cached)
         self._free_ring = list(range(ring_slots))[::-1]
         self._free = list(range(ring_slots, slots))[::-1]
+        self.uses = np.zeros((layers, max(layout.num_experts for layout in store.layouts)), np.int64)
         self._resident: list[dict[int, int]] = [{} for _ in range(layers)]
         self._owned = [0] * layers  # cached slots of each layer, resident or being read into
         self._policy = policy
@@ -107,6 +108,10 @@ class ExpertCache:
         """Experts in cached slots."""
         return sum(map(len, self._resident))
 
+    def resident_map(self) -> list[list[int]]:
+        """By layer, the experts in cached slots."""
+        return [sorted(list(resident)) for resident in self._resident]
+
     def fetch(self, layer: int, experts: list[int]) -> Fetch:
         """Begins to bring the experts (ascending, distinct) of one layer; use as a context manager and iterate."""
         if self.store.closed:
@@ -115,6 +120,7 @@ class ExpertCache:
             self._recover()
         self._busy = True
         self.prefetcher.learn(layer, experts)
+        self.uses[layer, experts] += 1
         return Fetch(self, layer, experts)
 
     def hint(self, layer: int, ranked: list[int]) -> None:
@@ -137,6 +143,7 @@ class ExpertCache:
             return None
         self._policies[layer].touch(experts)
         self.prefetcher.learn(layer, experts)
+        self.uses[layer, experts] += 1
         if self._ahead:
             self._busy = True  # an interrupt in here is mended as one in a fetch
             self.forget_guesses(layer)

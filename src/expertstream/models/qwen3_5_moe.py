@@ -6,7 +6,7 @@ h is the residual stream. Only the experts come from disk; everything else is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
@@ -18,7 +18,7 @@ from ..checkpoint.format import ExpertLayout, WeightSpec
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, RequestError
 from ..experts.cache import ExpertCache
-from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
+from ..kv_cache import AttentionState, CancelledError, DeltaState, KVCache, attention_state, delta_state
 from ..layers import Embedding, Linear, RMSNorm, Rotary
 from ..ops import F32, I64, AttentionWeights, DeltaWeights, Ops
 
@@ -267,11 +267,30 @@ class GatedDeltaNet:
             eps=c.rms_norm_eps,
         )
 
-    def __call__(self, x: F32, state: DeltaState, chunked: bool) -> F32:
-        qkv, z, a, b = self.ops.project(x, self.in_proj)
-        return self.out_proj(
-            self.ops.delta_net(self.weights, qkv, z, a, b, state.conv_state, state.recurrent_state, chunked)
-        )
+    def __call__(self, x: F32, state: DeltaState, position: int, keep: Sequence[int], chunked: bool) -> F32:
+        """keep: positions among these tokens at which the state is kept."""
+        inputs = self.ops.project(x, self.in_proj)
+        if not keep:
+            return self.out_proj(self._mix(inputs, state, chunked))
+        outputs, begin = [], 0
+        for at in (*keep, position + x.shape[0]):
+            end = at - position
+            if end > begin:
+                outputs.append(self._mix([part[begin:end] for part in inputs], state, chunked))
+            if at in keep:
+                state.kept[at] = state.copies()
+            begin = end
+        return self.out_proj(np.concatenate(outputs))
+
+    def of_each(self, x: F32, states: Sequence[DeltaState]) -> F32:
+        """A token of each of several texts: x (B, H), a state for each."""
+        inputs = self.ops.project(x, self.in_proj)
+        mixed = [self._mix([part[i : i + 1] for part in inputs], s, chunked=False) for i, s in enumerate(states)]
+        return self.out_proj(np.concatenate(mixed))
+
+    def _mix(self, inputs: Sequence[F32], state: DeltaState, chunked: bool) -> F32:
+        qkv, z, a, b = inputs
+        return self.ops.delta_net(self.weights, qkv, z, a, b, state.conv_state, state.recurrent_state, chunked)
 
 
 class Attention:
@@ -285,8 +304,22 @@ class Attention:
         self.weights = AttentionWeights(q_norm, k_norm, heads=c.num_attention_heads, eps=c.rms_norm_eps)
 
     def __call__(self, x: F32, state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
-        q_gate, k, v = self.ops.project(x, self.in_proj)
-        return self.o_proj(self.ops.attention(self.weights, q_gate, k, v, cos, sin, state.keys, state.values, position))
+        inputs = self.ops.project(x, self.in_proj)
+        return self.o_proj(self._attend(inputs, state, position, cos, sin))
+
+    def of_each(self, x: F32, states: Sequence[AttentionState], positions: Sequence[int], cos: F32, sin: F32) -> F32:
+        """A token of each of several texts: x (B, H), cos and sin (B, half), a state and a position for each."""
+        inputs = self.ops.project(x, self.in_proj)
+        rows = [slice(i, i + 1) for i in range(len(states))]
+        attended = [
+            self._attend([part[row] for part in inputs], state, position, cos[row], sin[row])
+            for row, state, position in zip(rows, states, positions, strict=True)
+        ]
+        return self.o_proj(np.concatenate(attended))
+
+    def _attend(self, inputs: Sequence[F32], state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
+        q_gate, k, v = inputs
+        return self.ops.attention(self.weights, q_gate, k, v, cos, sin, state.keys, state.values, position)
 
 
 class SparseMoeBlock:
@@ -365,7 +398,14 @@ class DecoderLayer:
         mlp.experts.hint(mlp.layer, selected_experts[0, likeliest_first].tolist())
 
     def __call__(
-        self, h: F32, state: AttentionState | DeltaState, position: int, cos: F32, sin: F32, prompt: bool
+        self,
+        h: F32,
+        state: AttentionState | DeltaState,
+        position: int,
+        keep: Sequence[int],
+        cos: F32,
+        sin: F32,
+        prompt: bool,
     ) -> None:
         x = self.input_layernorm(h)
         if self.self_attn is not None:
@@ -373,7 +413,17 @@ class DecoderLayer:
             h += self.self_attn(x, state, position, cos, sin)
         else:
             assert isinstance(state, DeltaState) and self.linear_attn is not None
-            h += self.linear_attn(x, state, chunked=prompt)
+            h += self.linear_attn(x, state, position, keep, chunked=prompt)
+        self.mlp(self.post_attention_layernorm(h), h)
+
+    def of_each(self, h: F32, states: Sequence[Any], positions: Sequence[int], cos: F32, sin: F32) -> None:
+        """A token of each of several texts, h (B, H); their experts are read once for all."""
+        x = self.input_layernorm(h)
+        if self.self_attn is not None:
+            h += self.self_attn.of_each(x, states, positions, cos, sin)
+        else:
+            assert self.linear_attn is not None
+            h += self.linear_attn.of_each(x, states)
         self.mlp(self.post_attention_layernorm(h), h)
 
 
@@ -404,21 +454,46 @@ class Model:
         with self._one_at_a_time:
             return self._forward(tokens, cache, all_logits, prompt)
 
-    def _forward(self, tokens: I64, cache: KVCache, all_logits: bool, prompt: bool) -> F32:
-        T, position = tokens.shape[0], cache.position
-        if position + T > cache.capacity:
-            raise RequestError(
-                f"{position + T} tokens do not fit a context of {cache.capacity}; make --context at least {position + T}"
-            )
+    def _check(self, cache: KVCache, tokens: int) -> None:
+        end = cache.position + tokens
+        if end > cache.capacity:
+            raise RequestError(f"{end} tokens do not fit a context of {cache.capacity}; make --context at least {end}")
         if not cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset it")
+
+    def _forward(self, tokens: I64, cache: KVCache, all_logits: bool, prompt: bool) -> F32:
+        T, position = tokens.shape[0], cache.position
+        self._check(cache, T)
         self.experts.adapt()
         cache.valid = False
+        keep = sorted(at for at in cache.keep if position < at <= position + T) if cache.keep else ()
         h = self.embed_tokens(tokens)
         cos, sin = self.rotary(position, T)
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            layer(h, state, position, cos, sin, prompt)
+            if cache.cancelled is not None and cache.cancelled.is_set():
+                raise CancelledError
+            layer(h, state, position, keep, cos, sin, prompt)
         cache.position += T
         cache.valid = True
         last = h if all_logits else h[-1:]
         return self.lm_head(self.norm(np.ascontiguousarray(last)))
+
+    def of_each(self, tokens: I64, caches: Sequence[KVCache]) -> F32:
+        """The next token of each of several texts (B,) → logits (B, vocab); every cache moves on by one. The projections and experts
+        that they share are read once for all. Raises RequestError as a call does."""
+        with self._one_at_a_time:
+            for cache in caches:
+                self._check(cache, 1)
+            self.experts.adapt()
+            for cache in caches:
+                cache.valid = False
+            positions = [cache.position for cache in caches]
+            rotary = [self.rotary(position, 1) for position in positions]
+            cos, sin = (np.concatenate(parts) for parts in zip(*rotary, strict=True))
+            h = self.embed_tokens(tokens)
+            for i, layer in enumerate(self.layers):
+                layer.of_each(h, [cache.layers[i] for cache in caches], positions, cos, sin)
+            for cache in caches:
+                cache.position += 1
+                cache.valid = True
+            return self.lm_head(self.norm(h))

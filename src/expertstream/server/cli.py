@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import API_KEY, api_key
+from ..config import API_KEY, api_key, parse_bytes
 from ..errors import UsageError
+from ..experts.budget import default_budget
+from ..machine import available_bytes
 
 __all__ = ["add_serve"]
+
+MOST_CACHE = 4 << 30
 
 
 def add_serve(
@@ -21,10 +26,11 @@ def add_serve(
     serve = commands.add_parser(
         "serve",
         usage="expertstream serve [OPTIONS] [MODEL]",
-        help="answer over HTTP as OpenAI's API does",
+        help="answer over HTTP as OpenAI's and Anthropic's APIs do",
         description=(
-            "Serves POST /v1/chat/completions (streaming or not, with tools), GET /v1/models and GET /health. With no MODEL the small\n"
-            "embedded model answers. Needs the packages of `pip install 'expertstream[server]'`. Requests are answered one after another."
+            "Serves /v1/chat/completions, /v1/completions and /v1/models as OpenAI's API does, /v1/messages as Anthropic's does, /health,\n"
+            "/metrics for Prometheus, and a status page at /. With no MODEL the small embedded model answers. Needs the packages of\n"
+            "`pip install 'expertstream[server]'`."
         ),
         **style,
     )
@@ -41,8 +47,24 @@ def add_serve(
         help=f"a key that clients must send; or in the environment, {API_KEY}",
     )
     serve.add_argument(
+        "--parallel", type=int, default=4, metavar="N", help="texts that take turns, each with a context in memory (4)"
+    )
+    serve.add_argument(
         "--queue", type=int, default=32, metavar="N", help="requests that may wait; more are told 429 (32)"
     )
+    serve.add_argument(
+        "--timeout",
+        type=float,
+        default=3600,
+        metavar="S",
+        help="seconds that an answer may take, waiting included (3600)",
+    )
+    reuse = serve.add_argument_group("reuse of what was computed of earlier prompts (changes speed, never the text)")
+    reuse.add_argument(
+        "--cache-memory", metavar="SIZE", help="of the memory budget (an eighth, at most 4GiB; 0 for none)"
+    )
+    reuse.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep it here too, for the next start")
+    reuse.add_argument("--cache-disk", default="16GiB", metavar="SIZE", help="at most so much in --cache-dir (16GiB)")
     add_engine_options(serve)
     serve.set_defaults(function=lambda options: _serve(options, engine_options))
 
@@ -70,7 +92,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     try:
         import uvicorn
 
-        from .app import create_app
+        from .app import ServerSettings, create_app
     except ImportError as error:
         raise UsageError(f"serve needs the package {error.name}: pip install 'expertstream[server]'") from None
     from ..engine import LLM
@@ -78,17 +100,48 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     key = _key(options)
     if not _is_local(options.host) and not key:
         raise UsageError(f"{options.host} can be reached by others: give a key with --api-key-file or in {API_KEY}")
-    if not 0 <= options.port <= 65535:
-        raise UsageError(f"--port is a number from 0 to 65535, not {options.port}")
-    if options.queue < 0:
-        raise UsageError(f"--queue is at least 0, not {options.queue}")
-    with LLM(options.model, **{name: getattr(options, name) for name in engine_options}) as llm:
-        name = options.name or llm.path.resolve().name
+    for name, least, most in (("port", 0, 65535), ("queue", 0, 10_000), ("parallel", 1, 256), ("timeout", 1, 1e9)):
+        if not least <= getattr(options, name) <= most:
+            raise UsageError(f"--{name} is from {least} to {most:g}, not {getattr(options, name)}")
+    given = {name: getattr(options, name) for name in engine_options}
+    if options.cache_memory is not None:
+        cache = parse_bytes(options.cache_memory)
+    else:
+        budget = parse_bytes(options.memory) if options.memory else default_budget(available_bytes())
+        cache = min(budget // 8, MOST_CACHE)
+    disk = parse_bytes(options.cache_disk) if options.cache_dir is not None else 0
+    logging.basicConfig(level=logging.WARNING, format="expertstream: %(message)s")
+    access = logging.getLogger("expertstream.access")
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.addHandler(logging.StreamHandler())
+    with LLM(options.model, sequences=options.parallel, prefix_cache_bytes=cache, **given) as llm:
+        if options.cache_dir is not None:
+            try:
+                llm.keep_prefixes(options.cache_dir, disk)
+            except OSError as error:
+                raise UsageError(f"--cache-dir {options.cache_dir}: {error.strerror}") from None
+        settings = ServerSettings(
+            name=options.name or llm.path.resolve().name,
+            key=key,
+            parallel=options.parallel,
+            most_waiting=options.queue,
+            seconds=options.timeout,
+            only_local=_is_local(options.host) and not key,
+        )
         print(f"[{llm.describe()}]", flush=True)
         config = uvicorn.Config(
-            create_app(llm, name, key, options.queue), host=options.host, port=options.port, log_level="info",
-            timeout_graceful_shutdown=30, server_header=False,
-        )  # fmt: skip
+            create_app(llm, settings),
+            host=options.host,
+            port=options.port,
+            log_level="info",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.shutdown_seconds),
+            server_header=False,
+            limit_concurrency=1024,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=64 << 10,
+        )
         server = uvicorn.Server(config)
         server.run()
         return 0 if server.started else 1

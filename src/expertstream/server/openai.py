@@ -1,106 +1,185 @@
-"""OpenAI's wire format: requests checked, answers put together. What is not supported is refused, never ignored."""
+"""OpenAI's wire format: requests, checked. What is not supported is refused, never ignored."""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RequestError
-from .stream import Content, Event, FunctionCall, Reasoning
+from .asks import Ask
 
-__all__ = ["ChatRequest", "Completion", "error_body", "parse_request"]
+__all__ = ["ChatRequest", "CompletionRequest", "Strict", "parse_request"]
+
+MOST_ANSWERS = 16
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses what it does not know."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class TextPart(_Strict):
+Request = TypeVar("Request", bound=Strict)
+
+
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = None  # as streams have it; some clients send it back
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    refusal: None = None
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+    audio: None = None
+    function_call: None = None
+
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
-class Function(_Strict):
+class Function(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
 
-class StreamOptions(_Strict):
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedChoice(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text"]
 
 
-class TemplateOptions(_Strict):
+class JsonFormat(Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class TemplateOptions(Strict):
     enable_thinking: bool = False
 
 
-class ChatRequest(_Strict):
-    """POST /v1/chat/completions. `user` and `metadata` say who asks and change nothing, as they do there."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+class _Sampling(Strict):
     model: str = ""
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    n: Literal[1] | None = None
-    stream: bool = False
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: str | None = None  # says who asks, and changes nothing, as there
+
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of LLM.sampling_params()."""
+        return {
+            "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p,
+            "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty, "seed": self.seed,
+            "stop": self.stop or None,
+        }  # fmt: skip
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    response_format: TextFormat | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
-    user: str | None = None
     metadata: dict[str, str] | None = None
 
-    def template_messages(self) -> list[dict[str, Any]]:
-        """As chat templates want them. Raises RequestError."""
+    def sampling(self) -> dict[str, Any]:
+        given = super().sampling()
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs: only with logprobs set to true")
+        return {**given, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def ask(self) -> Ask:
+        """Raises RequestError."""
+        thinking = self.reasoning_effort not in (None, "none", "minimal")
+        if self.chat_template_kwargs is not None:
+            thinking = self.chat_template_kwargs.enable_thinking
+        choice = self.tool_choice
+        form = self.response_format
+        return Ask(
+            messages=self._messages(),
+            sampling=self.sampling(),
+            functions=[tool.function.model_dump() for tool in self.tools or ()],
+            choice="named" if isinstance(choice, NamedChoice) else choice or "auto",
+            named=choice.function.name if isinstance(choice, NamedChoice) else "",
+            parallel_calls=self.parallel_tool_calls is not False,
+            thinking=thinking,
+            json_object=isinstance(form, JsonFormat),
+            json_schema=form.json_schema.schema_ if isinstance(form, SchemaFormat) else None,
+        )
+
+    def _messages(self) -> list[dict[str, Any]]:
         found = []
         for i, message in enumerate(self.messages):
-            content = message.content
-            text = content if isinstance(content, str) else "".join(part.text for part in content or ())
             role = "system" if message.role == "developer" else message.role
-            entry: dict[str, Any] = {"role": role, "content": text}
+            entry: dict[str, Any] = {"role": role, "content": message.text()}
             if message.reasoning_content is not None:
                 entry["reasoning_content"] = message.reasoning_content
             if message.tool_calls:
@@ -111,24 +190,23 @@ class ChatRequest(_Strict):
             found.append(entry)
         return found
 
-    def schemas(self) -> list[dict[str, Any]]:
-        """The functions that may be called."""
-        if self.tool_choice == "none":
-            return []
-        return [tool.model_dump(exclude={"function": {"strict"}}) for tool in self.tools or ()]
+
+class CompletionRequest(_Sampling):
+    """POST /v1/completions: a text to go on from, or its tokens."""
+
+    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=16)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """Keywords of LLM.sampling_params()."""
-        return {
-            "max_tokens": self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens,
-            "temperature": self.temperature, "top_p": self.top_p, "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty, "seed": self.seed, "stop": self.stop,
-        }  # fmt: skip
+        given = super().sampling()
+        return {**given, "max_tokens": 16 if self.max_tokens is None else self.max_tokens, "logprobs": self.logprobs}
 
 
 def _arguments(message: int, call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.function.arguments)
+        arguments = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
@@ -136,81 +214,14 @@ def _arguments(message: int, call: ToolCall) -> dict[str, Any]:
     return arguments
 
 
-def parse_request(body: bytes) -> ChatRequest:
+def parse_request(kind: type[Request], body: bytes) -> Request:
     """Raises RequestError that names the field."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
         what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
         raise RequestError(f"{where or 'body'}: {what}") from None
-
-
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error in the API's shape."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-class Completion:
-    """One answer, as a whole and as chunks."""
-
-    def __init__(self, model: str, prompt_tokens: int) -> None:
-        self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: list[dict[str, Any]] = []
-
-    def deltas(self, events: Sequence[Event]) -> list[dict[str, Any]]:
-        """Notes the events, and returns what each adds to the message."""
-        found: list[dict[str, Any]] = []
-        for event in events:
-            if isinstance(event, Content):
-                self._content.append(event.text)
-                found.append({"content": event.text})
-            elif isinstance(event, Reasoning):
-                self._reasoning.append(event.text)
-                found.append({"reasoning_content": event.text})
-            else:
-                call = self._call(event)
-                found.append({"tool_calls": [{"index": len(self._calls), **call}]})
-                self._calls.append(call)
-        return found
-
-    def _call(self, event: FunctionCall) -> dict[str, Any]:
-        arguments = json.dumps(event.arguments, ensure_ascii=False)
-        return {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": event.name, "arguments": arguments},
-        }
-
-    def finish_reason(self, ended: str) -> str:
-        return "tool_calls" if self._calls and ended == "stop" else ended
-
-    @property
-    def usage(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
-
-    def chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage}
-
-    def whole(self, ended: str) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._content) or None, "refusal": None}
-        if self._reasoning:
-            message["reasoning_content"] = "".join(self._reasoning)
-        if self._calls:
-            message["tool_calls"] = self._calls
-        else:
-            message["content"] = message["content"] or ""
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason(ended)}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    except RecursionError:
+        raise RequestError("body: too deeply nested") from None

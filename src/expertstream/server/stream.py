@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from math import isfinite
+from math import copysign, isfinite
+from sys import float_info
 from typing import Any
 
 __all__ = ["Content", "Event", "FunctionCall", "Reasoning", "Splitter", "typed_argument"]
@@ -62,12 +63,12 @@ class Splitter:
     _text: str = field(init=False, default="")  # not yet told: a tag may be in it, or a call is being written
     _fresh: bool = field(init=False, default=True)  # white space at the beginning of reasoning or content is dropped
     _space: str = field(init=False, default="")  # before a call, and dropped if it is one
-    _properties: dict[str, dict[str, Any]] = field(init=False)  # of each function's arguments
+    _schemas: dict[str, dict[str, Any]] = field(init=False)  # of each function's arguments
 
     def __post_init__(self) -> None:
         self._state = _State.REASONING if self.reasoning else _State.START
         functions = [tool.get("function", tool) for tool in self.tools]
-        self._properties = {f["name"]: _object(_object(f.get("parameters")).get("properties")) for f in functions}
+        self._schemas = {f["name"]: _object(f.get("parameters")) for f in functions}
 
     def feed(self, text: str) -> list[Event]:
         """The next piece of what the model writes, control tokens included."""
@@ -154,11 +155,12 @@ class Splitter:
         if match is None:
             return None
         name, inner, at, arguments = match[1].strip(), match[2], 0, dict[str, Any]()
-        properties = self._properties.get(name, {})
+        schema = self._schemas.get(name, {})
+        properties = _object(schema.get("properties"))
         while parameter := _PARAMETER.match(inner, at):
             # A value stands on lines of its own; the line ends around it are not part of it.
             value = parameter[2].removeprefix("\n").removesuffix("\n")
-            arguments[parameter[1]] = typed_argument(value, properties.get(parameter[1]))
+            arguments[parameter[1]] = typed_argument(value, properties.get(parameter[1]), schema)
             at = parameter.end()
         return None if inner[at:].strip() else (name, arguments)
 
@@ -180,20 +182,24 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _loads(text: str) -> Any:
-    """JSON, without Python's NaN and Infinity, and without numbers that become them. Raises ValueError, RecursionError."""
-    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    """JSON, without Python's NaN and Infinity; a number that is too large for a double becomes the largest. Raises ValueError,
+    RecursionError."""
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _finite(text: str) -> float:
     number = float(text)
-    if not isfinite(number):
-        raise ValueError(f"{text} is no number of JSON")
-    return number
+    return number if isfinite(number) else copysign(float_info.max, number)
 
 
-def typed_argument(value: str, schema: Any) -> Any:
-    """The value as its JSON schema wants it, where it can be read so; else the text, for the function to complain of."""
-    kinds = _kinds(schema)
+def typed_argument(value: str, schema: Any, root: Any = None) -> Any:
+    """The value as its JSON schema wants it, where it can be read so; else the text, for the function to complain of. root: what
+    references in the schema are to."""
+    kinds = _kinds(schema, _object(root))
     if not kinds or ("string" in kinds and (len(kinds) == 1 or value != "null")):
         return value
     try:
@@ -203,18 +209,25 @@ def typed_argument(value: str, schema: Any) -> Any:
     kind = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", str: "string"}.get(
         type(parsed), "null"
     )
-    if kind == "number" and "number" not in kinds and parsed == int(parsed):
+    if kind == "number" and "number" not in kinds and abs(parsed) < 2**53 and parsed == int(parsed):
         parsed, kind = int(parsed), "integer"
     return parsed if kind in kinds or (kind == "integer" and "number" in kinds) else value
 
 
-def _kinds(schema: Any) -> set[str]:
+def _kinds(schema: Any, root: dict[str, Any], depth: int = 0) -> set[str]:
     """The types that a schema allows; none if it does not say."""
     schema = _object(schema)
+    if depth > 16:  # references in a circle
+        return set()
+    if isinstance(schema.get("$ref"), str):
+        target: Any = root
+        for part in schema["$ref"].removeprefix("#").split("/")[1:]:
+            target = _object(target).get(part.replace("~1", "/").replace("~0", "~"))
+        return _kinds(target, root, depth + 1)
     kind = schema.get("type")
     kinds = {kind} if isinstance(kind, str) else {k for k in _list(kind) if isinstance(k, str)}
     for choice in (*_list(schema.get("anyOf")), *_list(schema.get("oneOf"))):
-        kinds |= _kinds(choice)
+        kinds |= _kinds(choice, root, depth + 1)
     if not kinds:
         names = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
         kinds = {names[type(v)] for v in _list(schema.get("enum")) if type(v) in names}

@@ -1,0 +1,348 @@
+"""What was computed of prompts, kept for the prompts that begin like them: in memory under one budget, on disk under another.
+
+A tree. A node holds the tokens from its parent's position to its own, their keys and values, and the gated-delta states after the last of
+them. It can be gone on from, and only at its end, since those states cannot be rewound. Positions are multiples of 64, where a prompt's
+chunked form may be cut, so what is computed after a restored prefix is bit for bit what a whole prefill would have given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .kv_cache import AttentionState, DeltaState, KVCache
+from .ops import I64
+from .state_file import StateFile, StateFileError, write_state
+
+__all__ = ["PrefixCache", "snapshot_positions"]
+
+GRAIN = 64  # tokens; a prompt's chunks
+_log = logging.getLogger("expertstream")
+
+
+def snapshot_positions(prompt: int, starts: list[int], every: int) -> frozenset[int]:
+    """Where a prompt of so many tokens is worth keeping: before the second message (system prompt and tools are often the same) and
+    the last (what a next turn repeats), rounded down to whole chunks, and every so many tokens. starts: where messages begin."""
+    wanted = {*range(every, prompt, every), *starts[1:2], *starts[-1:], prompt - 1}
+    return frozenset(p // GRAIN * GRAIN for p in wanted if p >= GRAIN)
+
+
+@dataclass(eq=False)
+class Node:
+    key: str  # says which tokens, from the very first on, and of which model
+    parent: Node | None
+    tokens: I64
+    position: int  # of its end
+    arrays: list[Any] | None = (
+        None  # in memory: for each attention layer keys and values, then each delta layer's states
+    )
+    file: StateFile | None = None
+    used: float = 0.0
+    children: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def path(self) -> list[Node]:
+        """From the first node on, without the root."""
+        found: list[Node] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays) if self.arrays is not None else 0
+
+
+class PrefixCache:
+    """`fingerprint`: of everything that states depend on; files of others are not looked at. `directory` may not exist yet.
+
+    restore() and insert() belong to the one thread that runs the model; files are written by a thread of this cache's own."""
+
+    def __init__(self, fingerprint: str, memory_bytes: int, directory: Path | None = None, disk_bytes: int = 0) -> None:
+        self.memory_limit, self.disk_limit = memory_bytes, disk_bytes
+        self.memory_bytes = self.disk_bytes = 0
+        self.hits = self.lookups = self.tokens_reused = 0
+        self._root = Node(fingerprint, None, np.empty(0, np.int64), 0)
+        self._lock = threading.Lock()  # the tree, between the model's thread, the writer's, and who asks for numbers
+        self._directory = directory / fingerprint[:32] if directory is not None and disk_bytes else None
+        self._jobs: queue.Queue[tuple[Node, list[Any]] | None] = queue.Queue()
+        self._writer: threading.Thread | None = None
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._open_files(self._directory)
+            self._trim_disk()
+            self._writer = threading.Thread(target=self._write_all, name="prefix-writer", daemon=True)
+            self._writer.start()
+
+    def restore(self, tokens: I64, cache: KVCache) -> int:
+        """Fills an empty cache with the longest prefix of tokens (but the last) that is known; returns its length."""
+        with self._lock:
+            self.lookups += 1
+            node = self._longest(self._root, tokens[:-1])
+        while node.parent is not None:
+            try:
+                layers = [self._arrays(n, whole=n is node, cache=cache) for n in node.path]
+            except (StateFileError, OSError) as error:
+                _log.warning("a kept prefix is left out: %s", error)
+                with self._lock:
+                    self._forget(node if not isinstance(error, _NodeError) else error.node)
+                    node = self._longest(self._root, tokens[:-1])
+                continue
+            self._fill(cache, node, layers)
+            with self._lock:
+                self.hits += 1
+                self.tokens_reused += node.position
+                self._trim_memory(spare=node)
+            return node.position
+        return 0
+
+    def insert(self, tokens: I64, cache: KVCache) -> None:
+        """Keeps what the cache kept on its way through a prompt that begins with tokens; forgets it in the cache."""
+        states = [layer for layer in cache.layers if isinstance(layer, DeltaState)]
+        # A pass that was broken off may have kept what it did not finish.
+        kept = set.intersection(*(set(s.kept) for s in states)) if states else cache.keep
+        positions = sorted(p for p in kept if p <= cache.position)
+        now = time.time()
+        with self._lock:
+            node, fresh = self._root, list[tuple[Node, list[Any]]]()
+            for position in positions:
+                # Nodes that are there already may end elsewhere: each of ours begins at the last one that its tokens pass through.
+                node = self._longest(node, tokens[:position])
+                if node.position == position:
+                    continue
+                part = tokens[node.position : position]
+                key = _key(node.key, part)
+                arrays: list[Any] = []
+                for layer in cache.layers:
+                    if isinstance(layer, AttentionState):
+                        arrays += layer.rows(node.position, position)
+                for state in states:
+                    arrays += state.kept[position]
+                child = Node(key, node, part.copy(), position, arrays, used=now)
+                node.children[key] = child
+                self.memory_bytes += child.memory_bytes
+                fresh.append((child, arrays))
+                node = child
+            for n in node.path:
+                n.used = now
+            self._trim_memory(spare=node if fresh else None)
+        for state in states:
+            state.kept.clear()
+        if self._directory is not None:
+            for child, arrays in fresh:
+                self._jobs.put((child, arrays))
+
+    def flush(self) -> None:
+        """Waits until everything that is to be on disk is."""
+        if self._writer is not None:
+            self._jobs.join()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._jobs.put(None)
+            self._writer.join()
+            self._writer = None
+
+    # Below, the lock is held, but in _arrays, _fill and the writer's own.
+
+    def _longest(self, node: Node, tokens: I64) -> Node:
+        """The deepest node below `node` (or itself) whose tokens are the first of these."""
+        best = node
+        for child in node.children.values():
+            if child.position <= tokens.shape[0] and np.array_equal(
+                tokens[node.position : child.position], child.tokens
+            ):
+                found = self._longest(child, tokens)
+                if found.position > best.position:
+                    best = found
+        return best
+
+    def _arrays(self, node: Node, whole: bool, cache: KVCache) -> list[Any]:
+        """A node's arrays, from memory or disk; only keys and values unless `whole`."""
+        if node.arrays is not None:
+            return node.arrays
+        attention, delta = _shapes(cache, node.tokens.shape[0])
+        if node.file is None:
+            raise _NodeError(node, "a node without a file")
+        try:
+            if not whole:
+                return node.file.read(0, len(attention), attention)
+            arrays = node.file.read(0, len(attention) + len(delta), attention + delta)
+        except (StateFileError, OSError) as error:
+            raise _NodeError(node, str(error)) from None
+        with self._lock:
+            node.arrays = arrays
+            self.memory_bytes += node.memory_bytes
+        return arrays
+
+    def _fill(self, cache: KVCache, node: Node, layers: list[list[Any]]) -> None:
+        now = time.time()
+        attention = [layer for layer in cache.layers if isinstance(layer, AttentionState)]
+        for n, arrays in zip(node.path, layers, strict=True):
+            for i, layer in enumerate(attention):
+                per = len(layer.arrays)
+                layer.put(n.position - n.tokens.shape[0], arrays[per * i : per * (i + 1)])
+            n.used = now
+            if n.file is not None:
+                _touch(n.file.path)
+        at = sum(len(layer.arrays) for layer in attention)
+        for state in (layer for layer in cache.layers if isinstance(layer, DeltaState)):
+            state.put(layers[-1][at : at + 2])
+            at += 2
+        cache.position = node.position
+
+    def _trim_memory(self, spare: Node | None) -> None:
+        """Drops what was not used for longest, ends of prompts first."""
+        protected = {id(n) for n in spare.path} if spare is not None else set()
+        while self.memory_bytes > self.memory_limit:
+            held = [n for n in _below(self._root) if n.arrays is not None]
+            inner = {id(n.parent) for n in held}
+            ends = [n for n in held if id(n) not in inner and id(n) not in protected]
+            if not ends:
+                # One prompt alone is more than the budget: from its end, so that what many share stays.
+                ends = [n for n in held if id(n) not in inner]
+            victim = min(ends, key=lambda n: n.used)
+            self.memory_bytes -= victim.memory_bytes
+            victim.arrays = None
+            if victim.file is None and not victim.children and victim.parent is not None:
+                victim.parent.children.pop(victim.key, None)
+
+    def _trim_disk(self) -> None:
+        while self.disk_bytes > self.disk_limit:
+            held = [n for n in _below(self._root) if n.file is not None]
+            inner = {id(n.parent) for n in held}
+            self._drop_file(min((n for n in held if id(n) not in inner), key=lambda n: n.used))
+
+    def _drop_file(self, node: Node) -> None:
+        assert node.file is not None
+        self.disk_bytes -= node.file.size
+        node.file.path.unlink(missing_ok=True)
+        node.file = None
+        if node.arrays is None and not node.children and node.parent is not None:
+            node.parent.children.pop(node.key, None)
+
+    def _forget(self, node: Node) -> None:
+        """A node that cannot be read, and all that goes on from it."""
+        for n in [*_below(node), node]:
+            self.memory_bytes -= n.memory_bytes
+            n.arrays = None
+            if n.file is not None:
+                self.disk_bytes -= n.file.size
+                n.file.path.unlink(missing_ok=True)
+                n.file = None
+        if node.parent is not None:
+            node.parent.children.pop(node.key, None)
+
+    def _write_all(self) -> None:
+        """The writer's thread."""
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._write(*job)
+            except (OSError, StateFileError) as error:
+                _log.warning("a prefix cannot be kept on disk: %s", error)
+            finally:
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _write(self, node: Node, arrays: list[Any]) -> None:
+        assert self._directory is not None and node.parent is not None
+        parent = node.parent
+
+        def leads_there() -> bool:
+            return parent is self._root or parent.file is not None
+
+        with self._lock:
+            if not leads_there() or sum(a.nbytes for a in arrays) > self.disk_limit:
+                return
+        path = self._directory / f"{node.key}.state"
+        write_state(path, {"parent": parent.key, "position": node.position}, [*arrays, node.tokens])
+        file = StateFile.open(path)
+        with self._lock:
+            if not leads_there():
+                path.unlink(missing_ok=True)
+                return
+            holder = parent.children.setdefault(node.key, node)  # it may have left memory meanwhile
+            if holder.file is None:
+                self.disk_bytes += file.size
+            holder.file = file
+            self._trim_disk()
+
+    def _open_files(self, directory: Path) -> None:
+        """Puts what an earlier start left into the tree, parents first. What is damaged is warned of and left alone."""
+        found: dict[str, tuple[StateFile, I64, str]] = {}
+        for path in sorted(directory.glob("*.state")):
+            try:
+                file = StateFile.open(path)
+                entry = file.header["arrays"][-1]
+                last = len(file.header["arrays"]) - 1
+                (tokens,) = file.read(last, last + 1, [("int64", tuple(entry["shape"]))])
+                parent = str(file.header["parent"])
+                if _key(parent, tokens) != path.stem or int(file.header["position"]) % GRAIN:
+                    raise StateFileError(f"{path}: named for other tokens than it holds")
+            except (StateFileError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+                _log.warning("a kept prefix is left out: %s", error if str(path) in str(error) else f"{path}: {error}")
+                continue
+            found[path.stem] = (file, tokens, parent)
+        by_parent: dict[str, list[str]] = {}
+        for key, (_, _, parent) in found.items():
+            by_parent.setdefault(parent, []).append(key)
+        ready = [self._root]
+        while ready:
+            node = ready.pop()
+            for key in by_parent.pop(node.key, []):
+                file, tokens, _ = found.pop(key)
+                if int(file.header["position"]) != node.position + tokens.shape[0]:
+                    _log.warning("a kept prefix is left out: %s: at another position than it says", file.path)
+                    continue
+                child = Node(key, node, tokens, node.position + tokens.shape[0], None, file, file.path.stat().st_mtime)
+                node.children[key] = child
+                self.disk_bytes += file.size
+                ready.append(child)
+        for file, _, _ in found.values():  # nothing leads there any more
+            file.path.unlink(missing_ok=True)
+
+
+class _NodeError(StateFileError):
+    def __init__(self, node: Node, message: str) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def _below(node: Node) -> Iterator[Node]:
+    for child in list(node.children.values()):
+        yield child
+        yield from _below(child)
+
+
+def _key(parent: str, tokens: I64) -> str:
+    return hashlib.blake2b(parent.encode() + tokens.astype("<i8").tobytes(), digest_size=20).hexdigest()
+
+
+def _shapes(cache: KVCache, tokens: int) -> tuple[list[Any], list[Any]]:
+    """dtype and shape of a node's arrays: of attention layers, and of delta layers."""
+    attention, delta = list[Any](), list[Any]()
+    for layer in cache.layers:
+        if isinstance(layer, AttentionState):
+            attention += [(a.dtype.name, (a.shape[0], tokens, *a.shape[2:])) for a in layer.arrays]
+        else:
+            delta += [(a.dtype.name, a.shape) for a in (layer.conv_state, layer.recurrent_state)]
+    return attention, delta
+
+
+def _touch(path: Path) -> None:
+    try:
+        os.utime(path)
+    except OSError:
+        _log.debug("%s: its time cannot be set", path)

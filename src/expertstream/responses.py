@@ -1,0 +1,136 @@
+"""What a generation gives back: pieces of text, log-probabilities, counters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .experts.stats import ExpertStats, LayerStats
+
+__all__ = ["ExpertSpans", "GenerationResponse", "GenerationStats", "StopStrings", "TokenLogprob"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability and the most likely alternatives (text, log-probability)."""
+
+    token: str
+    logprob: float
+    top_logprobs: tuple[tuple[str, float], ...]
+
+
+class ExpertSpans:
+    """The expert counters of one generation. They are read only when somebody asks: adding up every layer's at every token would cost
+    more than the token's own bookkeeping."""
+
+    def __init__(self, counters: ExpertStats) -> None:
+        self._counters = counters
+        self._begin = counters.copy()
+        self._prefilled: ExpertStats | None = None
+        self._end: ExpertStats | None = None
+
+    def end_prefill(self) -> None:
+        self._prefilled = self._counters.copy()
+
+    def end(self) -> None:
+        """What is counted later belongs to others."""
+        self._end = self._counters.copy()
+
+    @property
+    def _now(self) -> ExpertStats:
+        return self._end or self._counters
+
+    @property
+    def prefill(self) -> ExpertStats:
+        return (self._prefilled or self._now).since(self._begin)
+
+    @property
+    def decode(self) -> ExpertStats:
+        return self._now.since(self._prefilled or self._now)
+
+    @property
+    def all(self) -> ExpertStats:
+        return self._now.since(self._begin)
+
+
+@dataclass
+class GenerationStats:
+    """What one generation took. Seconds and rates are of the wall clock; experts are counted, in prefill and decode apart."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt's, those that did not have to be read again
+    generated_tokens: int = 0
+    ttft_seconds: float = 0.0  # time to first token: prefill and the first draw
+    decode_seconds: float = 0.0  # of the tokens after the first
+    seed: int = 0
+    stop_string: str = ""  # which one ended it
+    lossy: str = ""  # what was asked for that changes the model's output, "" if nothing
+    experts: ExpertSpans = field(default_factory=lambda: ExpertSpans(ExpertStats(0)))
+
+    @property
+    def prefill_experts(self) -> LayerStats:
+        return self.experts.prefill.total()
+
+    @property
+    def decode_experts(self) -> LayerStats:
+        return self.experts.decode.total()
+
+    @property
+    def layers(self) -> list[LayerStats]:
+        """Prefill and decode together."""
+        return self.experts.all.layers
+
+    @property
+    def prefill_tps(self) -> float:
+        return (self.prompt_tokens - self.cached_tokens) / self.ttft_seconds if self.ttft_seconds else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        result: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "experts"}
+        result |= {"prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps}
+        for name in ("prefill_experts", "decode_experts"):
+            span: LayerStats = getattr(self, name)
+            result[name] = {**asdict(span), "hit_rate": span.hit_rate}
+        result["layers"] = [asdict(layer) for layer in self.layers]
+        return result
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One piece of an answer: the text that became whole since the last piece. The last has a finish_reason: "stop" (end token or
+    stop string) or "length". stats are running totals."""
+
+    text: str
+    token: int | None
+    logprob: TokenLogprob | None
+    finish_reason: str | None
+    stats: GenerationStats
+
+
+class StopStrings:
+    """Holds back text that may turn out to be the beginning of a stop string."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops, self._held = stops, ""
+        self.found = ""  # which
+
+    def add(self, text: str) -> str:
+        """What of it can be shown; nothing any more once a stop string is found."""
+        if self.found:
+            return ""
+        self._held += text
+        places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if places:
+            at, self.found = min(places)
+            shown, self._held = self._held[:at], ""
+            return shown
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def rest(self) -> str:
+        held, self._held = self._held, ""
+        return "" if self.found else held

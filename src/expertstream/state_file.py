@@ -1,0 +1,109 @@
+"""Files of arrays with a checksum for each: what was computed of a text, kept for the next start. Nothing in one is trusted unread.
+
+magic 8 bytes | header's length, u32 | header, JSON | xxh3-64 of the header, 8 bytes | the arrays, one after another. The header's "arrays"
+lists dtype, shape and xxh3-64 of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+__all__ = ["StateFile", "StateFileError", "write_state"]
+
+_MAGIC = b"ESSTATE1"
+_DTYPES = ("float32", "uint16", "int64", "uint8", "int8")
+_MOST_HEADER = 16 << 20
+
+
+class StateFileError(Exception):
+    """A file that is damaged, cut short, or none of ours."""
+
+
+def write_state(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray]) -> int:
+    """Writes beside `path` and renames, so that a file is whole or not there. Returns its size in bytes. Raises OSError."""
+    entries = [
+        {"dtype": a.dtype.name, "shape": list(a.shape), "xxh3": xxhash.xxh3_64_hexdigest(_raw(a))}
+        for a in map(np.ascontiguousarray, arrays)
+    ]
+    text = json.dumps({**header, "arrays": entries}).encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_MAGIC + len(text).to_bytes(4, "little") + text + xxhash.xxh3_64_digest(text))
+            for array in arrays:
+                file.write(_raw(np.ascontiguousarray(array)))
+            size = file.tell()
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    return size
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """An opened file: its header is checked, its arrays are when they are read."""
+
+    path: Path
+    header: dict[str, Any]
+    begin: int  # of the first array
+
+    @classmethod
+    def open(cls, path: Path) -> StateFile:
+        """Raises StateFileError, OSError."""
+        with open(path, "rb") as file:
+            head = file.read(12)
+            length = int.from_bytes(head[8:], "little")
+            if head[:8] != _MAGIC or not 2 <= length <= _MOST_HEADER:
+                raise StateFileError(f"{path}: not a state file")
+            text, digest = file.read(length), file.read(8)
+            size = os.fstat(file.fileno()).st_size
+        if xxhash.xxh3_64_digest(text) != digest:
+            raise StateFileError(f"{path}: damaged header")
+        header = json.loads(text)  # ours, as the checksum says
+        found = cls(path, header, 20 + length)
+        if size != found.begin + sum(map(_bytes, header["arrays"])):
+            raise StateFileError(f"{path}: cut short or longer than it says")
+        return found
+
+    @property
+    def size(self) -> int:
+        return self.begin + sum(map(_bytes, self.header["arrays"]))
+
+    def read(self, first: int, last: int, expected: Sequence[tuple[str, tuple[int, ...]]]) -> list[np.ndarray]:
+        """Arrays [first, last), whose dtypes and shapes must be those expected. Raises StateFileError, OSError."""
+        entries = self.header["arrays"]
+        if [(e["dtype"], tuple(e["shape"])) for e in entries[first:last]] != list(expected):
+            raise StateFileError(f"{self.path}: other shapes than this model's")
+        arrays = []
+        with open(self.path, "rb") as file:
+            file.seek(self.begin + sum(map(_bytes, entries[:first])))
+            for entry in entries[first:last]:
+                array = np.empty(entry["shape"], entry["dtype"])
+                data = _raw(array)
+                if file.readinto(data) != data.size or xxhash.xxh3_64_hexdigest(data) != entry["xxh3"]:
+                    raise StateFileError(f"{self.path}: damaged")
+                arrays.append(array)
+        return arrays
+
+
+def _bytes(entry: dict[str, Any]) -> int:
+    if entry["dtype"] not in _DTYPES:
+        raise StateFileError(f"an array of {entry['dtype']}")
+    items: int = math.prod(entry["shape"])
+    width: int = np.dtype(entry["dtype"]).itemsize
+    return items * width
+
+
+def _raw(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)

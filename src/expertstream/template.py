@@ -1,0 +1,175 @@
+"""Chat templates are programs that came with somebody's model. They run in Jinja's sandbox, and within bounds: of steps, of time, and of
+the size of what they make, so that none can hang or fill the memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__ = ["render_template"]
+
+MOST_STEPS = 2_000_000  # turns of loops and calls of macros
+MOST_SECONDS = 20.0
+MOST_CHARACTERS = 64 << 20  # of any text that is made on the way
+_WIDE = re.compile(r"\d{7}")  # a width in a format
+
+
+def render_template(source: str, values: dict[str, Any]) -> str:
+    """Raises TemplateError, or whatever else a program may fail with."""
+    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    tree = environment.parse(source)
+    step = nodes.ExprStmt(nodes.Call(nodes.Name("one_step", "load"), [], [], None, None))
+    for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        node.body.insert(0, step)  # type: ignore[attr-defined]
+    for parent in list(tree.find_all(nodes.Node)):
+        _join_checked(parent)
+    tree.set_environment(environment)
+    tree.set_lineno(1)
+    template = environment.template_class.from_code(environment, environment.compile(tree), {}, None)
+    pieces, size = [], 0
+    for piece in template.root_render_func(template.new_context({**environment.globals, **values})):
+        size = _small(size + len(piece))
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _join_checked(parent: nodes.Node) -> None:
+    """`a ~ b` becomes a call that looks at the sizes."""
+    for name in parent.fields:
+        value = getattr(parent, name)
+        if isinstance(value, nodes.Concat):
+            setattr(parent, name, nodes.Call(nodes.Name("joined", "load"), value.nodes, [], None, None))
+        elif isinstance(value, list):
+            value[:] = [
+                nodes.Call(nodes.Name("joined", "load"), v.nodes, [], None, None) if isinstance(v, nodes.Concat) else v
+                for v in value
+            ]
+
+
+def _small(size: int) -> int:
+    if size > MOST_CHARACTERS:
+        raise SecurityError(f"the template makes more than {MOST_CHARACTERS >> 20} MiB")
+    return size
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
+
+
+def _joined(*parts: Any) -> str:
+    texts = [str(part) for part in parts]
+    _small(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    options.pop("ensure_ascii", None)
+    indent = options.get("indent")
+    if indent is not None and _size(indent) + (indent if isinstance(indent, int) else 0) > 100:
+        raise SecurityError("an indent of more than 100")
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["*", "**", "+", "%"])
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._steps, self._end = 0, time.monotonic() + MOST_SECONDS
+        self.globals |= {
+            "raise_exception": _refuse,
+            "strftime_now": lambda form: datetime.now().strftime(_narrow(form)),
+            "one_step": self._step,
+            "joined": _joined,
+        }
+        self.filters["tojson"] = _tojson
+        for name, check in (("replace", _replaced), ("center", _padded), ("indent", _padded), ("format", _formatted)):
+            self.filters[name] = _checked(self.filters[name], check)
+        for name in ("join", "string", "list", "batch", "slice", "wordwrap", "urlize", "escape", "e"):
+            self.filters[name] = _checked(self.filters[name], lambda *_: None)
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            raise SecurityError(f"the template takes more than {MOST_STEPS:,} steps")
+        if self._steps % 1024 == 0 and time.monotonic() > self._end:
+            raise SecurityError(f"the template takes longer than {MOST_SECONDS:g} seconds")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, str | bytes | list | tuple) and isinstance(times, int):
+                    _small(len(text) * times)
+        elif operator == "+":
+            _small(_size(left) + _size(right))
+        elif operator == "%" and isinstance(left, str):
+            _narrow(left)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _small(left.bit_length() * max(right, 0))
+        if isinstance(left, int) and isinstance(right, int):
+            _small(left.bit_length() + right.bit_length())
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        self._step()
+        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(text, str | bytes):
+            if name == "replace":
+                _replaced(text, *args)
+            elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+                _padded(text, *args)
+            elif name in ("format", "format_map"):
+                _formatted(text, *args)
+            elif name in ("join", "translate"):
+                parts = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
+                _small(sum(map(_size, parts)) * (1 + len(text)))
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _checked(function: Callable[..., Any], before: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that looks at its arguments first, and at the size of what it made."""
+    takes_context = hasattr(function, "jinja_pass_arg")
+
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        before(*(args[1:] if takes_context else args), *kwargs.values())
+        result = function(*args, **kwargs)
+        _small(_size(result))
+        return result
+
+    if takes_context:
+        filtered.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+    return filtered
+
+
+def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:
+    text, old, new = str(text), str(old), str(new)
+    _small(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
+
+
+def _padded(text: Any, *widths: Any) -> None:
+    for width in widths:
+        if isinstance(width, int):
+            _small(width * (1 + str(text).count("\n")))
+
+
+def _formatted(text: Any, *_: Any) -> None:
+    _narrow(str(text))
+
+
+def _narrow(form: str) -> str:
+    if _WIDE.search(form):
+        raise SecurityError("a format that is wider than a text can be")
+    return form

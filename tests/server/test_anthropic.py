@@ -1,0 +1,126 @@
+"""The real `anthropic` client over a real socket, against the embedded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anthropic
+import httpx
+import jsonschema
+import pytest
+
+from .conftest import HELLO, TOOL, Server
+
+WEATHER: Any = {
+    "name": "get_weather",
+    "description": TOOL["function"]["description"],
+    "input_schema": TOOL["function"]["parameters"],
+}
+
+GREEDY = {"temperature": 0}  # the newest clients know no such option
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> anthropic.Anthropic:
+    return server.anthropic()
+
+
+def test_a_message(client: anthropic.Anthropic, server: Server) -> None:
+    options: dict[str, Any] = {"model": "small", "max_tokens": 30, "extra_body": GREEDY}
+    answer = client.messages.create(messages=HELLO, **options)
+    expected = server.openai().chat.completions.create(model="small", messages=HELLO, temperature=0, max_tokens=30)
+    assert [b.type for b in answer.content] == ["text"]
+    assert answer.content[0].text == expected.choices[0].message.content  # type: ignore[union-attr]
+    assert answer.stop_reason == "end_turn" and answer.role == "assistant" and answer.model == "small"
+    count = client.messages.count_tokens(model="small", messages=HELLO).input_tokens
+    assert answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0) == count
+    with_system = client.messages.create(messages=HELLO, system=[{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}], **options)  # fmt: skip
+    assert with_system.usage.input_tokens > count
+
+
+def test_a_stream_adds_up_to_the_message(client: anthropic.Anthropic) -> None:
+    options: dict[str, Any] = {"model": "small", "max_tokens": 25, "extra_body": GREEDY, "messages": HELLO}
+    whole = client.messages.create(**options)
+    with client.messages.stream(**options) as stream:
+        events = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert [b.text for b in final.content] == [b.text for b in whole.content]  # type: ignore[union-attr]
+    assert final.stop_reason == whole.stop_reason
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert events[0] == "message_start" and events[-1] == "message_stop" and "text" in events
+
+
+def test_lengths_and_stop_sequences(client: anthropic.Anthropic) -> None:
+    options: dict[str, Any] = {"model": "small", "extra_body": GREEDY, "messages": HELLO}
+    short = client.messages.create(max_tokens=2, **options)
+    assert short.stop_reason == "max_tokens" and short.usage.output_tokens == 2
+    cut = client.messages.create(max_tokens=30, stop_sequences=["nothing", " France"], **options)
+    assert cut.stop_reason == "stop_sequence" and cut.stop_sequence == " France"
+    assert cut.content[0].text == "The capital of"  # type: ignore[union-attr]
+
+
+def test_an_answer_goes_on_from_its_beginning(client: anthropic.Anthropic) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "The capital of France"}]
+    answer = client.messages.create(model="small", max_tokens=20, extra_body=GREEDY, messages=messages)
+    assert answer.content[0].text == "is Paris."  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_function_is_called_and_answered(client: anthropic.Anthropic, stream: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Show me the weather in Paris, please."}]
+    options: dict[str, Any] = {
+        "model": "small", "max_tokens": 200, "extra_body": GREEDY, "tools": [WEATHER], "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }  # fmt: skip
+    if stream:
+        with client.messages.stream(messages=messages, **options) as events:
+            answer: Any = events.get_final_message()
+    else:
+        answer = client.messages.create(messages=messages, **options)
+    assert answer.stop_reason == "tool_use"
+    (call,) = [b for b in answer.content if b.type == "tool_use"]
+    assert call.name == "get_weather"
+    jsonschema.validate(call.input, WEATHER["input_schema"])
+    messages += [
+        {"role": "assistant", "content": answer.content},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "sunny"}]}]},
+    ]  # fmt: skip
+    said = client.messages.create(messages=messages, **{**options, "tool_choice": {"type": "none"}})
+    assert said.content and said.content[0].type == "text"
+
+
+def test_thinking_comes_in_a_block_of_its_own(client: anthropic.Anthropic) -> None:
+    options: dict[str, Any] = {"model": "small", "max_tokens": 1500, "extra_body": GREEDY, "messages": HELLO, "thinking": {"type": "enabled", "budget_tokens": 1024}}  # fmt: skip
+    answer = client.messages.create(**options)
+    assert answer.content and answer.content[-1].type == "text"
+    with client.messages.stream(**options) as stream:
+        assert [b.type for b in stream.get_final_message().content] == [b.type for b in answer.content]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"messages": HELLO}, 400, "max_tokens: Field required"),
+        ({"messages": [], "max_tokens": 1}, 400, "messages"),
+        ({"messages": HELLO, "max_tokens": 1, "mcp_servers": []}, 400, "mcp_servers: is not supported"),
+        ({"messages": HELLO, "max_tokens": 1, "model": "other"}, 404, "no model 'other'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}], "max_tokens": 1}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "max_tokens": 1}, 400, "belongs into the assistant"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "max_tokens": 1}, 400, "the last message"),
+        ({"messages": HELLO, "max_tokens": 1, "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, 400, "not among the tools"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_in_the_apis_shape(
+    server: Server, body: dict[str, Any], status: int, message: str
+) -> None:
+    for stream in (False, True):
+        response = httpx.post(f"{server.url}/v1/messages", json={**body, "stream": stream})
+        assert response.status_code == status, response.text
+        found = response.json()
+        assert found["type"] == "error" and message in found["error"]["message"]
+
+
+def test_errors_are_the_clients_own(client: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(model="small", max_tokens=1, messages=[{"role": "user", "content": "word " * 3000}])
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.create(model="other", max_tokens=1, messages=HELLO)

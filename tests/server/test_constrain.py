@@ -1,0 +1,166 @@
+"""Whatever the model would like to say: under a grammar it can only say what parses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from expertstream import LLM, RequestError
+from expertstream.engine import embedded_model
+from expertstream.server.constrain import Grammars, GuidedDecoding
+from expertstream.server.stream import Content, FunctionCall, Reasoning, Splitter
+
+BOOK = {
+    "name": "book",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string"},
+            "pages": {"type": "integer", "minimum": 1},
+            "price": {"type": "number"},
+            "kind": {"type": "string", "enum": ["novel", "poems \"of\" <all>"]},
+            "new": {"type": "boolean"},
+            "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 2},
+            "who": {"$ref": "#/$defs/person"},
+        },
+        "required": ["title", "kind", "who"],
+        "$defs": {"person": {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}},
+    },
+}  # fmt: skip
+NOTHING: dict[str, Any] = {"name": "nothing-at.all", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(context_length=256) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def grammars(llm: LLM) -> Grammars:
+    return Grammars(llm)
+
+
+def babble(llm: LLM, guide: GuidedDecoding, seed: int, most: int = 600) -> str:
+    """What a model of random taste says, which soon wants to come to an end: of the text, and before that of what it has begun."""
+    rng, tokens, said = np.random.default_rng(seed), list[int](), ""
+    vocabulary = [llm.tokenizer.token_text(i) for i in range(llm.model_config.vocab_size)]
+    eos = sorted(llm.tokenizer.eos_ids)
+    taste = rng.normal(size=len(vocabulary)).astype(np.float32) * 3
+    for i in range(most):
+        logits = taste + rng.normal(size=taste.shape).astype(np.float32)
+        logits[eos] += i / 4
+        for closer in ("\n</parameter>\n", "</think>", '"', "}", "]") if i > 60 else ():
+            begun = max(k for k in range(len(closer)) if said.endswith(closer[:k]))
+            ahead = [t for t, text in enumerate(vocabulary) if text and closer[begun:].startswith(text)]
+            logits[ahead] += 20 + 10 * begun + 20 * (closer == "</think>")
+        masked = guide.mask(logits)
+        token = int(masked.argmax())
+        assert masked[token] > -np.inf
+        guide.accept(token)
+        if token in eos:
+            return llm.tokenizer.decode(tokens, skip_special_tokens=False)
+        tokens.append(token)
+        said = llm.tokenizer.decode(tokens[-30:], skip_special_tokens=False)
+        taste[token] -= 1
+    raise AssertionError("it never ended: " + llm.tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def check_call(call: Any) -> None:
+    assert isinstance(call, FunctionCall)
+    schema = {f["name"]: f["parameters"] for f in (BOOK, NOTHING)}[call.name]
+    jsonschema.validate(call.arguments, schema)
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_calls_parse_and_fit_their_schemas(llm: LLM, grammars: Grammars, seed: int, reasoning: bool) -> None:
+    text = babble(llm, grammars.matcher(grammars.calls([BOOK, NOTHING], True, True, reasoning)), seed)
+    splitter = Splitter([{"function": BOOK}, {"function": NOTHING}], reasoning)
+    events = splitter.feed(text) + splitter.finish()
+    calls = [e for e in events if not isinstance(e, Reasoning)]
+    assert calls and (reasoning or len(calls) == len(events))
+    for call in calls:
+        check_call(call)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_call_and_no_more(llm: LLM, grammars: Grammars, seed: int) -> None:
+    text = babble(llm, grammars.matcher(grammars.calls([BOOK], True, False, False)), seed)
+    splitter = Splitter([{"function": BOOK}])
+    (call,) = splitter.feed(text) + splitter.finish()
+    check_call(call)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_text_or_calls(llm: LLM, grammars: Grammars, seed: int) -> None:
+    text = babble(llm, grammars.matcher(grammars.calls([BOOK], False, True, False)), seed)
+    splitter = Splitter([{"function": BOOK}])
+    for event in splitter.feed(text) + splitter.finish():
+        if not isinstance(event, Content):
+            check_call(event)
+        else:
+            assert "<tool_call>" not in event.text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_json_fits_its_schema(llm: LLM, grammars: Grammars, seed: int) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 5}}, "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
+    jsonschema.validate(json.loads(babble(llm, grammars.matcher(grammars.json(schema, False)), seed)), schema)
+    assert isinstance(json.loads(babble(llm, grammars.matcher(grammars.json(None, False)), seed)), dict)
+    thought = babble(llm, grammars.matcher(grammars.json(schema, True)), seed)
+    jsonschema.validate(json.loads(thought.split("</think>")[1]), schema)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_calls_in_json(tmp_path: Path, seed: int) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_model(), folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with LLM(folder, context_length=256) as llm:
+        grammars = Grammars(llm)
+        text = babble(llm, grammars.matcher(grammars.calls([BOOK, NOTHING], True, True, False)), seed)
+    splitter = Splitter([{"function": BOOK}])
+    for call in splitter.feed(text) + splitter.finish():
+        check_call(call)
+
+
+def test_what_a_client_cannot_be_given(grammars: Grammars) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(40):
+        deep = {"properties": {"a": deep}}
+    for schema, message in (
+        (deep, "levels deep"),
+        ({"enum": ["x" * 70_000]}, "at most 64 KiB"),
+        ({"type": "nonsense"}, "cannot be followed"),
+        ({"$ref": "#/nowhere"}, "cannot be followed"),
+        ({"type": "string", "pattern": "(("}, "cannot be followed"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "cannot be followed"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            grammars.matcher(grammars.json(schema, False))
+
+
+@pytest.mark.timeout(60)
+def test_a_schema_made_to_hurt_neither_hangs_nor_crashes(llm: LLM, grammars: Grammars) -> None:
+    for schema in (
+        {"type": "string", "pattern": "^(a+)+$"},
+        {"type": "string", "pattern": "(a{1,1000}){1,1000}"},
+        {"type": "array", "items": {"$ref": "#"}, "minItems": 3},
+        {"anyOf": [{"type": "string", "pattern": f"a{{{i}}}b*"} for i in range(200)]},
+        {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(1000)}},
+        {"type": "string", "minLength": 10**9},
+    ):
+        try:
+            guide = grammars.matcher(grammars.json(schema, False))
+            for _ in range(30):
+                guide.accept(int(guide.mask(np.zeros(llm.model_config.vocab_size, np.float32)).argmax()))
+        except RequestError as error:
+            assert "cannot be followed" in str(error)

@@ -1,0 +1,253 @@
+"""Many clients at once, rude ones among them, and what happens when the server stops or starts anew."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from expertstream.cli import main
+from expertstream.engine import LLM
+from expertstream.server import app as app_module
+
+from .conftest import HELLO, Server
+
+STORY: list[Any] = [{"role": "user", "content": "Tell me a story."}]
+
+
+def ask(server: Server, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, **body}, timeout=60)
+
+
+def test_twenty_clients_get_what_each_would_get_alone(server: Server) -> None:
+    def one(i: int) -> str:
+        answer = ask(server, messages=STORY if i % 2 else HELLO, seed=i, max_tokens=20 + i, temperature=1.0)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    alone = [one(i) for i in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(one, range(20))) == alone
+    server.wait_until_idle()
+
+
+def test_more_than_may_wait_are_told_so_and_the_others_answered(llm: LLM) -> None:
+    server = Server(llm, parallel=1, most_waiting=2)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda i: ask(server, seed=i, max_tokens=60, temperature=1.5), range(12)))
+        codes = [a.status_code for a in answers]
+        assert set(codes) == {200, 429} and codes.count(200) >= 3
+        refused = next(a for a in answers if a.status_code == 429)
+        assert refused.headers["retry-after"] == "1" and refused.json()["error"]["code"] == "queue_full"
+        server.wait_until_idle()
+    finally:
+        server.stop()
+
+
+def test_a_short_request_is_answered_while_a_long_prompt_is_read(llm: LLM) -> None:
+    llm.prefill_chunk, before = 64, llm.prefill_chunk
+    server = Server(llm, parallel=2)
+    try:
+        done: list[str] = []
+
+        def long() -> None:
+            ask(server, messages=[{"role": "user", "content": "some more words of a long text " * 250}], max_tokens=1)
+            done.append("long")
+
+        thread = threading.Thread(target=long)
+        thread.start()
+        while httpx.get(f"{server.url}/health").json()["active"] == 0:
+            time.sleep(0.001)
+        ask(server, max_tokens=3)
+        done.append("short")
+        thread.join()
+        assert done == ["short", "long"]
+    finally:
+        server.stop()
+        llm.prefill_chunk = before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_costs_nothing_more(server: Server, stream: bool) -> None:
+    """A text of a thousand tokens is asked for and left; the engine is idle long before it could have ended."""
+    body = {"messages": STORY, "max_tokens": 1500, "temperature": 5, "stream": stream}
+    with pytest.raises(httpx.ReadTimeout):
+        if stream:
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                next(response.iter_bytes())
+                raise httpx.ReadTimeout("enough")
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.5)
+    server.wait_until_idle(3)
+
+
+def test_an_answer_that_takes_too_long_is_ended(llm: LLM) -> None:
+    server = Server(llm, seconds=0.3)
+    try:
+        answer = ask(server, messages=STORY, max_tokens=1900, temperature=5)
+        assert answer.status_code == 400 and "took longer" in answer.json()["error"]["message"]
+        server.wait_until_idle()
+    finally:
+        server.stop()
+
+
+def test_a_stopping_server_ends_what_runs(llm: LLM) -> None:
+    server = Server(llm, shutdown_seconds=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, server, messages=STORY, max_tokens=30, temperature=1)
+        while server.waiting() == 0:
+            time.sleep(0.001)
+        server.stop()
+        assert running.result().status_code == 200  # short enough to be finished
+    with pytest.raises(httpx.ConnectError):
+        ask(server)
+
+
+def test_a_slow_reader_a_half_sent_body_and_a_flood_leave_the_others_served(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "BODY_SECONDS", 1.0)
+    sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(200)]  # that never say anything
+    try:
+        half = sockets[0]
+        half.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+        )
+        slow = sockets[1]
+        body = b'{"messages": [{"role": "user", "content": "Tell me a story."}], "stream": true, "max_tokens": 400, "temperature": 5}'
+        slow.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
+            + body
+        )
+        for _ in range(3):
+            assert ask(server, max_tokens=5).status_code == 200
+        half.settimeout(10)
+        assert b" 408 " in half.recv(100)
+        slow.settimeout(10)
+        assert slow.recv(1) == b"H"  # it reads a byte at a time, and nobody minds
+    finally:
+        for each in sockets:
+            each.close()
+    server.wait_until_idle()
+
+
+def test_a_hundred_megabytes_are_refused_and_not_kept(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as rude:
+        rude.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000000\r\n\r\n"
+        )
+        try:
+            for _ in range(100):
+                rude.sendall(b" " * 1_000_000)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        else:
+            assert b" 413 " in rude.recv(200)
+    assert ask(server, max_tokens=2).status_code == 200
+
+
+def test_requests_in_another_name_do_not_reach_a_local_server(llm: LLM) -> None:
+    server = Server(llm, only_local=True)
+    try:
+        url = f"{server.url}/v1/models"
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
+        plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
+        assert plain.status_code == 415  # what a web page may send without asking
+    finally:
+        server.stop()
+
+
+def test_a_key_is_asked_for(llm: LLM) -> None:
+    server = Server(llm, key="secret")
+    try:
+        assert server.openai("secret").chat.completions.create(model="small", messages=HELLO, max_tokens=1).choices
+        for request in (lambda c: c.models.list(), lambda c: c.chat.completions.create(model="small", messages=HELLO)):
+            with pytest.raises(openai.AuthenticationError):
+                request(server.openai("wrong"))
+        for path in ("metrics", "status"):
+            assert httpx.get(f"{server.url}/{path}").status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.anthropic("secret").messages.count_tokens(model="small", messages=HELLO).input_tokens > 0
+    finally:
+        server.stop()
+
+
+def test_a_restarted_server_knows_its_prefixes(tmp_path: Path) -> None:
+    long: list[Any] = [
+        {"role": "system", "content": "You answer shortly. " * 60},
+        {"role": "user", "content": "What is the capital of France?"},
+    ]
+    texts, cached = [], []
+    for _ in range(2):
+        with LLM(context_length=2048, sequences=2, prefix_cache_bytes=32 << 20) as llm:
+            llm.keep_prefixes(tmp_path, 1 << 30)
+            server = Server(llm, parallel=2)
+            try:
+                answer = ask(server, messages=long, temperature=0, max_tokens=20).json()
+            finally:
+                server.stop()
+        texts.append(answer["choices"][0]["message"]["content"])
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert texts[0] == texts[1] and cached[0] == 0 and cached[1] >= 192
+
+
+def test_numbers_for_people_and_for_prometheus(server: Server) -> None:
+    ask(server, max_tokens=4)
+    text = httpx.get(f"{server.url}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["expertstream_generated_tokens_total"]) >= 4
+    assert 0 <= float(values["expertstream_expert_hit_rate"]) <= 1
+    assert float(values["expertstream_process_resident_bytes"]) > 10 << 20
+    for name in ("queue_length", "ttft_seconds_count", "decode_tokens_per_second_count", "expert_bytes_read_total", "expert_stall_seconds_total"):  # fmt: skip
+        assert f"expertstream_{name}" in values, name
+    status = httpx.get(f"{server.url}/status?heat=1").json()
+    assert status["model"] == "small" and status["generated_tokens"] >= 4
+    assert len(status["heat"]["uses"]) == 12 and max(map(max, status["heat"]["uses"])) > 0
+    page = httpx.get(server.url)
+    assert (
+        page.status_code == 200
+        and "text/html" in page.headers["content-type"]
+        and "http" not in page.text.split("<script>")[1]
+    )
+
+
+def test_each_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    import json
+    import logging
+
+    with caplog.at_level(logging.INFO, "expertstream.access"):
+        httpx.get(f"{server.url}/v1/models")
+        httpx.get(f"{server.url}/no/such/path")
+        time.sleep(0.05)
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
+    assert [(line["path"], line["status"]) for line in lines] == [("/v1/models", 200), ("/no/such/path", 404)]
+    assert "/no/such" not in httpx.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "give a key"),
+        (["--port", "70000"], "--port"),
+        (["--queue", "-1"], "--queue"),
+        (["--parallel", "0"], "--parallel"),
+        (["--cache-memory", "much"], "not a size"),
+        (["--api-key-file", "/no/such"], "cannot be read"),
+        (["/no/such/model"], "no such folder"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_served(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EXPERTSTREAM_API_KEY", raising=False)
+    assert main(["serve", *arguments]) in (2, 3)
+    assert message in capsys.readouterr().err
