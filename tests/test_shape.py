@@ -20,8 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others; `errors` and `config` may be imported by all.
 ARROWS = {
-    "cli": {"bench", "server", "responses", "engine", "convert", "summary", "checkpoint", "sampling"},
+    "cli": {"bench", "chat", "server", "responses", "engine", "convert", "summary", "checkpoint", "sampling"},
     "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
+    "chat": {"engine", "experts", "machine", "server"},
     "server": {"engine", "experts", "generate", "kv_cache", "machine", "ops", "responses", "sampling"},
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
     "summary": {"models", "experts", "checkpoint", "ops", "machine"},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .bench.cli import add_commands
+from .chat.cli import add_chat
 from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
 from .errors import ExpertStreamError, RequestError, UsageError
 from .server.cli import add_serve
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     add_commands(commands, _formatter, EXIT_CODES)
     style = {"formatter_class": _formatter, "epilog": EXIT_CODES}
+    add_chat(commands, style, _add_engine_options, _ENGINE_OPTIONS)
     add_serve(commands, style, _add_engine_options, _ENGINE_OPTIONS)
     return parser
 

@@ -13,7 +13,16 @@ from typing import Any
 from .errors import UsageError
 from .machine import usable_processors
 
-__all__ = ["API_KEY", "EngineConfig", "IoSettings", "api_key", "format_bytes", "parse_bytes"]
+__all__ = [
+    "API_KEY",
+    "EngineConfig",
+    "IoSettings",
+    "api_key",
+    "config_folder",
+    "data_folder",
+    "format_bytes",
+    "parse_bytes",
+]
 
 API_KEY = "EXPERTSTREAM_API_KEY"  # what clients of a server must send
 _UNITS = {
@@ -188,6 +197,16 @@ class EngineConfig:
     @property
     def thread_count(self) -> int:
         return self.threads or usable_processors()
+
+
+def config_folder() -> Path:
+    """Where a user keeps settings, such as a system prompt."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "expertstream"
+
+
+def data_folder() -> Path:
+    """Where a user's sessions are kept."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "expertstream"
 
 
 def api_key() -> str:

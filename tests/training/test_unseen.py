@@ -6,9 +6,24 @@ import json
 import random
 import re
 
+import pytest
+
 from training import questions, tools
 from training.everyday import SCENES
 from training.unseen import QUESTIONS, TOOLS
+from training.words import Sense
+
+
+@pytest.fixture(autouse=True)
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WordNet need not be installed."""
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    made = [a + b + c for a in syllables for b in syllables for c in ("n", "r", "l")][:9001]
+    senses = [Sense(word, "noun", "a thing", (f"this is a {word} of ours",), "thing", 1) for word in made]
+    for module in (questions, tools):
+        monkeypatch.setattr(module, "senses", lambda: senses)
+    monkeypatch.setattr(tools, "nouns", lambda most=0: made[: most or 3000])
+    monkeypatch.setattr(tools, "examples", lambda: [s.examples[0] for s in senses])
 
 
 def bare(text: str) -> str:

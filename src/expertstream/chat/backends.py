@@ -1,0 +1,232 @@
+"""Who answers: a model in this process, or a server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..engine import LLM
+from ..errors import ExpertStreamError, RequestError, UsageError
+from ..server.stream import Content, FunctionCall, Reasoning, Splitter
+
+__all__ = ["Answered", "Backend", "LocalBackend", "RemoteBackend", "ServerError"]
+
+Message = dict[str, Any]
+Progress = Callable[[int, int], None]
+
+
+class ServerError(ExpertStreamError):
+    """A server that cannot be reached, or says no."""
+
+    exit_code = 6
+
+
+@dataclass
+class Answered:
+    """What an answer took; the last of its events."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    ttft_seconds: float = 0.0
+    decode_tps: float = 0.0
+    hit_rate: float | None = None
+    ended: str = "stop"
+    seed: int | None = None
+
+
+Event = Content | Reasoning | FunctionCall | Answered
+
+
+class Backend(Protocol):
+    """Answers a conversation. Messages and tools are as in OpenAI's API, but that arguments of calls are objects."""
+
+    name: str
+    about: str
+
+    def reply(
+        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool, progress: Progress
+    ) -> Iterator[Event]:
+        """Closing it ends the answer. progress: tokens of the prompt done, and all of them. Raises ExpertStreamError."""
+
+
+class LocalBackend:
+    """A model in this process."""
+
+    def __init__(self, llm: LLM, sampling: dict[str, Any]) -> None:
+        self._llm, self._sampling = llm, sampling
+        self.name, self.about = llm.path.resolve().name, llm.describe()
+        llm.sampling_params(**sampling)  # mistakes are told before anything is said
+
+    def reply(
+        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool, progress: Progress
+    ) -> Iterator[Event]:
+        llm = self._llm
+        prompt = llm.tokenizer.apply_chat_template(messages, tools=tools or None, enable_thinking=thinking)
+        tokens = llm.tokenizer.encode(prompt)
+        given = {"max_tokens": llm.context_length, **{k: v for k, v in self._sampling.items() if v is not None}}
+        total = int(tokens.shape[0])
+        pieces = llm.session().generate(
+            tokens, llm.sampling_params(**given), lambda done: progress(done, total), control_tokens=True
+        )
+        splitter = Splitter(tools, reasoning=prompt.rstrip().endswith("<think>"))
+        answered = Answered()
+        for piece in pieces:
+            stats = piece.stats
+            yield from splitter.feed(piece.text)
+            answered = Answered(
+                stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens, stats.ttft_seconds, stats.decode_tps,
+                stats.decode_experts.hit_rate if piece.finish_reason else None, piece.finish_reason or "stop", stats.seed,
+            )  # fmt: skip
+        yield from splitter.finish()
+        yield answered
+
+
+@dataclass
+class _Call:
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass
+class RemoteBackend:
+    """A server with OpenAI's API, ours or another's."""
+
+    url: str
+    key: str
+    sampling: dict[str, Any]
+    model: str = ""
+    about: str = ""
+    _client: Any = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        try:
+            import httpx
+        except ImportError:
+            raise UsageError("--url needs the package httpx: pip install 'expertstream[chat]'") from None
+        self._httpx = httpx
+        self.url = self.url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise UsageError(f"--url is an address such as http://127.0.0.1:8080, not {self.url!r}")
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
+        try:
+            models = self._get("/v1/models")
+            self.model = self.model or str(models["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            self.close()
+            raise ServerError(f"{self.url}: does not list models as OpenAI's API does") from None
+        except ServerError:
+            self.close()
+            raise
+        self.about = f"{self.model} at {self.url}"
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._client.close()
+
+    def _get(self, path: str) -> Any:
+        try:
+            response = self._client.get(path)
+            _check(response)
+            return response.json()
+        except (self._httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"{self.url}: {error or type(error).__name__}") from None
+
+    def _experts(self) -> tuple[int, int] | None:
+        """Hits and misses so far, where the server is ours."""
+        try:
+            status = self._get("/status")
+            return int(status["hits"]), int(status["misses"])
+        except (ServerError, KeyError, TypeError):
+            return None
+
+    def reply(
+        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool, progress: Progress
+    ) -> Iterator[Event]:
+        names = {"max_tokens", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "stop"}
+        body: dict[str, Any] = {
+            "model": self.model, "messages": [_wire(m) for m in messages], "stream": True, "stream_options": {"include_usage": True},
+            **{k: v for k, v in self.sampling.items() if v is not None and k in names},
+        }  # fmt: skip
+        if tools:
+            body["tools"] = tools
+        if thinking:
+            body["chat_template_kwargs"] = {"enable_thinking": True}
+        before, begin, first = self._experts(), time.perf_counter(), 0.0
+        calls: dict[int, _Call] = {}
+        answered, usage = Answered(), dict[str, Any]()
+        for chunk in self._chunks(body):
+            usage = chunk.get("usage") or usage
+            for choice in chunk.get("choices", ())[:1]:
+                delta = choice.get("delta", {})
+                first = first or (time.perf_counter() if len(delta) and "role" not in delta else 0.0)
+                if delta.get("reasoning_content"):
+                    yield Reasoning(delta["reasoning_content"])
+                if delta.get("content"):
+                    yield Content(delta["content"])
+                for part in delta.get("tool_calls") or ():
+                    call = calls.setdefault(part.get("index", 0), _Call())
+                    call.name += part["function"].get("name") or ""
+                    call.arguments += part["function"].get("arguments") or ""
+                answered.ended = choice.get("finish_reason") or answered.ended
+        for call in calls.values():
+            yield FunctionCall(call.name, json.loads(call.arguments or "{}"))
+        end = time.perf_counter()
+        answered.prompt_tokens = usage.get("prompt_tokens", 0)
+        answered.generated_tokens = usage.get("completion_tokens", 0)
+        answered.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        answered.ttft_seconds = (first or end) - begin
+        if answered.generated_tokens > 1 and end > first > 0:
+            answered.decode_tps = (answered.generated_tokens - 1) / (end - first)
+        after = self._experts() if before is not None else None
+        if before is not None and after is not None and sum(after) > sum(before):
+            answered.hit_rate = (after[0] - before[0]) / (sum(after) - sum(before))
+        yield answered
+
+    def _chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    _check(response)
+                for line in response.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise ServerError(str(chunk["error"].get("message", chunk["error"])))
+                    yield chunk
+        except (self._httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"{self.url}: {error or type(error).__name__}") from None
+
+
+def _wire(message: Message) -> Message:
+    """With arguments as the text that the API has them in."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    wired = [
+        {**c, "id": c["id"], "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
+        for c in calls
+    ]
+    return {**message, "tool_calls": wired}
+
+
+def _check(response: Any) -> None:
+    if response.status_code == 200:
+        return
+    try:
+        said = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        said = response.text[:200] or response.reason_phrase
+    if response.status_code == 400:
+        raise RequestError(said)
+    raise ServerError(f"the server says {response.status_code}: {said}")

@@ -1,0 +1,314 @@
+"""A chat's turns and commands, whatever it looks like: what a person says goes in, a View shows what comes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ExpertStreamError, RequestError
+from ..server.stream import Content, FunctionCall, Reasoning
+from .backends import Answered, Backend
+from .sessions import Conversation, SessionStore
+from .tools import ToolSource
+
+__all__ = ["COMMANDS", "Chat", "View"]
+
+MOST_ROUNDS = 16  # of calls in one turn
+
+COMMANDS = {
+    "/help": "this list",
+    "/new": "begin a new session",
+    "/system [TEXT]": "show the system prompt, or set it (- for none)",
+    "/undo": "take the last turn back",
+    "/retry": "answer the last message once more",
+    "/save NAME": "give the session a name (it is saved after every turn anyway)",
+    "/sessions": "list the saved sessions",
+    "/resume NAME": "go on with one of them",
+    "/rename NAME": "rename this one",
+    "/delete NAME": "delete one",
+    "/export FILE": "write the conversation as Markdown",
+    "/think [on|off|fold|show]": "let the model reason first; show its reasoning or fold it",
+    "/stats": "what the last answer took",
+    "/quit": "leave (or Ctrl-D)",
+}
+
+
+class View(Protocol):
+    """What a person sees."""
+
+    def note(self, text: str) -> None:
+        """Something that is not part of the conversation."""
+
+    def answer(self, fold: bool) -> contextlib.AbstractContextManager[AnswerView]:
+        """An answer is coming."""
+
+    def consent(self, what: str) -> bool:
+        """Asks whether this may be done."""
+
+    def output(self, text: str) -> None:
+        """What a function gave."""
+
+    def replay(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Shows a conversation that is gone on with."""
+
+
+class AnswerView(Protocol):
+    """One answer, while it comes."""
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def reasoning(self, text: str) -> None: ...
+
+    def content(self, text: str) -> None: ...
+
+
+@dataclass
+class Chat:
+    """run() returns False when it is over."""
+
+    backend: Backend
+    store: SessionStore | None  # None: nothing is saved
+    conversation: Conversation
+    view: View
+    tools: Sequence[ToolSource] = ()
+    ask_consent: bool = True
+    thinking: bool = False
+    fold: bool = True
+    last: Answered | None = field(default=None, init=False)
+
+    def run(self, line: str) -> bool:
+        """A message or a command. Mistakes are told, and lose nothing."""
+        line = line.strip()
+        if not line:
+            return True
+        try:
+            if line.startswith("/"):
+                name, _, rest = line.partition(" ")
+                return self._command(name, rest.strip())
+            self.say(line)
+        except ExpertStreamError as error:
+            self.view.note(f"✗ {error}")
+        return True
+
+    def say(self, text: str) -> None:
+        """Raises ExpertStreamError; then the message is not in the conversation."""
+        self.conversation.messages.append({"role": "user", "content": text})
+        self._answer()
+
+    def _answer(self) -> None:
+        """Answers the last message, calling functions as long as the model wants to."""
+        begin = len(self.conversation.messages)
+        try:
+            for _ in range(MOST_ROUNDS):
+                calls = self._generate()
+                if not calls or not self._call_all(calls):
+                    break
+            else:
+                self.view.note(f"stopped after {MOST_ROUNDS} rounds of calls")
+        except ExpertStreamError:
+            if len(self.conversation.messages) == begin:  # nothing came: what was said is not lost, but typed again
+                self.conversation.messages.pop()
+            raise
+        finally:
+            self.save()
+
+    def _generate(self) -> list[dict[str, Any]]:
+        """One answer into the conversation; returns its calls."""
+        schemas = [schema for source in self.tools for schema in source.schemas()]
+        said: dict[str, Any] = {"role": "assistant", "content": ""}
+        calls: list[dict[str, Any]] = []
+        with self.view.answer(self.fold) as shown:
+            events = self.backend.reply(self.conversation.prompt(), schemas, self.thinking, shown.progress)
+            try:
+                for event in _closing(events):
+                    if isinstance(event, Content):
+                        said["content"] += event.text
+                        shown.content(event.text)
+                    elif isinstance(event, Reasoning):
+                        said["reasoning_content"] = said.get("reasoning_content", "") + event.text
+                        shown.reasoning(event.text)
+                    elif isinstance(event, FunctionCall):
+                        function = {"name": event.name, "arguments": event.arguments}
+                        number = sum(len(m.get("tool_calls") or ()) for m in self.conversation.messages) + len(calls)
+                        calls.append({"id": f"call_{number}", "type": "function", "function": function})
+                    else:
+                        self.last = event
+            except KeyboardInterrupt:
+                calls = []
+                if said["content"]:
+                    said["content"] += " …"
+                self.conversation.messages.append(said)
+                self.view.note("stopped")
+                return []
+        if calls:
+            said["tool_calls"] = calls
+        self.conversation.messages.append(said)
+        return calls
+
+    def _call_all(self, calls: list[dict[str, Any]]) -> bool:
+        """Does what may be done, and tells the model what came of it; False if the user stopped it."""
+        for i, call in enumerate(calls):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            try:
+                result = self._call(name, arguments)
+            except KeyboardInterrupt:
+                for left in calls[i:]:
+                    self._result(left, "the user stopped this")
+                self.view.note("stopped")
+                return False
+            self._result(call, result)
+        return True
+
+    def _call(self, name: str, arguments: dict[str, Any]) -> str:
+        for source in self.tools:
+            if any(schema["function"]["name"] == name for schema in source.schemas()):
+                what = source.describe(name, arguments)
+                if not self.ask_consent:
+                    self.view.note(what)
+                elif not self.view.consent(what):
+                    return "the user does not want this to be done"
+                result = source.call(name, arguments)
+                self.view.output(result)
+                return result
+        return f"error: there is no function {name}"
+
+    def _result(self, call: dict[str, Any], text: str) -> None:
+        self.conversation.messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
+
+    def save(self) -> None:
+        """Tells what went wrong, if something did."""
+        if self.store is None or not self.conversation.messages:
+            return
+        self.conversation.model = self.backend.name
+        try:
+            self.store.save(self.conversation)
+        except RequestError as error:
+            self.view.note(f"✗ {error}")
+
+    def _command(self, name: str, rest: str) -> bool:
+        if name in ("/quit", "/exit", "/q"):
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help, "/new": self._new, "/system": self._system, "/undo": self._undo, "/retry": self._retry,
+            "/save": self._rename, "/rename": self._rename, "/sessions": self._sessions, "/resume": self.resume,
+            "/delete": self._delete, "/export": self._export, "/think": self._think, "/stats": self._stats,
+        }  # fmt: skip
+        if name not in commands:
+            raise RequestError(f"there is no {name}; /help lists what there is")
+        commands[name](rest)
+        return True
+
+    def _help(self, _: str) -> None:
+        self.view.note("\n".join(f"{name:27} {text}" for name, text in COMMANDS.items()))
+
+    def _new(self, _: str) -> None:
+        fresh = new_name(self.store)
+        self.conversation = Conversation(fresh, self.conversation.system)
+        self.view.note("a new session")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self.conversation.system = "" if rest == "-" else rest
+        self.view.note(self.conversation.system or "no system prompt")
+
+    def _undo(self, _: str) -> None:
+        said = self.conversation.undo()
+        if said is None:
+            raise RequestError("there is nothing to take back")
+        self.save()
+        self.view.note(f"taken back: {said}")
+
+    def _retry(self, _: str) -> None:
+        said = self.conversation.undo()
+        if said is None:
+            raise RequestError("there is nothing to answer")
+        self.say(said)
+
+    def _stored(self) -> SessionStore:
+        if self.store is None:
+            raise RequestError("this chat was started with --no-save")
+        return self.store
+
+    def _rename(self, rest: str) -> None:
+        if not rest:
+            raise RequestError("give a name")
+        self._stored().rename(self.conversation, rest)
+        self.view.note(f"saved as {rest}")
+
+    def _sessions(self, _: str) -> None:
+        names = self._stored().names()
+        mark = self.conversation.name
+        self.view.note("\n".join(f"{'*' if n == mark else ' '} {n}" for n in names) or "no sessions yet")
+
+    def resume(self, rest: str) -> None:
+        """Goes on with a saved session. Raises RequestError."""
+        self.conversation = self._stored().load(rest)
+        self.view.replay(self.conversation.messages)
+
+    def _delete(self, rest: str) -> None:
+        self._stored().delete(rest)
+        self.view.note(f"deleted {rest}")
+
+    def _export(self, rest: str) -> None:
+        if not rest:
+            raise RequestError("give a file to write to")
+        path = Path(rest).expanduser()
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(self.conversation.markdown())
+        except FileExistsError:
+            raise RequestError(f"{path} exists already") from None
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
+        self.view.note(f"written to {path}")
+
+    def _think(self, rest: str) -> None:
+        if rest in ("on", "off"):
+            self.thinking = rest == "on"
+        elif rest in ("fold", "show"):
+            self.fold = rest == "fold"
+        elif rest:
+            raise RequestError("/think takes on, off, fold or show")
+        self.view.note(f"reasoning is {'on' if self.thinking else 'off'}, and {'folded' if self.fold else 'shown'}")
+
+    def _stats(self, _: str) -> None:
+        self.view.note(f"{self.backend.about}\n{stats_line(self.last)}" if self.last else self.backend.about)
+
+
+def stats_line(stats: Answered) -> str:
+    """For people, in one line."""
+    parts = [
+        f"{stats.decode_tps:.1f} tokens/s",
+        f"first after {stats.ttft_seconds:.2f} s",
+        f"{stats.generated_tokens} tokens",
+        f"prompt {stats.prompt_tokens}, of which {stats.cached_tokens} were known",
+    ]
+    if stats.hit_rate is not None:
+        parts.append(f"hit rate {stats.hit_rate:.0%}")
+    if stats.ended == "length":
+        parts.append("cut at the greatest length")
+    return " · ".join(parts)
+
+
+def new_name(store: SessionStore | None) -> str:
+    """By the time of day, and no other session's."""
+    stem = time.strftime("%Y-%m-%d %H.%M")
+    taken, number, name = set(store.names()) if store is not None else set(), 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem} - {number}"
+    return name
+
+
+def _closing(events: Iterator[Any]) -> Iterator[Any]:
+    """Ends the answer, whatever ends the loop."""
+    try:
+        yield from events
+    finally:
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()

@@ -1,0 +1,59 @@
+"""The line that a person types: history, several lines, completion of commands, and a footer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.formatted_text import HTML
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from .conversation import COMMANDS, Chat, stats_line
+
+__all__ = ["read_lines"]
+
+
+def read_lines(chat: Chat, history: Path) -> Iterator[str]:
+    """What is typed, until Ctrl-D. Ctrl-C empties the line."""
+    kept: History = InMemoryHistory()
+    if chat.store is not None:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            kept = FileHistory(str(history))
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    def footer() -> HTML:
+        parts = [chat.conversation.name, chat.backend.name] + ([stats_line(chat.last)] if chat.last else [])
+        return HTML(" {}").format(" · ".join(parts))
+
+    session: PromptSession[str] = PromptSession(
+        message=HTML("<b>&gt; </b>"),
+        history=kept,
+        multiline=True,
+        key_bindings=keys,
+        completer=WordCompleter([name.split()[0] for name in COMMANDS], sentence=True),
+        complete_while_typing=False,
+        bottom_toolbar=footer,
+        prompt_continuation="  ",
+        style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}),
+    )
+    while True:
+        try:
+            yield session.prompt()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return

@@ -1,0 +1,114 @@
+"""Conversations that stay: one JSON file each, in the user's data folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+
+__all__ = ["Conversation", "SessionStore"]
+
+
+@dataclass
+class Conversation:
+    """messages: as in OpenAI's API, without the system prompt."""
+
+    name: str
+    system: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    model: str = ""
+    begun: float = field(default_factory=time.time)
+    changed: float = 0.0
+
+    def prompt(self) -> list[dict[str, Any]]:
+        """All messages, the system prompt first."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
+
+    def undo(self) -> str | None:
+        """Takes the last thing that the user said, and what came of it, back; returns it."""
+        for i in range(len(self.messages) - 1, -1, -1):
+            if self.messages[i]["role"] == "user":
+                said = str(self.messages[i]["content"])
+                del self.messages[i:]
+                return said
+        return None
+
+    def markdown(self) -> str:
+        """For people to read."""
+        parts = [f"# {self.name}\n"]
+        if self.system:
+            parts.append(f"*{self.system}*\n")
+        for message in self.messages:
+            parts.append(f"**{message['role']}**\n\n{message.get('content') or ''}\n")
+            for call in message.get("tool_calls") or ():
+                function = call["function"]
+                parts.append(f"```\n{function['name']}({json.dumps(function['arguments'], ensure_ascii=False)})\n```\n")
+        return "\n".join(parts)
+
+
+class SessionStore:
+    """A folder of conversations."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Raises RequestError for a name that is no file's."""
+        if not re.fullmatch(r"[\w][\w .-]{0,79}", name):
+            raise RequestError(
+                f"a session's name is letters, digits, spaces, dots and dashes, 80 at most, not {name!r}"
+            )
+        return self.folder / f"{name}.json"
+
+    def save(self, conversation: Conversation) -> None:
+        """Raises RequestError."""
+        path = self.path(conversation.name)
+        conversation.changed = time.time()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary.write_text(json.dumps(asdict(conversation), ensure_ascii=False, indent=1), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def load(self, name: str) -> Conversation:
+        """Raises RequestError."""
+        path = self.path(name)
+        try:
+            found = Conversation(**json.loads(path.read_text(encoding="utf-8")))
+            if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in found.messages):
+                raise ValueError("messages are not messages")
+            return found
+        except FileNotFoundError:
+            raise RequestError(f"there is no session {name!r}; /sessions lists them") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise RequestError(f"{path}: not a session: {error}") from None
+
+    def names(self) -> list[str]:
+        """The newest first."""
+        files = sorted(self.folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
+        return [f.stem for f in files]
+
+    def rename(self, conversation: Conversation, name: str) -> None:
+        """Raises RequestError if there is one of that name already."""
+        target, old = self.path(name), self.path(conversation.name)
+        if target.exists():
+            raise RequestError(f"there is a session {name!r} already")
+        conversation.name = name
+        if old.exists():
+            old.replace(target)
+        self.save(conversation)
+
+    def delete(self, name: str) -> None:
+        """Raises RequestError if there is none."""
+        try:
+            self.path(name).unlink()
+        except FileNotFoundError:
+            raise RequestError(f"there is no session {name!r}; /sessions lists them") from None

@@ -1,0 +1,169 @@
+"""What a person sees at a terminal: Markdown while it is written, reasoning folded, progress of long prompts; and plain text in a pipe."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.text import Text
+
+__all__ = ["PlainView", "TerminalView"]
+
+_MOST_LINES = 24  # of a function's output
+
+
+class TerminalView:
+    """On a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text, style="dim"))
+
+    @contextmanager
+    def answer(self, fold: bool) -> Iterator[_LiveAnswer]:
+        with Live(console=self.console, refresh_per_second=12, transient=True, auto_refresh=False) as live:
+            shown = _LiveAnswer(self.console, live, fold)
+            try:
+                yield shown
+            finally:
+                shown.finish()
+
+    def consent(self, what: str) -> bool:
+        self.console.print(Text(what, style="bold yellow"))
+        while True:
+            try:
+                said = self.console.input("[yellow]run this? \\[y/n][/] ").strip().lower()
+            except EOFError:
+                return False
+            if said in ("y", "yes", "n", "no", ""):
+                return said.startswith("y")
+
+    def output(self, text: str) -> None:
+        lines = text.splitlines()
+        shown = lines[:_MOST_LINES]
+        if len(lines) > len(shown):
+            shown.append(f"… {len(lines) - len(shown)} more lines")
+        self.console.print(Padding(Text("\n".join(shown), style="dim"), (0, 0, 0, 2)))
+
+    def replay(self, messages: Sequence[dict[str, Any]]) -> None:
+        for message in messages:
+            if message["role"] == "user":
+                self.console.print(Text(f"> {message['content']}", style="bold"))
+            elif message["role"] == "tool":
+                self.output(str(message.get("content", "")))
+            elif message.get("content"):
+                self.console.print(Markdown(message["content"]))
+
+
+class _LiveAnswer:
+    """Paragraphs that are whole are printed and stay; the one that is being written is drawn anew with every piece."""
+
+    def __init__(self, console: Console, live: Live, fold: bool) -> None:
+        self._console, self._live, self._fold = console, live, fold
+        self._thought, self._text = "", ""
+        self._drawn = 0.0
+        self._live.update(Text("…", style="dim"), refresh=True)
+
+    def progress(self, done: int, total: int) -> None:
+        text = f"reading the prompt: {done:,} of {total:,} tokens" if done < total else "…"
+        self._live.update(Text(text, style="dim"), refresh=True)
+
+    def reasoning(self, text: str) -> None:
+        self._thought += text
+        words = len(self._thought.split())
+        shown = f"thinking … {words} words" if self._fold else self._thought
+        self._draw(Text(shown, style="dim italic"))
+
+    def content(self, text: str) -> None:
+        if self._thought:
+            self._end_reasoning()
+        self._text += text
+        done = _whole_blocks(self._text)
+        if done:
+            self._console.print(Markdown(self._text[:done]))
+            self._console.print()
+            self._text = self._text[done:]
+        self._draw(Markdown(self._text))
+
+    def _end_reasoning(self) -> None:
+        words = len(self._thought.split())
+        shown = f"thought for {words} words (/think show)" if self._fold else self._thought
+        self._console.print(Text(shown, style="dim italic"))
+        self._thought = ""
+
+    def _draw(self, what: Any) -> None:
+        now = time.monotonic()
+        if now - self._drawn > 1 / 15:
+            self._drawn = now
+            self._live.update(what, refresh=True)
+
+    def finish(self) -> None:
+        self._live.update(Text(""), refresh=True)
+        self._live.stop()
+        if self._thought:
+            self._end_reasoning()
+        if self._text.strip():
+            self._console.print(Markdown(self._text))
+
+
+def _whole_blocks(text: str) -> int:
+    """How much of it is whole blocks: up to the last blank line that is not inside a fence."""
+    fences, place = 0, 0
+    for match in re.finditer(r"^(?:```|~~~).*$|\n\n+(?=\S)", text, re.MULTILINE):
+        if match[0].startswith("\n"):
+            if fences % 2 == 0:
+                place = match.end()
+        else:
+            fences += 1
+    # A list goes on after a blank line; printed in two parts it would be numbered anew.
+    return 0 if re.match(r"\s*(?:[-*+]|\d+[.)])\s", text[place:]) else place
+
+
+class PlainView:
+    """Where the output is no terminal: the answers alone on standard output, the rest on standard error."""
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def answer(self, fold: bool) -> Iterator[_PlainAnswer]:
+        shown = _PlainAnswer(fold)
+        try:
+            yield shown
+        finally:
+            print(flush=True)
+
+    def consent(self, what: str) -> bool:
+        self.note(f"{what}\nnot done: nobody can be asked here; --yes allows it")
+        return False
+
+    def output(self, text: str) -> None:
+        self.note(text)
+
+    def replay(self, messages: Sequence[dict[str, Any]]) -> None:
+        self.note(f"{len(messages)} messages")
+
+
+class _PlainAnswer:
+    def __init__(self, fold: bool) -> None:
+        self._fold = fold
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def reasoning(self, text: str) -> None:
+        if not self._fold:
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def content(self, text: str) -> None:
+        print(text, end="", flush=True)
