@@ -160,15 +160,20 @@ void accumulate(Engine& engine, Out acc, In y, Ids pair_token, In weights) {
 KVLayer kv_layer(nb::ndarray<nb::c_contig, nb::device::cpu>& keys, nb::ndarray<nb::c_contig, nb::device::cpu>& values) {
   require(keys.ndim() == 3 && values.ndim() == 3 && keys.size() == values.size(),
           "attention: keys and values (kv_heads, capacity, d)");
-  const bool f32 = keys.dtype() == nb::dtype<float>(), bf16 = keys.dtype() == nb::dtype<uint16_t>();
-  require((f32 || bf16) && keys.dtype() == values.dtype(),
-          "attention: keys and values are float32 or bfloat16 bits (uint16)");
+  const bool f32 = keys.dtype() == nb::dtype<float>(), bf16 = keys.dtype() == nb::dtype<uint16_t>(),
+             i8 = keys.dtype() == nb::dtype<uint8_t>();
+  require(
+      (f32 || bf16 || i8) && keys.dtype() == values.dtype(),
+      "attention: keys and values are float32, bfloat16 bits (uint16), or int8 with a float behind each row (uint8)");
+  require(!i8 || keys.shape(2) > 4, "attention: rows of int8 end with a float");
   return {keys.data(),
           values.data(),
-          f32 ? DType::f32 : DType::bf16,
+          f32    ? DType::f32
+          : bf16 ? DType::bf16
+                 : DType::i8,
           static_cast<int64_t>(keys.shape(0)),
           static_cast<int64_t>(keys.shape(1)),
-          static_cast<int64_t>(keys.shape(2))};
+          static_cast<int64_t>(keys.shape(2)) - (i8 ? 4 : 0)};
 }
 
 // The weights of a mixer that are no matrices; keeps the arrays alive.

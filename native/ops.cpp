@@ -249,6 +249,15 @@ void Engine::accumulate(float* acc, const float* y, const int64_t* pair_token, c
   });
 }
 
+// d values as int8 with the float that they are times behind them; the largest becomes 127.
+static void store_i8(const float* x, int64_t d, uint8_t* row) {
+  float most = 0.0f;
+  for (int64_t i = 0; i < d; ++i) most = std::max(most, std::fabs(x[i]));
+  const float step = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  for (int64_t i = 0; i < d; ++i) row[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(x[i] * inverse)));
+  std::memcpy(row + d, &step, 4);
+}
+
 void Engine::attention(const float* q_gate, const float* k_in, const float* v_in, const AttentionParams& p,
                        const KVLayer& kv, int64_t tokens, int64_t position, float* out) {
   const int64_t d = kv.head_dim, per_kv = p.heads / kv.kv_heads;
@@ -275,12 +284,15 @@ void Engine::attention(const float* q_gate, const float* k_in, const float* v_in
         k.scale(to, scale, d);
       }
       for (int64_t h = 0; h < kv.kv_heads; ++h) {
-        const int64_t from = (t * kv.kv_heads + h) * d, to = (h * kv.capacity + position + t) * d;
+        const int64_t from = (t * kv.kv_heads + h) * d, at = h * kv.capacity + position + t, to = at * d;
         k.rms_norm(k_in + from, p.k_norm, d, p.eps, key);
         k.rotary(key, cos, sin, p.rotary_half);
         if (kv.dtype == DType::bf16) {
           k.to_bf16(key, d, static_cast<uint16_t*>(kv.k) + to);
           k.to_bf16(v_in + from, d, static_cast<uint16_t*>(kv.v) + to);
+        } else if (kv.dtype == DType::i8) {
+          store_i8(key, d, static_cast<uint8_t*>(kv.k) + at * kv.row_bytes());
+          store_i8(v_in + from, d, static_cast<uint8_t*>(kv.v) + at * kv.row_bytes());
         } else {
           std::memcpy(static_cast<float*>(kv.k) + to, key, static_cast<size_t>(d) * 4);
           std::memcpy(static_cast<float*>(kv.v) + to, v_in + from, static_cast<size_t>(d) * 4);

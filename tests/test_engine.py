@@ -247,3 +247,12 @@ def test_readers_can_be_chosen(tmp_path: Path) -> None:
         assert "pread" in llm.describe()
     with LLM(reader="uring", **QUICK) as llm:
         assert "io_uring" in llm.describe()
+
+
+def test_a_context_that_memory_holds(pack_folder: Path) -> None:
+    """Of a server: as long as the model was trained for, if a part of the memory holds it for all of its texts."""
+    lengths = []
+    for memory in ("4GiB", "60MiB"):
+        with LLM(pack_folder, memory=memory, context_part=8, sequences=4) as llm:
+            lengths.append(llm.context_length)
+    assert lengths[0] == 32768 > lengths[1] >= 8192

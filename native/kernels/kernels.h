@@ -11,7 +11,7 @@
 
 namespace expertstream {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 
 // One weight matrix as it lies in memory; owns nothing.
 //
@@ -32,7 +32,7 @@ struct Matrix {
 };
 
 constexpr int64_t kTileRows = 16;
-static inline int64_t value_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+static inline int64_t value_bytes(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
 static inline int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 static inline int64_t data_bytes(const Matrix& m) {
   return (m.bits >= 16 ? m.rows : row_tiles(m.rows) * kTileRows) * (static_cast<int64_t>(m.cols) * m.bits / 8);
@@ -68,12 +68,15 @@ struct ActivationsOut {
   int64_t lines;     // of the block
 };
 
-// Keys and values of one layer: (kv_heads, capacity, head_dim) of f32 or bf16.
+// Keys and values of one layer: (kv_heads, capacity) rows of head_dim values of f32, bf16, or i8, and then a row ends
+// with the float that its values are times.
 struct KVLayer {
   void* k;
   void* v;
   DType dtype;
   int64_t kv_heads, capacity, head_dim;
+
+  int64_t row_bytes() const { return head_dim * value_bytes(dtype) + (dtype == DType::i8 ? 4 : 0); }
 };
 
 struct Kernels {

@@ -15,11 +15,12 @@ using namespace expertstream;
 inline F load_values(const uint8_t* p, DType dtype, int64_t n) {
   uint8_t t[64] = {};
   if (n < 16) {
-    std::memcpy(t, p, static_cast<size_t>(n) * (dtype == DType::f32 ? 4 : 2));
+    std::memcpy(t, p, static_cast<size_t>(n * value_bytes(dtype)));
     p = t;
   }
   if (dtype == DType::bf16) return f_load_bf16(p);
   if (dtype == DType::f16) return f_load_f16(p);
+  if (dtype == DType::i8) return f_load_i8(p);
   float f[16];
   std::memcpy(f, p, 64);
   return f_load(f);

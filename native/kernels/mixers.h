@@ -5,11 +5,20 @@
 
 namespace {
 
+// Each column of scores (rows, kKeys), times the float at the end of its row of keys or values.
+inline void scale_columns(float* scores, int64_t rows, int64_t n, const uint8_t* first, int64_t row) {
+  for (int64_t p = 0; p < n; ++p) {
+    float by;
+    std::memcpy(&by, first + p * row, 4);
+    for (int64_t r = 0; r < rows; ++r) scores[r * kKeys + p] *= by;
+  }
+}
+
 void attend_segment(const float* q, int64_t rows, const int64_t* visible, const KVLayer& kv, int64_t kv_head,
                     int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch) {
-  const int64_t d = kv.head_dim, size = value_bytes(kv.dtype);
-  const uint8_t* keys = static_cast<const uint8_t*>(kv.k) + kv_head * kv.capacity * d * size;
-  const uint8_t* values = static_cast<const uint8_t*>(kv.v) + kv_head * kv.capacity * d * size;
+  const int64_t d = kv.head_dim, size = value_bytes(kv.dtype), row = kv.row_bytes();
+  const uint8_t* keys = static_cast<const uint8_t*>(kv.k) + kv_head * kv.capacity * row;
+  const uint8_t* values = static_cast<const uint8_t*>(kv.v) + kv_head * kv.capacity * row;
   float *turned = scratch, *wide = turned + kKeys * d,
         *scores = wide + kKeys * d;  // (d, kKeys), (kKeys, d), (rows, kKeys)
   for (int64_t r = 0; r < rows; ++r) {
@@ -19,26 +28,27 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
   set_zero(out, rows, d, d);
   for (int64_t p0 = begin; p0 < end; p0 += kKeys) {
     const int64_t n = end - p0 < kKeys ? end - p0 : kKeys;
-    const uint8_t *values_now = values + p0 * d * size, *keys_next = keys + (p0 + n) * d * size;
-    const int64_t bytes = n * d * size;  // of either; each is fetched while the other is worked on
+    const uint8_t *values_now = values + p0 * row, *keys_next = keys + (p0 + n) * row;
+    const int64_t bytes = n * row;  // of either; each is fetched while the other is worked on
     // 1. Keys turned, so that a query's value meets 16 keys at once.
     int64_t p = 0;
     for (; p + 16 <= n && d % 16 == 0; p += 16)
       for (int64_t c = 0; c < d; c += 16) {
         for (int64_t at = 0; at < 16 * 16 * size; at += 64)
-          __builtin_prefetch(values_now + (p * d + c * 16) * size + at);
+          __builtin_prefetch(values_now + p * row + c * 16 * size + at);
         F square[16];
-        for (int64_t i = 0; i < 16; ++i) square[i] = load_values(keys + ((p0 + p + i) * d + c) * size, kv.dtype, 16);
+        for (int64_t i = 0; i < 16; ++i) square[i] = load_values(keys + (p0 + p + i) * row + c * size, kv.dtype, 16);
         f_transpose(square, turned + c * kKeys + p, kKeys);
       }
     for (; p < n; ++p)
       for_lanes(d, [&](int64_t c, int64_t m) {
         float t[16];
-        f_store(t, load_values(keys + ((p0 + p) * d + c) * size, kv.dtype, m));
+        f_store(t, load_values(keys + (p0 + p) * row + c * size, kv.dtype, m));
         for (int64_t i = 0; i < m; ++i) turned[(c + i) * kKeys + p] = t[i];
       });
     set_zero(scores, rows, n, kKeys);
     gemm(rows, n, d, q, d, turned, kKeys, scores, kKeys);
+    if (kv.dtype == DType::i8) scale_columns(scores, rows, n, keys + p0 * row + d, row);
     // 2. The softmax so far, corrected to the new largest score.
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scores + r * kKeys;
@@ -58,7 +68,17 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
     // 3. Values, weighted.
     const float* v = reinterpret_cast<const float*>(values_now);
     const int64_t more = p0 + n < end ? bytes : 0;
-    if (kv.dtype != DType::f32) {
+    if (kv.dtype == DType::i8) {
+      scale_columns(scores, rows, n, values_now + d, row);
+      for (int64_t p = 0; p < n; ++p) {
+        if (p * row < more)
+          for (int64_t at = 0; at < row; at += 64) __builtin_prefetch(keys_next + p * row + at);
+        for_lanes(d, [&](int64_t c, int64_t m) {
+          f_store_n(wide + p * d + c, load_values(values_now + p * row + c, kv.dtype, m), m);
+        });
+      }
+      v = wide;
+    } else if (kv.dtype != DType::f32) {
       for_lanes(n * d, [&](int64_t c, int64_t m) {
         if (c * size < more) __builtin_prefetch(keys_next + c * size);
         f_store_n(wide + c, load_values(values_now + c * size, kv.dtype, m), m);

@@ -64,6 +64,15 @@ inline F f_exp2_int(F n) {
 inline F f_load_bf16(const uint8_t* p) {
   QUARTERS(vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p + 8 * i)), 16)));
 }
+inline F f_load_i8(const uint8_t* p) {
+  F r;
+  for (int half = 0; half < 2; ++half) {
+    const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p + 8 * half)));
+    r.v[2 * half] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(w)));
+    r.v[2 * half + 1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(w)));
+  }
+  return r;
+}
 inline F f_load_f16(const uint8_t* p) { QUARTERS(vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)))); }
 inline void f_store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < 4; ++i) {

@@ -81,6 +81,7 @@ inline float f16_to_f32(uint16_t h) {
   return f;
 }
 inline F f_load_bf16(const uint8_t* p) { LANEWISE(bf16_to_f32(half_at(p, i))); }
+inline F f_load_i8(const uint8_t* p) { LANEWISE(static_cast<float>(static_cast<int8_t>(p[i]))); }
 inline F f_load_f16(const uint8_t* p) { LANEWISE(f16_to_f32(half_at(p, i))); }
 // Round to nearest even; a NaN stays one.
 inline void f_store_bf16(uint16_t* p, F a) {

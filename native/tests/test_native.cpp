@@ -101,7 +101,7 @@ void test_mixers(const std::vector<const Kernels*>& tables) {
       return y;
     });
   }
-  for (DType dtype : {DType::f32, DType::bf16})
+  for (DType dtype : {DType::f32, DType::bf16, DType::i8})
     for (int64_t d : {24, 64, 256}) {
       const int64_t heads = 6, kv_heads = 2, capacity = 40, tokens = 26, half = d / 4;
       const std::vector<float> q_gate = floats(static_cast<size_t>(tokens * heads * 2 * d)),

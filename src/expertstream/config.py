@@ -42,7 +42,7 @@ LEAST_CHUNK = 64  # tokens of a prompt at a time; every larger chunk is a multip
 RESIDENCIES = ("auto", "slots", "os")
 READERS = ("auto", "uring", "pread")
 POLICIES = ("lru", "lfu", "s3fifo")
-KV_DTYPES = ("bf16", "f32")
+KV_DTYPES = ("bf16", "f32", "int8")
 VERIFY = ("first", "always", "never")
 
 
@@ -128,6 +128,9 @@ class EngineConfig:
     sequences: int = 1  # texts that may be under way at once, each with a context of its own
     prefix_cache_bytes: int = 0  # of the memory budget, for what was computed of earlier prompts
     context_length: int = 0  # 0: 8,192, or what the model was trained for if that is less
+    context_part: int = (
+        0  # n, where context_length is 0: what the model was trained for, if 1/n of the memory holds it, or else less
+    )
     exact: bool = False  # 16-bit activations in products with quantized weights, instead of 8-bit ones
     kv_dtype: str = "bf16"
     prefill_chunk: int = 2048
@@ -152,6 +155,7 @@ class EngineConfig:
             ("threads", 0, 1024),
             ("sequences", 1, 256),
             ("prefix_cache_bytes", 0, 1 << 50),
+            ("context_part", 0, 1024),
             ("context_length", 0, 1 << 30),
             ("prefill_chunk", 64, 65536),
             ("experts_per_token", 0, 65536),

@@ -15,7 +15,7 @@ from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, format_bytes
 from .errors import CheckpointError, RequestError, UsageError
-from .experts.budget import MemoryPlan, MemoryWatch, plan_with_chunk
+from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.store import ExpertStore
 from .generate import Forward, Step, drive, stream_generate
@@ -78,8 +78,9 @@ class LLM:
             raise UsageError(
                 f"experts_per_token is at most what the model was trained with, {trained}, not {self.top_k}"
             )
-        self.lossy = f"{self.top_k} of {trained} experts a token" if self.top_k < trained else ""
-        self.context_length = c.context_length or min(DEFAULT_CONTEXT, self.model_config.max_position_embeddings)
+        lossy = [f"{self.top_k} of {trained} experts a token"] if self.top_k < trained else []
+        self.lossy = ", ".join(lossy + (["keys and values of 8 bits"] if c.kv_dtype == "int8" else []))
+        self.context_length = c.context_length or self._default_context()
         if self.context_length > self.model_config.max_position_embeddings:
             raise UsageError(
                 f"a context of {self.context_length} is more than the "
@@ -114,6 +115,16 @@ class LLM:
         except BaseException:
             store.close()
             raise
+
+    def _default_context(self) -> int:
+        c, m = self.config, self.model_config
+        context: int = m.max_position_embeddings
+        if not c.context_part:
+            return min(DEFAULT_CONTEXT, context)
+        room = (c.memory_bytes or default_budget(available_bytes())) // c.context_part
+        while context > DEFAULT_CONTEXT and c.sequences * m.state_bytes(context, c.kv_dtype) > room:
+            context = max(DEFAULT_CONTEXT, context // 2)
+        return context
 
     def _plan(self, model_module: Any, store: ExpertStore) -> tuple[MemoryPlan, int]:
         """The memory plan, and how many tokens of a prompt go through together."""

@@ -20,7 +20,8 @@ class CancelledError(Exception):
 
 @dataclass
 class AttentionState:
-    """keys, values (kv_heads, capacity, head_dim): float32, or bfloat16 bits as uint16."""
+    """keys, values (kv_heads, capacity, head_dim): float32, or bfloat16 bits as uint16; or (kv_heads, capacity, head_dim + 4) uint8,
+    int8 values with the float32 that they are times behind each row."""
 
     keys: Any
     values: Any
@@ -81,7 +82,8 @@ class KVCache:
 
 def attention_state(kv_heads: int, capacity: int, head_dim: int, dtype: str) -> AttentionState:
     # Pages are touched only as the text grows.
-    shape, kind = (kv_heads, capacity, head_dim), np.uint16 if dtype == "bf16" else np.float32
+    kind = {"bf16": np.uint16, "f32": np.float32, "int8": np.uint8}[dtype]
+    shape = (kv_heads, capacity, head_dim + (4 if dtype == "int8" else 0))
     return AttentionState(np.zeros(shape, kind), np.zeros(shape, kind))
 
 

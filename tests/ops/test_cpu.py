@@ -16,8 +16,10 @@ from expertstream.ops import (
     MatrixFormat,
     Weight,
     from_bf16,
+    from_int8_rows,
     make_ops,
     to_bf16,
+    to_int8_rows,
 )
 from expertstream.ops.cpu import CpuOps
 from expertstream.ops.reference import ReferenceOps, tile, untile
@@ -139,26 +141,29 @@ def test_rms_norm(seed: int, t: int, n: int) -> None:
     d=sizes,
     rotated=st.integers(1, 35),
     position=st.integers(0, 30),
-    bf16=st.booleans(),
+    kind=st.sampled_from(["f32", "bf16", "int8"]),
 )
 def test_attention(
-    seed: int, t: int, kv_heads: int, share: int, d: int, rotated: int, position: int, bf16: bool
+    seed: int, t: int, kv_heads: int, share: int, d: int, rotated: int, position: int, kind: str
 ) -> None:
     heads, capacity, half = kv_heads * share, position + t + 3, min(rotated, d // 2)
     q_gate, angle = normal(seed, t, heads * 2 * d), normal(seed + 1, t, half, scale=10)
     k, v = normal(seed + 2, t, kv_heads * d), normal(seed + 3, t, kv_heads * d)
     w = AttentionWeights(normal(seed + 5, d), normal(seed + 6, d), heads, 1e-6)
     past = normal(seed + 4, kv_heads, capacity, d)
-    caches = [[(to_bf16(past) if bf16 else past).copy() for _ in range(2)] for _ in range(2)]
+    encode, decode, near = {
+        "f32": (np.asarray, np.asarray, EPSILON), "bf16": (to_bf16, from_bf16, 2e-4), "int8": (to_int8_rows, from_int8_rows, 1.2e-2),
+    }[kind]  # fmt: skip
+    caches = [[encode(past).copy() for _ in range(2)] for _ in range(2)]
     ours, spec = (
         ops.attention(w, q_gate, k, v, np.cos(angle), np.sin(angle), *cache, position)
         for ops, cache in zip((NATIVE, REFERENCE), caches, strict=True)
     )
-    # A key that rounds to the other of two neighbouring bfloat16 values moves what attends to it.
-    close(ours, spec, 1e-3 if bf16 else EPSILON)
+    # A key that rounds to the other of two neighbouring values moves what attends to it.
+    close(ours, spec, {"f32": EPSILON, "bf16": 1e-3, "int8": 2e-2}[kind])
     for mine, expected in zip(caches[0], caches[1], strict=True):
         assert np.array_equal(mine[:, position + t :], expected[:, position + t :])
-        close(*((from_bf16(c) if bf16 else c) for c in (mine, expected)), 2e-4 if bf16 else EPSILON)
+        close(decode(mine), decode(expected), near)
 
 
 @examples

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -218,6 +220,17 @@ def test_numbers_for_people_and_for_prometheus(server: Server) -> None:
         and "text/html" in page.headers["content-type"]
         and "http" not in page.text.split("<script>")[1]
     )
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_status_page_in_a_browser(server: Server, tmp_path: Path) -> None:
+    ask(server, max_tokens=4)
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=4000", "--dump-dom", server.url,
+    ]  # fmt: skip
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert '<h1 id="model">small</h1>' in page and ">ready</span>" in page
+    assert "expert slots" in page
 
 
 def test_each_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:

@@ -149,7 +149,8 @@ def _backend(options: argparse.Namespace, engine_options: Sequence[str], samplin
 
     budget = parse_bytes(options.memory) if options.memory else default_budget(available_bytes())
     given_options = {name: getattr(options, name) for name in engine_options}
-    with LLM(options.model, prefix_cache_bytes=min(budget // 8, MOST_CACHE), **given_options) as llm:
+    cache = min(budget // 8, MOST_CACHE)
+    with LLM(options.model, prefix_cache_bytes=cache, context_part=8, **given_options) as llm:
         disk = parse_bytes(options.cache_disk)
         if disk and not options.no_save:
             try:

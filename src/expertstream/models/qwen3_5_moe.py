@@ -160,7 +160,8 @@ class Config:
     def state_bytes(self, capacity: int, kv_dtype: str) -> int:
         """What make_cache() will take."""
         full = self.layer_types.count(FULL)
-        kv = 2 * self.num_key_value_heads * self.head_dim * capacity * (2 if kv_dtype == "bf16" else 4)
+        row = {"bf16": 2 * self.head_dim, "f32": 4 * self.head_dim, "int8": self.head_dim + 4}[kv_dtype]
+        kv = 2 * self.num_key_value_heads * row * capacity
         delta = (self.linear_conv_kernel_dim - 1) * self.conv_channels + self.value_dim * self.linear_key_head_dim
         return full * kv + (len(self.layer_types) - full) * delta * 4
 

@@ -165,8 +165,8 @@ class Ops(Protocol):
     ) -> F32:
         """Grouped-query attention with an output gate. q_gate (T, heads·2·d): each head's query, then its gate; k, v
         (T, kv_heads·d). Queries and keys are normed, and rotated by halves in their first 2·half values (cos, sin (T, half)); k, v
-        are appended at `position` of keys, values (kv_heads, capacity, d; float32, or bfloat16 bits); queries attend causally,
-        scaled by d^-½; times sigmoid(gate). Returns (T, heads·d)."""
+        are appended at `position` of keys, values (kv_heads, capacity, d; float32, or bfloat16 bits; or uint8 rows of d + 4, see
+        to_int8_rows()); queries attend causally, scaled by d^-½; times sigmoid(gate). Returns (T, heads·d)."""
 
     def delta_net(
         self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
@@ -211,6 +211,20 @@ def to_bf16(x: F32) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+
+
+def to_int8_rows(x: F32) -> NDArray[np.uint8]:
+    """(…, d) → (…, d + 4): int8 values, the largest ±127, and behind them the float32 that they are times."""
+    step = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
+    inverse = np.where(step > 0, np.float32(127) / np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-38)), 0)
+    values = np.rint(x * inverse.astype(np.float32)).astype(np.int8).view(np.uint8)
+    return np.concatenate([values, np.ascontiguousarray(step).view(np.uint8)], -1)
+
+
+def from_int8_rows(rows: NDArray[np.uint8]) -> F32:
+    """The values that to_int8_rows() left: (…, d + 4) → (…, d)."""
+    step = np.ascontiguousarray(rows[..., -4:]).view(np.float32)
+    return rows[..., :-4].view(np.int8).astype(np.float32) * step
 
 
 def to_f32(raw: NDArray[np.uint8], dtype: str) -> F32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from . import (
     MatrixFormat,
     Weight,
     from_bf16,
+    from_int8_rows,
     to_bf16,
     to_f32,
+    to_int8_rows,
 )
 
 __all__ = ["ReferenceOps", "dequantize", "gated_delta", "tile", "untile"]
@@ -79,6 +82,13 @@ def _silu(x: F32) -> F32:
     return x * _sigmoid(x)
 
 
+# How keys and values are kept, by the cache's dtype.
+_KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "uint16": (to_bf16, from_bf16),
+    "uint8": (to_int8_rows, from_int8_rows),
+}
+
+
 class ReferenceOps:
     """The contract of `ops.Ops`, where every method is described."""
 
@@ -116,14 +126,13 @@ class ReferenceOps:
         values: Any,
         position: int,
     ) -> F32:
-        T, (kv_heads, _, d) = q_gate.shape[0], keys.shape
+        T, kv_heads, d = q_gate.shape[0], keys.shape[0], w.q_norm.shape[0]
         q, gate = np.moveaxis(q_gate.reshape(T, w.heads, 2, d), 2, 0)  # (T, heads, d) each
         q = _rotate(self.rms_norm(q, w.q_norm, w.eps), cos, sin)
         k = _rotate(self.rms_norm(k.reshape(T, kv_heads, d), w.k_norm, w.eps), cos, sin)
-        encode = to_bf16 if keys.dtype == np.uint16 else np.asarray
-        decode = from_bf16 if keys.dtype == np.uint16 else np.asarray
+        encode, decode = _KEPT.get(keys.dtype.name, (np.asarray, np.asarray))
         keys[:, position : position + T] = encode(k).transpose(1, 0, 2)
-        values[:, position : position + T] = encode(v).reshape(T, kv_heads, d).transpose(1, 0, 2)
+        values[:, position : position + T] = encode(v.reshape(T, kv_heads, d)).transpose(1, 0, 2)
         seen_k, seen_v = decode(keys[:, : position + T]), decode(values[:, : position + T])  # (kv_heads, L, d)
         grouped = q.reshape(T, kv_heads, w.heads // kv_heads, d)
         scores = np.einsum("tkgd,kld->kgtl", grouped, seen_k) * np.float32(d**-0.5)

@@ -17,6 +17,7 @@ from ..machine import available_bytes
 __all__ = ["add_serve"]
 
 MOST_CACHE = 4 << 30
+CONTEXT_PART = 8  # of the memory, for contexts; agents send long prompts
 
 
 def add_serve(
@@ -115,7 +116,9 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     access.setLevel(logging.INFO)
     access.propagate = False
     access.addHandler(logging.StreamHandler())
-    with LLM(options.model, sequences=options.parallel, prefix_cache_bytes=cache, **given) as llm:
+    with LLM(
+        options.model, sequences=options.parallel, prefix_cache_bytes=cache, context_part=CONTEXT_PART, **given
+    ) as llm:
         if options.cache_dir is not None:
             try:
                 llm.keep_prefixes(options.cache_dir, disk)
