@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from expertstream import LLM, RequestError
 from expertstream.generate import Forward
 from expertstream.ops import F32, I64
-from expertstream.prefix_cache import snapshot_positions
+from expertstream.prefix_cache import _below, snapshot_positions
 from expertstream.state_file import StateFile, StateFileError, write_state
 
 SMALL_BUDGET = 64 << 20
@@ -122,6 +122,34 @@ def test_the_budget_holds_and_what_was_used_last_stays(pack_folder: Path) -> Non
             logits_of(llm, tokens)
             assert llm.prefixes is not None and 0 < llm.prefixes.memory_bytes <= 300_000
         assert logits_of(llm, prompts[-1])[1] == 192 and logits_of(llm, prompts[0])[1] == 0
+
+
+def test_of_a_long_prompt_the_end_stays_when_memory_is_short(
+    pack_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states in between go first, which are what a next turn needs least; they come back when somebody passes by again."""
+    monkeypatch.setattr("expertstream.engine.KEEP_EVERY", 128)
+    tokens = prompt_of(900)
+    with LLM(pack_folder, context_length=1024, prefix_cache_bytes=64 << 20) as llm:
+        logits_of(llm, tokens)
+        assert llm.prefixes is not None
+        nodes = list(_below(llm.prefixes._root))
+        rows = sum(sum(a.nbytes for a in n.arrays[: llm.prefixes._rows]) for n in nodes)
+        states = (llm.prefixes.memory_bytes - rows) // len(nodes)
+    with LLM(pack_folder, context_length=1024, prefix_cache_bytes=rows + 3 * states) as llm:
+        expected = without(llm, tokens)
+        logits_of(llm, tokens)
+        assert llm.prefixes is not None and llm.prefixes.memory_bytes <= rows + 3 * states
+        assert sum(n.whole for n in _below(llm.prefixes._root)) in (2, 3) and len(
+            list(_below(llm.prefixes._root))
+        ) == len(nodes)
+        found, cached = logits_of(llm, tokens)
+        assert cached == 896 and same(found, expected)
+        branch = np.concatenate([tokens[:520], prompt_of(100, seed=8)])  # where it leaves, states were dropped
+        expected = without(llm, branch)
+        for _ in range(2):
+            found, cached = logits_of(llm, branch)
+            assert cached in (128, 512, 576) and same(found, expected)
 
 
 def test_a_prefill_that_is_stopped_leaves_what_it_had(llm: LLM) -> None:

@@ -43,9 +43,9 @@ class Node:
     parent: Node | None
     tokens: I64
     position: int  # of its end
-    arrays: list[Any] | None = (
-        None  # in memory: for each attention layer keys and values, then each delta layer's states
-    )
+    # In memory: for each attention layer keys and values, then, if it is whole, each delta layer's states.
+    arrays: list[Any] | None = None
+    whole: bool = True
     file: StateFile | None = None
     used: float = 0.0
     children: dict[str, Node] = field(default_factory=dict)
@@ -61,6 +61,11 @@ class Node:
         return found[::-1]
 
     @property
+    def usable(self) -> bool:
+        """A prompt can go on from here."""
+        return self.parent is None or self.file is not None or (self.arrays is not None and self.whole)
+
+    @property
     def memory_bytes(self) -> int:
         return sum(a.nbytes for a in self.arrays) if self.arrays is not None else 0
 
@@ -74,6 +79,7 @@ class PrefixCache:
         self.memory_limit, self.disk_limit = memory_bytes, disk_bytes
         self.memory_bytes = self.disk_bytes = 0
         self.hits = self.lookups = self.tokens_reused = 0
+        self._rows = 0  # how many of a node's arrays are keys and values
         self._root = Node(fingerprint, None, np.empty(0, np.int64), 0)
         self._lock = threading.Lock()  # the tree, between the model's thread, the writer's, and who asks for numbers
         self._directory = directory / fingerprint[:32] if directory is not None and disk_bytes else None
@@ -90,7 +96,7 @@ class PrefixCache:
         """Fills an empty cache with the longest prefix of tokens (but the last) that is known; returns its length."""
         with self._lock:
             self.lookups += 1
-            node = self._longest(self._root, tokens[:-1])
+            node = self._longest(self._root, tokens[:-1], usable=True)
         while node.parent is not None:
             try:
                 layers = [self._arrays(n, whole=n is node, cache=cache) for n in node.path]
@@ -98,7 +104,7 @@ class PrefixCache:
                 _log.warning("a kept prefix is left out: %s", error)
                 with self._lock:
                     self._forget(node if not isinstance(error, _NodeError) else error.node)
-                    node = self._longest(self._root, tokens[:-1])
+                    node = self._longest(self._root, tokens[:-1], usable=True)
                 continue
             self._fill(cache, node, layers)
             with self._lock:
@@ -121,6 +127,10 @@ class PrefixCache:
                 # Nodes that are there already may end elsewhere: each of ours begins at the last one that its tokens pass through.
                 node = self._longest(node, tokens[:position])
                 if node.position == position:
+                    if not node.usable and node.arrays is not None:  # its states were dropped, and here they are again
+                        node.arrays += [array for state in states for array in state.kept[position]]
+                        node.whole = True
+                        self.memory_bytes += sum(a.nbytes for a in node.arrays[self._rows :])
                     continue
                 part = tokens[node.position : position]
                 key = _key(node.key, part)
@@ -128,6 +138,7 @@ class PrefixCache:
                 for layer in cache.layers:
                     if isinstance(layer, AttentionState):
                         arrays += layer.rows(node.position, position)
+                self._rows = len(arrays)
                 for state in states:
                     arrays += state.kept[position]
                 child = Node(key, node, part.copy(), position, arrays, used=now)
@@ -157,21 +168,21 @@ class PrefixCache:
 
     # Below, the lock is held, but in _arrays, _fill and the writer's own.
 
-    def _longest(self, node: Node, tokens: I64) -> Node:
-        """The deepest node below `node` (or itself) whose tokens are the first of these."""
+    def _longest(self, node: Node, tokens: I64, usable: bool = False) -> Node:
+        """The deepest node below `node` (or itself) whose tokens are the first of these; of usable ones, if that is asked."""
         best = node
         for child in node.children.values():
             if child.position <= tokens.shape[0] and np.array_equal(
                 tokens[node.position : child.position], child.tokens
             ):
-                found = self._longest(child, tokens)
-                if found.position > best.position:
+                found = self._longest(child, tokens, usable)
+                if found.position > best.position and (found.usable or not usable):
                     best = found
         return best
 
     def _arrays(self, node: Node, whole: bool, cache: KVCache) -> list[Any]:
         """A node's arrays, from memory or disk; only keys and values unless `whole`."""
-        if node.arrays is not None:
+        if node.arrays is not None and (node.whole or not whole):
             return node.arrays
         attention, delta = _shapes(cache, node.tokens.shape[0])
         if node.file is None:
@@ -183,7 +194,9 @@ class PrefixCache:
         except (StateFileError, OSError) as error:
             raise _NodeError(node, str(error)) from None
         with self._lock:
-            node.arrays = arrays
+            self._rows = len(attention)
+            self.memory_bytes -= node.memory_bytes
+            node.arrays, node.whole = arrays, True
             self.memory_bytes += node.memory_bytes
         return arrays
 
@@ -204,10 +217,16 @@ class PrefixCache:
         cache.position = node.position
 
     def _trim_memory(self, spare: Node | None) -> None:
-        """Drops what was not used for longest, ends of prompts first."""
+        """Drops what was not used for longest: first states between a prompt's beginning and its end, where nothing branches off, for they
+        are large and the likeliest next prompt goes on from the end; then ends."""
         protected = {id(n) for n in spare.path} if spare is not None else set()
         while self.memory_bytes > self.memory_limit:
             held = [n for n in _below(self._root) if n.arrays is not None]
+            between = [n for n in held if n.whole and len(n.children) == 1 and n.parent is not self._root]
+            between = [n for n in between if n.arrays is not None and len(n.arrays) > self._rows and n is not spare]
+            if between:
+                self._drop_states(min(between, key=lambda n: (n.used, n.position)))
+                continue
             inner = {id(n.parent) for n in held}
             ends = [n for n in held if id(n) not in inner and id(n) not in protected]
             if not ends:
@@ -218,6 +237,12 @@ class PrefixCache:
             victim.arrays = None
             if victim.file is None and not victim.children and victim.parent is not None:
                 victim.parent.children.pop(victim.key, None)
+
+    def _drop_states(self, node: Node) -> None:
+        assert node.arrays is not None
+        self.memory_bytes -= node.memory_bytes
+        node.arrays, node.whole = node.arrays[: self._rows], False
+        self.memory_bytes += node.memory_bytes
 
     def _trim_disk(self) -> None:
         while self.disk_bytes > self.disk_limit:
@@ -306,7 +331,8 @@ class PrefixCache:
                 if int(file.header["position"]) != node.position + tokens.shape[0]:
                     _log.warning("a kept prefix is left out: %s: at another position than it says", file.path)
                     continue
-                child = Node(key, node, tokens, node.position + tokens.shape[0], None, file, file.path.stat().st_mtime)
+                position = node.position + tokens.shape[0]
+                child = Node(key, node, tokens, position, file=file, used=file.path.stat().st_mtime)
                 node.children[key] = child
                 self.disk_bytes += file.size
                 ready.append(child)

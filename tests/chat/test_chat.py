@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +18,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from expertstream import LLM, RequestError, UsageError
 from expertstream.chat.backends import Answered, LocalBackend, RemoteBackend, ServerError
 from expertstream.chat.conversation import COMMANDS, Chat
 from expertstream.chat.sessions import Conversation, SessionStore
-from expertstream.chat.terminal import _whole_blocks
+from expertstream.chat.terminal import TerminalView, _whole_blocks, visible
 from expertstream.chat.tools import McpTools, Shell
 from expertstream.cli import main
 from expertstream.server.stream import Content, FunctionCall, Reasoning
@@ -203,6 +206,20 @@ def test_blocks_are_cut_where_markdown_may_be(text: str, at: int) -> None:
     assert _whole_blocks(fenced) == 0
 
 
+def test_nothing_that_is_said_commands_the_terminal() -> None:
+    evil = "a\x1b]0;title\x07b\x9b2Jc\td\ne\r\nf"
+    assert visible(evil) == "a\ufffd]0;title\ufffdb\ufffd2Jc\td\ne\nf"
+    out = io.StringIO()
+    view = TerminalView(Console(file=out, force_terminal=True, width=80, color_system=None))
+    view.note(evil)
+    view.output(evil)
+    view.replay([{"role": "user", "content": evil}, {"role": "assistant", "content": evil}])
+    with view.answer(True) as shown:
+        shown.reasoning(evil)
+        shown.content(evil)
+    assert "\x07" not in out.getvalue() and "\x9b" not in out.getvalue() and "\x1b]0" not in out.getvalue()
+
+
 def test_the_model_in_this_process_answers(tmp_path: Path) -> None:
     with LLM(context_length=1024, prefix_cache_bytes=16 << 20) as llm:
         chat, view = chat_of(tmp_path, LocalBackend(llm, {"temperature": 0.0}))
@@ -292,6 +309,17 @@ def test_a_pipe_gets_the_answers_alone(tmp_path: Path) -> None:
     (name,) = run_chat(tmp_path, "--sessions").stdout.splitlines()
     again = run_chat(tmp_path, "--resume", name, said="/export /dev/stdout\n")
     assert "exists already" in again.stderr and "2 messages" in again.stderr
+
+
+def test_a_resumed_session_is_not_read_again(tmp_path: Path) -> None:
+    long = ["--temperature", "0", "--max-tokens", "20", "--system", "You are a kind helper. " * 60]
+    first = run_chat(tmp_path, *long, said="What is the capital of France?\n/save paris\n")
+    assert first.returncode == 0, first.stderr
+    again = run_chat(tmp_path, *long, "--resume", "paris", said="Thank you.\n/stats\n")
+    known = re.search(r"prompt (\d+), of which (\d+) were known", again.stderr)
+    assert known is not None and int(known[2]) >= 256 > int(known[1]) - int(known[2]) > 0, again.stderr
+    saved = SessionStore(tmp_path / "data" / "expertstream" / "sessions").load("paris")
+    assert len(saved.messages) == 4 and saved.system.startswith("You are a kind helper.")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -18,6 +21,7 @@ import pytest
 from expertstream.cli import main
 from expertstream.engine import LLM
 from expertstream.server import app as app_module
+from expertstream.server.app import ServerSettings, create_app
 
 from .conftest import HELLO, Server
 
@@ -88,6 +92,36 @@ def test_who_hangs_up_costs_nothing_more(server: Server, stream: bool) -> None:
                 raise httpx.ReadTimeout("enough")
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.5)
     server.wait_until_idle(3)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_who_is_gone_before_the_answer_begins_costs_nothing_more(llm: LLM, path: str) -> None:
+    body = json.dumps({"messages": STORY, "stream": True, "max_tokens": 1900, "temperature": 5} if "chat" in path else {"messages": STORY, "stream": True, "max_tokens": 1900}).encode()  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise OSError("gone")
+
+    async def run() -> int:
+        app = create_app(llm, ServerSettings("small"))
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST", "path": path,
+            "raw_path": path.encode(), "query_string": b"", "headers": [(b"content-type", b"application/json")], "client": ("a", 1),
+        }  # fmt: skip
+        with contextlib.suppress(Exception):
+            await app(scope, receive, send)
+        scheduler = app.metrics._scheduler
+        for _ in range(200):
+            if scheduler.waiting == 0:
+                break
+            await asyncio.sleep(0.01)
+        left = scheduler.waiting
+        await asyncio.to_thread(scheduler.close, 0)
+        return left
+
+    assert asyncio.run(run()) == 0
 
 
 def test_an_answer_that_takes_too_long_is_ended(llm: LLM) -> None:
@@ -234,7 +268,6 @@ def test_the_status_page_in_a_browser(server: Server, tmp_path: Path) -> None:
 
 
 def test_each_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    import json
     import logging
 
     with caplog.at_level(logging.INFO, "expertstream.access"):

@@ -15,9 +15,15 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.text import Text
 
-__all__ = ["PlainView", "TerminalView"]
+__all__ = ["PlainView", "TerminalView", "visible"]
 
 _MOST_LINES = 24  # of a function's output
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """Without what a terminal would obey instead of show: a model, or a command's output, may say anything."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 class TerminalView:
@@ -27,7 +33,7 @@ class TerminalView:
         self.console = console or Console(highlight=False)
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(visible(text), style="dim"))
 
     @contextmanager
     def answer(self, fold: bool) -> Iterator[_LiveAnswer]:
@@ -39,7 +45,7 @@ class TerminalView:
                 shown.finish()
 
     def consent(self, what: str) -> bool:
-        self.console.print(Text(what, style="bold yellow"))
+        self.console.print(Text(visible(what), style="bold yellow"))
         while True:
             try:
                 said = self.console.input("[yellow]run this? \\[y/n][/] ").strip().lower()
@@ -49,7 +55,7 @@ class TerminalView:
                 return said.startswith("y")
 
     def output(self, text: str) -> None:
-        lines = text.splitlines()
+        lines = visible(text).splitlines()
         shown = lines[:_MOST_LINES]
         if len(lines) > len(shown):
             shown.append(f"… {len(lines) - len(shown)} more lines")
@@ -58,11 +64,11 @@ class TerminalView:
     def replay(self, messages: Sequence[dict[str, Any]]) -> None:
         for message in messages:
             if message["role"] == "user":
-                self.console.print(Text(f"> {message['content']}", style="bold"))
+                self.console.print(Text(visible(f"> {message['content']}"), style="bold"))
             elif message["role"] == "tool":
                 self.output(str(message.get("content", "")))
             elif message.get("content"):
-                self.console.print(Markdown(message["content"]))
+                self.console.print(Markdown(visible(message["content"])))
 
 
 class _LiveAnswer:
@@ -79,7 +85,7 @@ class _LiveAnswer:
         self._live.update(Text(text, style="dim"), refresh=True)
 
     def reasoning(self, text: str) -> None:
-        self._thought += text
+        self._thought += visible(text)
         words = len(self._thought.split())
         shown = f"thinking … {words} words" if self._fold else self._thought
         self._draw(Text(shown, style="dim italic"))
@@ -87,7 +93,7 @@ class _LiveAnswer:
     def content(self, text: str) -> None:
         if self._thought:
             self._end_reasoning()
-        self._text += text
+        self._text += visible(text)
         done = _whole_blocks(self._text)
         if done:
             self._console.print(Markdown(self._text[:done]))
@@ -133,7 +139,7 @@ class PlainView:
     """Where the output is no terminal: the answers alone on standard output, the rest on standard error."""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def answer(self, fold: bool) -> Iterator[_PlainAnswer]:
@@ -163,7 +169,7 @@ class _PlainAnswer:
 
     def reasoning(self, text: str) -> None:
         if not self._fold:
-            print(text, end="", file=sys.stderr, flush=True)
+            print(visible(text), end="", file=sys.stderr, flush=True)
 
     def content(self, text: str) -> None:
-        print(text, end="", flush=True)
+        print(visible(text), end="", flush=True)

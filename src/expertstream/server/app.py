@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ..engine import LLM
 from ..errors import ExpertStreamError, RequestError, UsageError
@@ -62,6 +63,21 @@ class _RefusedError(Exception):
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.kind, self.code = status, kind, code
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events. Its jobs end with it, also when the client has gone before the first of them."""
+
+    def __init__(self, events: AsyncIterator[str], jobs: Sequence[Job]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._jobs = jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for job in self._jobs:
+                job.cancel()
 
 
 class _Server:
@@ -253,7 +269,7 @@ class _Server:
             except ExpertStreamError as error:  # the status is sent already: the stream says it, in the API's shape
                 yield _event(error_body(str(error), _kind(error)))
 
-        return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return _EventStream(chunks(), jobs)
 
     async def messages(self, request: Request) -> Response:
         asked = await self.parse(request, MessagesRequest)
@@ -278,7 +294,7 @@ class _Server:
             except ExpertStreamError as error:
                 yield _event(error_event(str(error), "api_error"), "error")
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return _EventStream(events(), jobs)
 
     async def count_tokens(self, request: Request) -> Response:
         asked = await self.parse(request, CountRequest)
