@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from expertstream import LLM, RequestError
 from expertstream.generate import Forward
+from expertstream.kv_cache import KVCache, attention_state
 from expertstream.ops import F32, I64
-from expertstream.prefix_cache import _below, snapshot_positions
+from expertstream.prefix_cache import PrefixCache, _below, snapshot_positions
 from expertstream.state_file import StateFile, StateFileError, write_state
 
 SMALL_BUDGET = 64 << 20
@@ -150,6 +152,37 @@ def test_of_a_long_prompt_the_end_stays_when_memory_is_short(
         for _ in range(2):
             found, cached = logits_of(llm, branch)
             assert cached in (128, 512, 576) and same(found, expected)
+
+
+def test_a_conversation_of_thousands_of_turns(tmp_path: Path) -> None:
+    """A chain of nodes as long as that is walked without running out of stack."""
+    cache = KVCache([attention_state(1, 64 * 2200, 2, "bf16")], 64 * 2200)
+    tokens = prompt_of(64 * 2100)
+    prefixes = PrefixCache("x" * 40, 4 << 20, tmp_path, 400 << 10)
+    for turn in range(1, 2000):
+        cache.position, cache.keep = 64 * turn, frozenset({64 * turn})
+        prefixes.insert(tokens[: 64 * turn + 1], cache)
+    prefixes.flush()
+    assert prefixes.restore(tokens, cache) > 64 * 1000 and 0 < prefixes.disk_bytes <= 400 << 10
+    prefixes.close()
+    PrefixCache("x" * 40, 4 << 20, tmp_path, 200 << 10).close()
+
+
+def test_what_other_models_left_makes_room(tmp_path: Path) -> None:
+    cache = KVCache([attention_state(1, 256, 64, "f32")], 256)
+    for fingerprint, limit in (("a" * 40, 1 << 20), ("b" * 40, 150_000)):
+        prefixes = PrefixCache(fingerprint, 1 << 20, tmp_path, limit)
+        for seed in range(3):
+            cache.position, cache.keep = 128, frozenset({128})
+            prefixes.insert(prompt_of(200, seed), cache)
+        prefixes.close()
+    stale = tmp_path / ("b" * 32) / ".x.state.99"
+    stale.write_text("x")
+    os.utime(stale, (0, 0))
+    PrefixCache("b" * 40, 1 << 20, tmp_path, 150_000).close()
+    left = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in left) <= 150_000 and not stale.exists()
+    assert (tmp_path.stat().st_mode | (tmp_path / ("b" * 32)).stat().st_mode) & 0o007 == tmp_path.stat().st_mode & 0o007
 
 
 def test_a_prefill_that_is_stopped_leaves_what_it_had(llm: LLM) -> None:

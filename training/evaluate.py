@@ -103,7 +103,9 @@ def evaluate_tools(llm: LLM) -> dict[str, Any]:
     wrong = []
     for offered, request, name, told in tool_prompts():
         total += 1
-        text = answer(llm, [{"role": "user", "content": request}], offered, temperature=0.0, max_tokens=160)
+        # Without the model's repetition penalty, which would be one for the names that a call has to repeat.
+        greedy = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 160}
+        text = answer(llm, [{"role": "user", "content": request}], offered, **greedy)
         calls = parse_calls(text)
         if not calls:
             wrong.append([request, text])
@@ -156,7 +158,9 @@ def evaluate_stories(llm: LLM) -> dict[str, float]:
 def evaluate_questions(llm: LLM) -> dict[str, Any]:
     wrong = []
     for question, accepted in QUESTIONS:
-        text = answer(llm, [{"role": "user", "content": question}], temperature=0.0, max_tokens=60)
+        text = answer(
+            llm, [{"role": "user", "content": question}], temperature=0.0, repetition_penalty=1.0, max_tokens=60
+        )
         if not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in accepted):
             wrong.append([question, text])
     return {"questions": len(QUESTIONS), "right": 1 - len(wrong) / len(QUESTIONS), "wrong": wrong}

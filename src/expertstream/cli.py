@@ -153,7 +153,11 @@ def _add_engine_options(parser: Any) -> None:
         "--isa", metavar="NAME", help="scalar, avx2, avx2_vnni, avx512_vnni, neon or neon_dot (the fastest there is)"
     )
     memory.add_argument(
-        "--context", dest="context_length", type=int, metavar="N", help="tokens of prompt and answer (8192)"
+        "--context",
+        dest="context_length",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer (8192; in serve and chat as many as memory holds)",
     )
     memory.add_argument(
         "--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)"
@@ -165,7 +169,7 @@ def _add_engine_options(parser: Any) -> None:
         default=None,
         help="16-bit activations instead of 8-bit ones: float32's result but for about 1e-4; a long prompt takes twice the time",
     )
-    values.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16)")
+    values.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16; int8 is lossy)")
     values.add_argument(
         "--experts-per-token", type=int, metavar="N", help="lossy: use fewer experts than the model was trained with"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from .sampling import Constraint, Sampler, SamplingParams
 from .state_file import StateFile, StateFileError, write_state
 from .tokenizer import Detokenizer, Tokenizer
 
+_log = logging.getLogger("expertstream")
 # Goes up when a change makes states of before useless: another layout, other arithmetic.
 STATE_VERSION = 1
 KEEP_EVERY = 4096  # tokens of a long prompt, beside the beginnings of messages
@@ -315,7 +317,10 @@ class Session:
                     layer.put(0, found)
                 else:
                     layer.put(found)
-            self._unread = [int(t) for t in file.header["unread"]]
+            unread = [int(t) for t in file.header["unread"]]
+            if not all(0 <= t < self.llm.model_config.vocab_size for t in unread):
+                raise StateFileError(f"{path}: tokens that the model does not know")
+            self._unread = unread
             self.cache.position = position
         except (StateFileError, OSError, KeyError, TypeError, ValueError) as error:
             self.reset()
@@ -338,7 +343,9 @@ class Session:
         prefixes = llm.prefixes if self.cache.position == 0 else None
         if prefixes is not None:
             stats.cached_tokens = prefixes.restore(tokens, self.cache)
-            self.cache.keep = snapshot_positions(len(tokens), llm.tokenizer.message_starts(tokens), KEEP_EVERY)
+            if prefixes.holds(self.cache):
+                starts = llm.tokenizer.message_starts(tokens)
+                self.cache.keep = snapshot_positions(len(tokens), starts, KEEP_EVERY)
         steps = stream_generate(
             self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
         )
@@ -351,18 +358,19 @@ class Session:
                     return
                 if isinstance(step, Forward):
                     answer = yield step
+                    if step.prompt and prefixes is not None:
+                        try:
+                            prefixes.insert(tokens, self.cache)
+                        except Exception:  # out of memory, perhaps: the answer does not depend on it
+                            _log.exception("a prefix cannot be kept")
                     continue
                 answer = None
-                if stats.generated_tokens == 0 and prefixes is not None:
-                    prefixes.insert(tokens, self.cache)
                 piece = self._piece(step, params, stats, detokenizer, stops)
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
             steps.close()
-            if stats.generated_tokens == 0 and prefixes is not None:
-                prefixes.insert(tokens, self.cache)  # as far as it came
 
     def _piece(
         self, step: Step, params: SamplingParams, stats: GenerationStats, detokenizer: Detokenizer, stops: StopStrings

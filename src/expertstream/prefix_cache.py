@@ -83,11 +83,14 @@ class PrefixCache:
         self._root = Node(fingerprint, None, np.empty(0, np.int64), 0)
         self._lock = threading.Lock()  # the tree, between the model's thread, the writer's, and who asks for numbers
         self._directory = directory / fingerprint[:32] if directory is not None and disk_bytes else None
-        self._jobs: queue.Queue[tuple[Node, list[Any]] | None] = queue.Queue()
+        # Short: who computes waits for the disk rather than hold more in memory than was planned.
+        self._jobs: queue.Queue[tuple[Node, list[Any]] | None] = queue.Queue(maxsize=2)
         self._writer: threading.Thread | None = None
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            for folder in (self._directory.parent, self._directory):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # they hold what people said
             self._open_files(self._directory)
+            self._trim_others(self._directory)
             self._trim_disk()
             self._writer = threading.Thread(target=self._write_all, name="prefix-writer", daemon=True)
             self._writer.start()
@@ -98,21 +101,31 @@ class PrefixCache:
             self.lookups += 1
             node = self._longest(self._root, tokens[:-1], usable=True)
         while node.parent is not None:
-            try:
-                layers = [self._arrays(n, whole=n is node, cache=cache) for n in node.path]
-            except (StateFileError, OSError) as error:
-                _log.warning("a kept prefix is left out: %s", error)
-                with self._lock:
-                    self._forget(node if not isinstance(error, _NodeError) else error.node)
-                    node = self._longest(self._root, tokens[:-1], usable=True)
+            path = node.path
+            for n in path:
+                try:
+                    self._fill(cache, n, self._arrays(n, whole=n is node, cache=cache), whole=n is node)
+                except (StateFileError, OSError) as error:
+                    _log.warning("a kept prefix is left out: %s", error)
+                    with self._lock:
+                        self._forget(n)
+                        node = self._longest(self._root, tokens[:-1], usable=True)
+                    break
+            if node is not path[-1]:
                 continue
-            self._fill(cache, node, layers)
+            cache.position = node.position
             with self._lock:
                 self.hits += 1
                 self.tokens_reused += node.position
                 self._trim_memory(spare=node)
             return node.position
         return 0
+
+    def holds(self, cache: KVCache) -> bool:
+        """Whether even one of this text's states would find room."""
+        states = [layer for layer in cache.layers if isinstance(layer, DeltaState)]
+        size = sum(s.conv_state.nbytes + s.recurrent_state.nbytes for s in states)
+        return size <= max(self.memory_limit, self.disk_limit if self._directory is not None else 0)
 
     def insert(self, tokens: I64, cache: KVCache) -> None:
         """Keeps what the cache kept on its way through a prompt that begins with tokens; forgets it in the cache."""
@@ -146,9 +159,9 @@ class PrefixCache:
                 self.memory_bytes += child.memory_bytes
                 fresh.append((child, arrays))
                 node = child
-            for n in node.path:
-                n.used = now
-            self._trim_memory(spare=node if fresh else None)
+                for n in node.path:
+                    n.used = now
+                self._trim_memory(spare=node)
         for state in states:
             state.kept.clear()
         if self._directory is not None:
@@ -170,14 +183,15 @@ class PrefixCache:
 
     def _longest(self, node: Node, tokens: I64, usable: bool = False) -> Node:
         """The deepest node below `node` (or itself) whose tokens are the first of these; of usable ones, if that is asked."""
-        best = node
-        for child in node.children.values():
-            if child.position <= tokens.shape[0] and np.array_equal(
-                tokens[node.position : child.position], child.tokens
-            ):
-                found = self._longest(child, tokens, usable)
-                if found.position > best.position and (found.usable or not usable):
-                    best = found
+        best, open_ = node, [node]
+        while open_:
+            here = open_.pop()
+            if here.position > best.position and (here.usable or not usable):
+                best = here
+            for child in here.children.values():
+                part = tokens[here.position : child.position]
+                if np.array_equal(part, child.tokens):
+                    open_.append(child)
         return best
 
     def _arrays(self, node: Node, whole: bool, cache: KVCache) -> list[Any]:
@@ -185,36 +199,33 @@ class PrefixCache:
         if node.arrays is not None and (node.whole or not whole):
             return node.arrays
         attention, delta = _shapes(cache, node.tokens.shape[0])
-        if node.file is None:
-            raise _NodeError(node, "a node without a file")
-        try:
-            if not whole:
-                return node.file.read(0, len(attention), attention)
-            arrays = node.file.read(0, len(attention) + len(delta), attention + delta)
-        except (StateFileError, OSError) as error:
-            raise _NodeError(node, str(error)) from None
+        file = node.file
+        if file is None:
+            raise StateFileError("a piece of it has gone")
+        _touch(file.path)
+        if not whole:
+            return file.read(0, len(attention), attention)
+        arrays = file.read(0, len(attention) + len(delta), attention + delta)
         with self._lock:
             self._rows = len(attention)
-            self.memory_bytes -= node.memory_bytes
-            node.arrays, node.whole = arrays, True
-            self.memory_bytes += node.memory_bytes
+            if node.parent is not None and node.parent.children.get(node.key) is node:  # not dropped meanwhile
+                self.memory_bytes -= node.memory_bytes
+                node.arrays, node.whole = arrays, True
+                self.memory_bytes += node.memory_bytes
         return arrays
 
-    def _fill(self, cache: KVCache, node: Node, layers: list[list[Any]]) -> None:
-        now = time.time()
-        attention = [layer for layer in cache.layers if isinstance(layer, AttentionState)]
-        for n, arrays in zip(node.path, layers, strict=True):
-            for i, layer in enumerate(attention):
+    def _fill(self, cache: KVCache, node: Node, arrays: list[Any], whole: bool) -> None:
+        """One node's part of a cache."""
+        at = 0
+        for layer in cache.layers:
+            if isinstance(layer, AttentionState):
                 per = len(layer.arrays)
-                layer.put(n.position - n.tokens.shape[0], arrays[per * i : per * (i + 1)])
-            n.used = now
-            if n.file is not None:
-                _touch(n.file.path)
-        at = sum(len(layer.arrays) for layer in attention)
-        for state in (layer for layer in cache.layers if isinstance(layer, DeltaState)):
-            state.put(layers[-1][at : at + 2])
+                layer.put(node.position - node.tokens.shape[0], arrays[at : at + per])
+                at += per
+        for state in (layer for layer in cache.layers if whole and isinstance(layer, DeltaState)):
+            state.put(arrays[at : at + 2])
             at += 2
-        cache.position = node.position
+        node.used = time.time()
 
     def _trim_memory(self, spare: Node | None) -> None:
         """Drops what was not used for longest: first states between a prompt's beginning and its end, where nothing branches off, for they
@@ -227,6 +238,8 @@ class PrefixCache:
             if between:
                 self._drop_states(min(between, key=lambda n: (n.used, n.position)))
                 continue
+            if not held:
+                return
             inner = {id(n.parent) for n in held}
             ends = [n for n in held if id(n) not in inner and id(n) not in protected]
             if not ends:
@@ -248,6 +261,8 @@ class PrefixCache:
         while self.disk_bytes > self.disk_limit:
             held = [n for n in _below(self._root) if n.file is not None]
             inner = {id(n.parent) for n in held}
+            if not held:
+                return
             self._drop_file(min((n for n in held if id(n) not in inner), key=lambda n: n.used))
 
     def _drop_file(self, node: Node) -> None:
@@ -275,7 +290,7 @@ class PrefixCache:
         while (job := self._jobs.get()) is not None:
             try:
                 self._write(*job)
-            except (OSError, StateFileError) as error:
+            except Exception as error:  # the next one may succeed
                 _log.warning("a prefix cannot be kept on disk: %s", error)
             finally:
                 self._jobs.task_done()
@@ -303,6 +318,25 @@ class PrefixCache:
                 self.disk_bytes += file.size
             holder.file = file
             self._trim_disk()
+
+    def _trim_others(self, mine: Path) -> None:
+        """The limit is for all models together: what was kept for others goes first, and what a write left that was cut short."""
+        others = []
+        for path in mine.parent.glob("*/*"):
+            try:
+                stat = path.stat()
+                if path.name.startswith(".") and ".state." in path.name and time.time() - stat.st_mtime > 3600:
+                    path.unlink()
+                elif path.suffix == ".state" and path.parent != mine:
+                    others.append((stat.st_mtime, stat.st_size, path))
+            except OSError:
+                continue  # another process was faster
+        left = sum(size for _, size, _ in others) + self.disk_bytes
+        for _, size, path in sorted(others):
+            if left <= self.disk_limit:
+                break
+            path.unlink(missing_ok=True)
+            left -= size
 
     def _open_files(self, directory: Path) -> None:
         """Puts what an earlier start left into the tree, parents first. What is damaged is warned of and left alone."""
@@ -340,16 +374,12 @@ class PrefixCache:
             file.path.unlink(missing_ok=True)
 
 
-class _NodeError(StateFileError):
-    def __init__(self, node: Node, message: str) -> None:
-        super().__init__(message)
-        self.node = node
-
-
 def _below(node: Node) -> Iterator[Node]:
-    for child in list(node.children.values()):
+    open_ = list(node.children.values())
+    while open_:
+        child = open_.pop()
         yield child
-        yield from _below(child)
+        open_ += child.children.values()
 
 
 def _key(parent: str, tokens: I64) -> str:

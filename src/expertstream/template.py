@@ -20,14 +20,21 @@ __all__ = ["render_template"]
 MOST_STEPS = 2_000_000  # turns of loops and calls of macros
 MOST_SECONDS = 20.0
 MOST_CHARACTERS = 64 << 20  # of any text that is made on the way
+MOST_VALUES = 1 << 20  # inside one that becomes text
+_STEP, _JOIN = "_expertstream_step", "_expertstream_join"
+# Filters that look into a list without making text of it.
+_LOOKING = frozenset(
+    ("length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr", "sort", "unique", "reverse",
+     "items", "batch", "slice", "groupby", "sum", "min", "max", "random", "default", "d", "attr", "dictsort")
+)  # fmt: skip
 _WIDE = re.compile(r"\d{7}")  # a width in a format
 
 
 def render_template(source: str, values: dict[str, Any]) -> str:
     """Raises TemplateError, or whatever else a program may fail with."""
-    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_shallow)
     tree = environment.parse(source)
-    step = nodes.ExprStmt(nodes.Call(nodes.Name("one_step", "load"), [], [], None, None))
+    step = nodes.ExprStmt(nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None))
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
         node.body.insert(0, step)  # type: ignore[attr-defined]
     for parent in list(tree.find_all(nodes.Node)):
@@ -47,10 +54,10 @@ def _join_checked(parent: nodes.Node) -> None:
     for name in parent.fields:
         value = getattr(parent, name)
         if isinstance(value, nodes.Concat):
-            setattr(parent, name, nodes.Call(nodes.Name("joined", "load"), value.nodes, [], None, None))
+            setattr(parent, name, nodes.Call(nodes.Name(_JOIN, "load"), value.nodes, [], None, None))
         elif isinstance(value, list):
             value[:] = [
-                nodes.Call(nodes.Name("joined", "load"), v.nodes, [], None, None) if isinstance(v, nodes.Concat) else v
+                nodes.Call(nodes.Name(_JOIN, "load"), v.nodes, [], None, None) if isinstance(v, nodes.Concat) else v
                 for v in value
             ]
 
@@ -65,8 +72,24 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
 
 
+def _shallow(value: Any) -> Any:
+    """The value, if it has no more inside than becomes a text of some size: lists can hold one another, and be few and yet many."""
+    if isinstance(value, list | tuple | dict):
+        open_, count, size = [value], 0, 0
+        while open_:
+            for part in (p for v in (open_.pop(),) for p in ([*v.keys(), *v.values()] if isinstance(v, dict) else v)):
+                count += 1
+                size += len(part) if isinstance(part, str) else 4
+                if isinstance(part, list | tuple | dict):
+                    open_.append(part)
+            if count > MOST_VALUES:
+                raise SecurityError(f"the template writes a value with more than {MOST_VALUES:,} parts")
+            _small(size)
+    return value
+
+
 def _joined(*parts: Any) -> str:
-    texts = [str(part) for part in parts]
+    texts = [str(_shallow(part)) for part in parts]
     _small(sum(map(len, texts)))
     return "".join(texts)
 
@@ -80,7 +103,7 @@ def _tojson(value: Any, **options: Any) -> str:
     indent = options.get("indent")
     if indent is not None and _size(indent) + (indent if isinstance(indent, int) else 0) > 100:
         raise SecurityError("an indent of more than 100")
-    return json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(_shallow(value), ensure_ascii=False, **options)
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
@@ -92,21 +115,41 @@ class _Bounded(ImmutableSandboxedEnvironment):
         self.globals |= {
             "raise_exception": _refuse,
             "strftime_now": lambda form: datetime.now().strftime(_narrow(form)),
-            "one_step": self._step,
-            "joined": _joined,
+            _STEP: self._step,
+            _JOIN: _joined,
         }
         self.filters["tojson"] = _tojson
-        for name, check in (("replace", _replaced), ("center", _padded), ("indent", _padded), ("format", _formatted)):
-            self.filters[name] = _checked(self.filters[name], check)
-        for name in ("join", "string", "list", "batch", "slice", "wordwrap", "urlize", "escape", "e"):
-            self.filters[name] = _checked(self.filters[name], lambda *_: None)
+        checks = {"replace": _replaced, "center": _padded, "indent": _padded, "format": _formatted}
+        for name, function in list(self.filters.items()):
+            self.filters[name] = self._checked(name, function, checks.get(name))
 
     def _step(self) -> None:
         self._steps += 1
         if self._steps > MOST_STEPS:
             raise SecurityError(f"the template takes more than {MOST_STEPS:,} steps")
-        if self._steps % 1024 == 0 and time.monotonic() > self._end:
+        if time.monotonic() > self._end:
             raise SecurityError(f"the template takes longer than {MOST_SECONDS:g} seconds")
+
+    def _checked(
+        self, name: str, function: Callable[..., Any], before: Callable[..., Any] | None
+    ) -> Callable[..., Any]:
+        """A filter that counts as a step, and looks at its arguments first and at the size of what it made."""
+        takes_context = hasattr(function, "jinja_pass_arg")
+
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            self._step()
+            given = args[1:] if takes_context else args
+            if given and name not in _LOOKING:
+                _shallow(given[0])
+            if before is not None:
+                before(*given, *kwargs.values())
+            result = function(*args, **kwargs)
+            _small(_size(result))
+            return result
+
+        if takes_context:
+            filtered.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+        return filtered
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -117,6 +160,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             _small(_size(left) + _size(right))
         elif operator == "%" and isinstance(left, str):
             _narrow(left)
+            _shallow(right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             _small(left.bit_length() * max(right, 0))
         if isinstance(left, int) and isinstance(right, int):
@@ -133,25 +177,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 _padded(text, *args)
             elif name in ("format", "format_map"):
                 _formatted(text, *args)
+                _shallow([*args, *kwargs.values()])
             elif name in ("join", "translate"):
                 parts = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
                 _small(sum(map(_size, parts)) * (1 + len(text)))
         return super().call(context, obj, *args, **kwargs)
-
-
-def _checked(function: Callable[..., Any], before: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that looks at its arguments first, and at the size of what it made."""
-    takes_context = hasattr(function, "jinja_pass_arg")
-
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        before(*(args[1:] if takes_context else args), *kwargs.values())
-        result = function(*args, **kwargs)
-        _small(_size(result))
-        return result
-
-    if takes_context:
-        filtered.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
-    return filtered
 
 
 def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:

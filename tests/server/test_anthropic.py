@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import anthropic
@@ -94,6 +95,42 @@ def test_thinking_comes_in_a_block_of_its_own(client: anthropic.Anthropic) -> No
     assert answer.content and answer.content[-1].type == "text"
     with client.messages.stream(**options) as stream:
         assert [b.type for b in stream.get_final_message().content] == [b.type for b in answer.content]
+
+
+def test_what_programs_send_along_is_taken(server: Server) -> None:
+    """And what changes with every request does not keep a prompt from being known."""
+    cached = []
+    for number in range(2):
+        body = {
+            "model": "small", "max_tokens": 3, "messages": HELLO, "context_management": {"edits": []},
+            "system": [{"type": "text", "text": f"x-anthropic-billing-header: cch={number};"}, {"type": "text", "text": "You are kind. " * 60}],
+            "tools": [{**WEATHER, "defer_loading": False, "eager_input_streaming": True}], "output_config": {"effort": "low"},
+        }  # fmt: skip
+        answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        cached.append(answer.json()["usage"]["cache_read_input_tokens"])
+    assert cached[0] < cached[1]
+
+
+def test_a_begun_answer_is_gone_on_with_without_reasoning_first(client: anthropic.Anthropic) -> None:
+    messages: Any = [*HELLO, {"role": "assistant", "content": "The capital of France"}]
+    thinking: Any = {"type": "enabled", "budget_tokens": 1024}
+    answer = client.messages.create(
+        model="small", max_tokens=1100, extra_body=GREEDY, messages=messages, thinking=thinking
+    )
+    assert "</think>" not in answer.content[0].text  # type: ignore[union-attr]
+
+
+def test_json_by_a_schema(server: Server) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    body = {"messages": HELLO, "max_tokens": 60, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    text = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60).json()["content"][0]["text"]
+    jsonschema.validate(json.loads(text), schema)
 
 
 @pytest.mark.parametrize(

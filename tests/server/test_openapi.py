@@ -35,7 +35,7 @@ def test_no_answer_is_a_server_error(quick: Server, mode: GenerationMode) -> Non
         def check(case: Any) -> None:
             response = case.call(timeout=30)
             seen.add((operation.path, response.status_code))  # noqa: B023
-            assert response.status_code < 500, response.text
+            assert response.status_code < 500 or "took longer than" in response.text, response.text
 
         check()
     assert len({path for path, _ in seen}) == (9 if mode is GenerationMode.POSITIVE else 4)

@@ -22,6 +22,7 @@ from expertstream.cli import main
 from expertstream.engine import LLM
 from expertstream.server import app as app_module
 from expertstream.server.app import ServerSettings, create_app
+from expertstream.server.scheduler import Scheduler
 
 from .conftest import HELLO, Server
 
@@ -124,11 +125,54 @@ def test_who_is_gone_before_the_answer_begins_costs_nothing_more(llm: LLM, path:
     assert asyncio.run(run()) == 0
 
 
+def test_what_cannot_be_kept_is_only_not_kept(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("expertstream.prefix_cache.PrefixCache.insert", fail)
+    server = Server(llm)
+    try:
+        assert ask(server, max_tokens=2).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_a_bug_in_a_turn_ends_those_texts_and_no_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(llm)
+    original = Scheduler._pass
+    monkeypatch.setattr(Scheduler, "_pass", lambda self, jobs: 1 / 0)
+    try:
+        assert ask(server, max_tokens=2).status_code == 500
+        monkeypatch.setattr(Scheduler, "_pass", original)
+        assert ask(server, max_tokens=2).status_code == 200
+        assert httpx.get(f"{server.url}/health").json()["status"] == "ready"
+    finally:
+        server.stop()
+
+
+def test_who_left_the_queue_leaves_its_place(llm: LLM) -> None:
+    server = Server(llm, parallel=1, most_waiting=2)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(ask, server, messages=STORY, max_tokens=700, temperature=2.0)
+            while server.waiting() == 0:
+                time.sleep(0.001)
+            for _ in range(6):  # more than may wait, one after another
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO}, timeout=0.3)
+            assert ask(server, max_tokens=1).status_code == 200
+            assert running.result().status_code == 200
+        too_many = ask(server, n=4)
+        assert too_many.status_code == 400 and "more than may wait" in too_many.json()["error"]["message"]
+    finally:
+        server.stop()
+
+
 def test_an_answer_that_takes_too_long_is_ended(llm: LLM) -> None:
     server = Server(llm, seconds=0.3)
     try:
         answer = ask(server, messages=STORY, max_tokens=1900, temperature=5)
-        assert answer.status_code == 400 and "took longer" in answer.json()["error"]["message"]
+        assert answer.status_code == 504 and "took longer" in answer.json()["error"]["message"]
         server.wait_until_idle()
     finally:
         server.stop()
@@ -198,6 +242,10 @@ def test_requests_in_another_name_do_not_reach_a_local_server(llm: LLM) -> None:
         assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
         plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
         assert plain.status_code == 415  # what a web page may send without asking
+        body = {"messages": HELLO, "max_tokens": 1}
+        for origin, status in (("https://evil.example", 403), ("null", 403), (server.url, 200)):
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"origin": origin})
+            assert answer.status_code == status, origin
     finally:
         server.stop()
 
@@ -276,7 +324,9 @@ def test_each_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture
         time.sleep(0.05)
     lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
     assert [(line["path"], line["status"]) for line in lines] == [("/v1/models", 200), ("/no/such/path", 404)]
-    assert "/no/such" not in httpx.get(f"{server.url}/metrics").text
+    httpx.get(f"{server.url}/health//")
+    text = httpx.get(f"{server.url}/metrics").text
+    assert "/no/such" not in text and "/health//" not in text and 'path="other"' in text
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,13 @@ def test_a_schema_that_says_little_leaves_arguments_as_text(parameters: Any) -> 
     splitter = Splitter([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
     text = "<tool_call><function=f><parameter=n>3</parameter></function></tool_call>"
     assert splitter.feed(text) + splitter.finish() == [FunctionCall("f", {"n": "3"})]
+
+
+def test_half_of_a_character_does_not_leave() -> None:
+    tool = {"function": {"name": "f", "parameters": {"properties": {"x": {"type": "array"}}}}}
+    splitter = Splitter([tool])
+    (call,) = splitter.feed(
+        '<tool_call>\n<function=f>\n<parameter=x>\n["\\ud83d", "\\ud83d\\ude00"]\n</parameter>\n</function>\n</tool_call>'
+    )
+    assert isinstance(call, FunctionCall) and call.arguments["x"][1] == "\U0001f600"
+    json.dumps(call.arguments, ensure_ascii=False).encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,6 +68,8 @@ class LocalBackend:
         prompt = llm.tokenizer.apply_chat_template(messages, tools=tools or None, enable_thinking=thinking)
         tokens = llm.tokenizer.encode(prompt)
         given = {"max_tokens": llm.context_length, **{k: v for k, v in self._sampling.items() if v is not None}}
+        if tools:  # a penalty for what was read before would be one for the names that a call has to repeat
+            given["repetition_penalty"] = 1.0
         total = int(tokens.shape[0])
         pieces = llm.session().generate(
             tokens, llm.sampling_params(**given), lambda done: progress(done, total), control_tokens=True
@@ -178,7 +180,11 @@ class RemoteBackend:
                     call.arguments += part["function"].get("arguments") or ""
                 answered.ended = choice.get("finish_reason") or answered.ended
         for call in calls.values():
-            yield FunctionCall(call.name, json.loads(call.arguments or "{}"))
+            arguments = _object(call.arguments or "{}")
+            if arguments is None:  # it was cut, or is none
+                yield Content(f"{call.name} {call.arguments}")
+            else:
+                yield FunctionCall(call.name, arguments)
         end = time.perf_counter()
         answered.prompt_tokens = usage.get("prompt_tokens", 0)
         answered.generated_tokens = usage.get("completion_tokens", 0)
@@ -197,15 +203,33 @@ class RemoteBackend:
                 if response.status_code != 200:
                     response.read()
                     _check(response)
-                for line in response.iter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
+                for line in _lines(response.iter_bytes()):
+                    if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                         continue
                     chunk = json.loads(line[6:])
-                    if "error" in chunk:
-                        raise ServerError(str(chunk["error"].get("message", chunk["error"])))
+                    error = chunk.get("error")
+                    if error is not None:
+                        raise ServerError(str(error.get("message", error) if isinstance(error, dict) else error))
                     yield chunk
         except (self._httpx.HTTPError, ValueError) as error:
             raise ServerError(f"{self.url}: {error or type(error).__name__}") from None
+
+
+def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Ended by line feeds, and by nothing else that Unicode knows as a line's end."""
+    held = b""
+    for part in parts:
+        *lines, held = (held + part).split(b"\n")
+        yield from lines
+    yield held
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _wire(message: Message) -> Message:

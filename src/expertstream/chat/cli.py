@@ -90,6 +90,8 @@ def _chat(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             if not options.resume and not names:
                 raise UsageError("there is no session to go on with yet")
             chat.resume(options.resume or names[0])
+            if options.system is not None:
+                chat.conversation.system = options.system
         view.note(backend.about)
         if person:
             from .prompt import read_lines

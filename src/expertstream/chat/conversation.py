@@ -223,10 +223,16 @@ class Chat:
         self.view.note(f"taken back: {said}")
 
     def _retry(self, _: str) -> None:
+        before = list(self.conversation.messages)
         said = self.conversation.undo()
         if said is None:
             raise RequestError("there is nothing to answer")
-        self.say(said)
+        try:
+            self.say(said)
+        except ExpertStreamError:
+            self.conversation.messages[:] = before
+            self.save()
+            raise
 
     def _stored(self) -> SessionStore:
         if self.store is None:
@@ -296,7 +302,7 @@ def stats_line(stats: Answered) -> str:
 
 def new_name(store: SessionStore | None) -> str:
     """By the time of day, and no other session's."""
-    stem = time.strftime("%Y-%m-%d %H.%M")
+    stem = time.strftime("%Y-%m-%d %H.%M.%S")
     taken, number, name = set(store.names()) if store is not None else set(), 1, stem
     while name in taken:
         number += 1

@@ -85,6 +85,7 @@ class SessionStore:
             found = Conversation(**json.loads(path.read_text(encoding="utf-8")))
             if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in found.messages):
                 raise ValueError("messages are not messages")
+            found.name = name  # whatever it was when the file was written
             return found
         except FileNotFoundError:
             raise RequestError(f"there is no session {name!r}; /sessions lists them") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +47,11 @@ class TerminalView:
                 shown.finish()
 
     def consent(self, what: str) -> bool:
-        self.console.print(Text(visible(what), style="bold yellow"))
+        # Every character that is shown as another, or not at all, is written out.
+        shown = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in what)
+        self.console.print(Text(shown, style="bold yellow"))
+        with contextlib.suppress(termios.error, OSError, ValueError):
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before is no answer to this
         while True:
             try:
                 said = self.console.input("[yellow]run this? \\[y/n][/] ").strip().lower()

@@ -62,9 +62,16 @@ class Shell:
             return "error: no command given"
         output = bytearray()
         cut = False
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:  # a NUL in it, or too long
+            return f"error: {error}"
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         end, ended = time.monotonic() + self.seconds, "timeout"

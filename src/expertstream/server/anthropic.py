@@ -50,7 +50,7 @@ class ToolUseBlock(Strict):
 class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Annotated[list[TextBlock], Field(max_length=4096, fail_fast=True)] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -60,7 +60,7 @@ Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Fi
 
 class Message(Strict):
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
 
     def blocks(self) -> list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock]:
         return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
@@ -73,6 +73,8 @@ class Tool(Strict):
     input_schema: dict[str, Any]
     strict: bool | None = None
     cache_control: CacheControl | None = None
+    defer_loading: bool | None = None
+    eager_input_streaming: bool | None = None
 
 
 class AutoChoice(Strict):
@@ -96,6 +98,16 @@ class Thinking(Strict):
     display: Literal["summarized", "omitted"] | None = None
 
 
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: SchemaFormat | None = None
+
+
 class Metadata(Strict):
     user_id: str | None = None
 
@@ -103,13 +115,15 @@ class Metadata(Strict):
 class CountRequest(Strict):
     """POST /v1/messages/count_tokens."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     model: str = ""
-    system: str | list[TextBlock] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    system: str | Annotated[list[TextBlock], Field(max_length=256, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Annotated[AutoChoice | NoChoice | ToolChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     cache_control: CacheControl | None = None
+    output_config: OutputConfig | None = None
+    context_management: dict[str, Any] | None = None
 
     def sampling(self) -> dict[str, Any]:
         """Keywords of LLM.sampling_params()."""
@@ -131,14 +145,16 @@ class CountRequest(Strict):
             named=choice.name if isinstance(choice, ToolChoice) else "",
             parallel_calls=not getattr(choice, "disable_parallel_tool_use", False),
             thinking=self.thinking is not None and self.thinking.type != "disabled",
+            json_schema=self.output_config.format.schema_ if self.output_config and self.output_config.format else None,
             begun=begun,
         )
 
     def _messages(self) -> tuple[list[dict[str, Any]], str]:
         """As templates want them, and the beginning of the answer, if the last message is the assistant's."""
         found: list[dict[str, Any]] = []
-        if self.system:
-            found.append({"role": "system", "content": _text(self.system)})
+        system = _text(self.system or "")
+        if system:
+            found.append({"role": "system", "content": system})
         for i, message in enumerate(self.messages):
             if message.role == "user":
                 found += _user_messages(i, message)
@@ -179,7 +195,11 @@ def _user_messages(index: int, message: Message) -> list[dict[str, Any]]:
 
 
 def _text(content: str | Sequence[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
+    if isinstance(content, str):
+        return content
+    # A program of Anthropic's own puts a number before its system prompt that is another one in every request: not for models, and no
+    # prompt would begin like the one before it.
+    return "\n".join(block.text for block in content if not block.text.startswith("x-anthropic-billing-header:"))
 
 
 class MessagesRequest(CountRequest):

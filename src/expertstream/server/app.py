@@ -31,7 +31,7 @@ from .log import AccessLog
 from .metrics import Metrics
 from .openai import ChatRequest, CompletionRequest, Strict, parse_request
 from .openapi import document
-from .scheduler import BusyError, ClosingError, Job, Scheduler
+from .scheduler import BusyError, ClosingError, Job, Scheduler, TimeLimitError
 
 __all__ = ["MOST_BODY", "ServerSettings", "create_app"]
 
@@ -48,7 +48,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class ServerSettings:
     """name: what the model is called. key: what clients must send, "" for nothing. seconds: how long an answer may take. only_local:
-    answers only to requests that name this machine, so that no web page can reach it through a name of its own."""
+    answers only to requests that name this machine, or what it listens on, so that no web page can reach it through a name of its
+    own. host: that address."""
 
     name: str
     key: str = ""
@@ -57,6 +58,7 @@ class ServerSettings:
     seconds: float = 3600.0
     shutdown_seconds: float = 30.0
     only_local: bool = False
+    host: str = "127.0.0.1"
 
 
 class _RefusedError(Exception):
@@ -89,15 +91,17 @@ class _Server:
         self.metrics = Metrics(llm, self.scheduler, settings.name)
         self.grammars = Grammars(llm)
         self.buffered = 0
-        self.closing = False
         # Templates, tokenizing and grammars of long requests, while the loop goes on answering others.
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     def check(self, request: Request) -> None:
         """Raises _RefusedError for who may not ask."""
-        host = re.sub(r":\d+$", "", request.headers.get("host", ""))
-        if self.settings.only_local and host not in LOCAL_HOSTS:
-            raise _RefusedError(403, "this server answers requests to this machine's own name only")
+        if self.settings.only_local:
+            names = (*LOCAL_HOSTS, self.settings.host)
+            host = re.sub(r":\d+$", "", request.headers.get("host", ""))
+            origin = re.sub(r":\d+$", "", request.headers.get("origin", "").partition("://")[2])
+            if host not in names or (origin or request.headers.get("origin")) not in (*names, None, ""):
+                raise _RefusedError(403, "this server answers requests to this machine's own name only")
         key = self.settings.key
         given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not hmac.compare_digest(given.encode(), key.encode()):
@@ -114,7 +118,8 @@ class _Server:
 
     async def parse(self, request: Request, kind: type[Asked]) -> Asked:
         self.check(request)
-        if "json" not in request.headers.get("content-type", "application/json"):
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json" and not media.endswith("+json"):
             raise _RefusedError(415, "the body is JSON, with content-type application/json")
         found = bytearray()
         try:
@@ -128,9 +133,10 @@ class _Server:
                         raise BusyError
         except TimeoutError:
             raise _RefusedError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
+        else:
+            return await self.aside(lambda: parse_request(kind, bytes(found)))
         finally:
-            self.buffered -= len(found)
-        return await self.aside(lambda: parse_request(kind, bytes(found)))
+            self.buffered -= len(found)  # until it is parsed, it is held
 
     async def aside(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.workers, work)
@@ -140,6 +146,11 @@ class _Server:
 
     def admit(self, prepared: Prepared) -> list[Job]:
         """One job for each answer; the others begin when the first has read the prompt. Raises BusyError, RequestError."""
+        most = self.settings.parallel + self.settings.most_waiting
+        if len(prepared.constraints) > most:
+            raise RequestError(f"n: {len(prepared.constraints)} answers are more than may wait here, {most}")
+        if self.scheduler.room() < len(prepared.constraints):
+            raise BusyError
         jobs: list[Job] = []
         try:
             for i, constraint in enumerate(prepared.constraints):
@@ -320,8 +331,8 @@ class _Server:
 
     async def health(self, _: Request) -> Response:
         body = {"model": self.settings.name, "active": self.scheduler.active, "waiting": self.scheduler.waiting}
-        if self.closing:
-            return JSONResponse({"status": "stopping", **body}, 503)
+        if not self.scheduler.alive:
+            return JSONResponse({"status": "failed", **body}, 503)
         return JSONResponse({"status": "ready", **body})
 
     async def prometheus(self, request: Request) -> Response:
@@ -347,8 +358,9 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        server.closing = True
         await asyncio.to_thread(server.scheduler.close, settings.shutdown_seconds)
+        if llm.prefixes is not None:  # a signal may end the process as soon as this is over
+            await asyncio.to_thread(llm.prefixes.flush)
         server.workers.shutdown(wait=False)
 
     app = Starlette(
@@ -374,7 +386,8 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
             ClientDisconnect: _went_away,
         },
     )
-    return AccessLog(app, server.metrics)
+    app.router.redirect_slashes = False
+    return AccessLog(app, server.metrics, {str(getattr(route, "path", "")) for route in app.routes})
 
 
 def _page() -> str:
@@ -411,7 +424,8 @@ async def _busy(request: Request, error: Exception) -> Response:
 
 async def _engine_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ExpertStreamError)
-    status = 503 if isinstance(error, ClosingError) else 400 if isinstance(error, RequestError | UsageError) else 500
+    status = 400 if isinstance(error, RequestError | UsageError) else 500
+    status = {ClosingError: 503, TimeLimitError: 504}.get(type(error), status)
     return _error(request, status, str(error), _kind(error))
 
 

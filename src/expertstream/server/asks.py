@@ -21,7 +21,7 @@ __all__ = ["Ask", "Prepared", "prepare"]
 @dataclass
 class Ask:
     """messages: as chat templates want them. functions: {"name", "description", "parameters", "strict"}. choice: none, auto, required,
-    or named, and then `named` says which. begun: the beginning of the answer, which the model goes on from."""
+    or named, and then `named` says which. begun: the beginning of the answer, which the model goes on from without reasoning first."""
 
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
@@ -77,7 +77,10 @@ def prepare(llm: LLM, grammars: Grammars, ask: Ask, answers: int) -> Prepared:
         raise RequestError("response_format together with tools is not supported; set tool_choice to none")
     tools = [{"type": "function", "function": {k: v for k, v in f.items() if k != "strict"}} for f in offered]
     prompt = (
-        llm.tokenizer.apply_chat_template(ask.messages, tools=tools or None, enable_thinking=ask.thinking) + ask.begun
+        llm.tokenizer.apply_chat_template(
+            ask.messages, tools=tools or None, enable_thinking=ask.thinking and not ask.begun
+        )
+        + ask.begun
     )
     reasoning = not ask.begun and prompt.rstrip().endswith("<think>")
     grammar = None
@@ -89,6 +92,8 @@ def prepare(llm: LLM, grammars: Grammars, ask: Ask, answers: int) -> Prepared:
     elif any(f.get("strict") for f in offered):
         grammar = grammars.calls(offered, False, ask.parallel_calls, reasoning)
     sampling = {**ask.sampling}
+    if offered:  # a penalty for what was read before would be one for the names that a call has to repeat
+        sampling["repetition_penalty"] = 1.0
     if sampling.get("max_tokens") is None:
         sampling["max_tokens"] = llm.context_length
     tokens, params = llm.tokenizer.encode(prompt), llm.sampling_params(**sampling)

@@ -131,6 +131,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             most_waiting=options.queue,
             seconds=options.timeout,
             only_local=_is_local(options.host) and not key,
+            host=options.host,
         )
         print(f"[{llm.describe()}]", flush=True)
         config = uvicorn.Config(

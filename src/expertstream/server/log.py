@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Collection
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,8 +20,8 @@ _log = logging.getLogger("expertstream.access")
 class AccessLog:
     """Around an ASGI application."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app, self.metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,8 +41,8 @@ class AccessLog:
             await self._app(scope, receive, watch)
         finally:
             # Only paths that there are, so that nobody can make up labels.
-            path = scope["path"] if status not in (404, 405) else "other"
-            self.metrics.requests.labels(path.split("/models/")[0], str(status)).inc()
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self.metrics.requests.labels(path, str(status)).inc()
             line: dict[str, Any] = {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "client": (scope.get("client") or ("",))[0],

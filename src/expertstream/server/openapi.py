@@ -21,6 +21,7 @@ _REFUSALS = {
     "415": "not JSON",
     "429": "too many are waiting",
     "503": "stopping",
+    "504": "the answer took longer than an answer may",
 }
 
 

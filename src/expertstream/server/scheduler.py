@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -17,14 +18,16 @@ from collections.abc import AsyncIterator, Generator
 import numpy as np
 
 from ..engine import LLM
-from ..errors import ExpertStreamError, RequestError
+from ..errors import ExpertStreamError
 from ..generate import Forward
 from ..kv_cache import CancelledError
 from ..ops import F32, I64
 from ..responses import GenerationResponse
 from ..sampling import Constraint, SamplingParams
 
-__all__ = ["BusyError", "ClosingError", "Job", "Scheduler"]
+__all__ = ["BusyError", "ClosingError", "Job", "Scheduler", "TimeLimitError"]
+
+_log = logging.getLogger("expertstream")
 
 
 class BusyError(Exception):
@@ -33,6 +36,10 @@ class BusyError(Exception):
 
 class ClosingError(ExpertStreamError):
     """The server is being stopped."""
+
+
+class TimeLimitError(ExpertStreamError):
+    """An answer took longer than an answer may."""
 
 
 class Scheduler:
@@ -54,6 +61,17 @@ class Scheduler:
         return len(self._pending) + len(self._active)
 
     @property
+    def alive(self) -> bool:
+        """Whether texts are worked on."""
+        return self._thread.is_alive()
+
+    def room(self) -> int:
+        """How many texts may be admitted now; those that nobody waits for any more have made room."""
+        with self._wake:
+            self._drop_gone()
+            return self._parallel + self._most - self.waiting
+
+    @property
     def active(self) -> int:
         return len(self._active)
 
@@ -71,7 +89,8 @@ class Scheduler:
         with self._wake:
             if self._closing:
                 raise ClosingError("the server is being stopped")
-            if len(self._pending) + len(self._active) >= self._parallel + self._most:
+            self._drop_gone()
+            if self.waiting >= self._parallel + self._most:
                 raise BusyError
             self._pending.append(job)
             self._wake.notify()
@@ -96,11 +115,24 @@ class Scheduler:
             with self._wake:
                 while not (self._active or self._pending or self._closing):
                     self._wake.wait()
+                self._drop_gone()
                 while self._pending and len(self._active) < self._parallel:
                     self._active.append(self._pending.popleft())
-                if not self._active:
-                    return  # closing, and nothing left to do
-            self._turn()
+                if self._closing and not self._active:
+                    return
+            try:
+                self._turn()
+            except BaseException as error:  # a bug; those who wait are told, and the next ones answered
+                _log.exception("a turn failed")
+                for job in self._active:
+                    job.end(error)
+                self._drop_ended()
+
+    def _drop_gone(self) -> None:
+        """Of those that wait. The lock is held."""
+        for job in [job for job in self._pending if job.gone.is_set()]:
+            self._pending.remove(job)
+            job.end(None)
 
     def _turn(self) -> None:
         for job in self._active:
@@ -148,7 +180,7 @@ class Scheduler:
             if job.gone.is_set():
                 job.end(None)
             elif now > job.deadline:
-                job.end(RequestError(f"the answer took longer than {self._seconds:g} seconds"))
+                job.end(TimeLimitError(f"the answer took longer than {self._seconds:g} seconds"))
         with self._wake:
             self._active = [job for job in self._active if not job.ended]
 
@@ -216,9 +248,14 @@ class Job:
             self.end(error)
 
     def end(self, error: BaseException | None) -> None:
-        if not self.ended:
-            self.ended, self.forward = True, None
+        if self.ended:
+            return
+        self.ended, self.forward = True, None
+        try:
             self._steps.close()
+        except BaseException:  # it ends all the same
+            _log.exception("a text did not end well")
+        finally:
             self._tell(None if isinstance(error, CancelledError) else error)
 
     def _tell(self, item: GenerationResponse | BaseException | None) -> None:

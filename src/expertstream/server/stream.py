@@ -184,7 +184,11 @@ def _object(value: Any) -> dict[str, Any]:
 def _loads(text: str) -> Any:
     """JSON, without Python's NaN and Infinity; a number that is too large for a double becomes the largest. Raises ValueError,
     RecursionError."""
-    return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    found = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    if "\\ud" in text.lower():  # half of a surrogate pair is no text that could be sent on
+        whole = json.dumps(found, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found = json.loads(whole)
+    return found
 
 
 def _no_number(text: str) -> Any:
