@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=400, help="training time after compilation")
-    parser.add_argument("--epochs", type=float, default=8.0, help="at most so many")
+    parser.add_argument("--epochs", type=float, default=4.0, help="at most so many")
     parser.add_argument("--batch", type=int, default=64, help="rows a GPU and step")
     args = parser.parse_args()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
