@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -327,6 +330,53 @@ def test_each_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture
     httpx.get(f"{server.url}/health//")
     text = httpx.get(f"{server.url}/metrics").text
     assert "/no/such" not in text and "/health//" not in text and 'path="other"' in text
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["serve", "--port", str(taken.getsockname()[1]), "/no/such/model"]) == 2
+    assert "take another with --port" in capsys.readouterr().err
+
+
+def test_the_command_serves_and_ends_in_order(tmp_path: Path) -> None:
+    """Started as a user does; a prompt asked for just before the end is kept for the next start."""
+    for signal_, cached in ((signal.SIGINT, 0), (signal.SIGTERM, 64)):
+        command = [
+            sys.executable,
+            "-m",
+            "expertstream",
+            "serve",
+            "--port",
+            "0",
+            "--cache-dir",
+            str(tmp_path),
+            "--memory",
+            "300MiB",
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            url = ""
+            while not url:
+                line = process.stdout.readline()
+                assert line, process.communicate()[1]
+                found = re.search(r"http://\S+", line)
+                url = found[0] if found else ""
+            for _ in range(100):
+                with contextlib.suppress(httpx.ConnectError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                time.sleep(0.05)
+            body = {"messages": [{"role": "user", "content": "What is the capital of France? " * 12}], "max_tokens": 5}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+            process.send_signal(signal_)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode in (0, -signal_, 130) and "Traceback" not in errors, errors
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,23 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has its address, but does not listen yet: a mistake is told before a model is loaded, and nobody is kept waiting
+    while it is. Raises UsageError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except OSError:
+            found.close()
+            raise
+    except OSError as error:
+        raise UsageError(f"{host}, port {port}: {error.strerror}; take another with --port or --host") from None
+    return found
+
+
 def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     try:
         import uvicorn
@@ -116,9 +135,8 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     access.setLevel(logging.INFO)
     access.propagate = False
     access.addHandler(logging.StreamHandler())
-    with LLM(
-        options.model, sequences=options.parallel, prefix_cache_bytes=cache, context_part=CONTEXT_PART, **given
-    ) as llm:
+    given |= {"sequences": options.parallel, "prefix_cache_bytes": cache, "context_part": CONTEXT_PART}
+    with contextlib.closing(_bound(options.host, options.port)) as listener, LLM(options.model, **given) as llm:
         if options.cache_dir is not None:
             try:
                 llm.keep_prefixes(options.cache_dir, disk)
@@ -134,11 +152,14 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             host=options.host,
         )
         print(f"[{llm.describe()}]", flush=True)
+        address, port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        print(f"{settings.name} answers at http://{shown}:{port} (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(
             create_app(llm, settings),
             host=options.host,
             port=options.port,
-            log_level="info",
+            log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=int(settings.shutdown_seconds),
             server_header=False,
@@ -147,5 +168,5 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             h11_max_incomplete_event_size=64 << 10,
         )
         server = uvicorn.Server(config)
-        server.run()
+        server.run(sockets=[listener])
         return 0 if server.started else 1
