@@ -29,6 +29,7 @@ from expertstream.server.scheduler import Scheduler
 
 from .conftest import HELLO, Server
 
+ENDLESS = {"temperature": 50, "seed": 1}  # draws of this kind do not happen to end a text for thousands of tokens
 STORY: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 
 
@@ -88,7 +89,7 @@ def test_a_short_request_is_answered_while_a_long_prompt_is_read(llm: LLM) -> No
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_costs_nothing_more(server: Server, stream: bool) -> None:
     """A text of a thousand tokens is asked for and left; the engine is idle long before it could have ended."""
-    body = {"messages": STORY, "max_tokens": 1500, "temperature": 5, "stream": stream}
+    body = {"messages": STORY, "max_tokens": 1500, "stream": stream, **ENDLESS}
     with pytest.raises(httpx.ReadTimeout):
         if stream:
             with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
@@ -100,7 +101,7 @@ def test_who_hangs_up_costs_nothing_more(server: Server, stream: bool) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_who_is_gone_before_the_answer_begins_costs_nothing_more(llm: LLM, path: str) -> None:
-    body = json.dumps({"messages": STORY, "stream": True, "max_tokens": 1900, "temperature": 5} if "chat" in path else {"messages": STORY, "stream": True, "max_tokens": 1900}).encode()  # fmt: skip
+    body = json.dumps({"messages": STORY, "stream": True, "max_tokens": 1900, **ENDLESS} if "chat" in path else {"messages": STORY, "stream": True, "max_tokens": 1900}).encode()  # fmt: skip
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -157,7 +158,7 @@ def test_who_left_the_queue_leaves_its_place(llm: LLM) -> None:
     server = Server(llm, parallel=1, most_waiting=2)
     try:
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(ask, server, messages=STORY, max_tokens=700, temperature=2.0)
+            running = pool.submit(ask, server, messages=STORY, max_tokens=1900, **ENDLESS)
             while server.waiting() == 0:
                 time.sleep(0.001)
             for _ in range(6):  # more than may wait, one after another
@@ -174,7 +175,7 @@ def test_who_left_the_queue_leaves_its_place(llm: LLM) -> None:
 def test_an_answer_that_takes_too_long_is_ended(llm: LLM) -> None:
     server = Server(llm, seconds=0.3)
     try:
-        answer = ask(server, messages=STORY, max_tokens=1900, temperature=5)
+        answer = ask(server, messages=STORY, max_tokens=1900, **ENDLESS)
         assert answer.status_code == 504 and "took longer" in answer.json()["error"]["message"]
         server.wait_until_idle()
     finally:
@@ -204,7 +205,7 @@ def test_a_slow_reader_a_half_sent_body_and_a_flood_leave_the_others_served(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
         )
         slow = sockets[1]
-        body = b'{"messages": [{"role": "user", "content": "Tell me a story."}], "stream": true, "max_tokens": 400, "temperature": 5}'
+        body = b'{"messages": [{"role": "user", "content": "Tell me a story."}], "stream": true, "max_tokens": 400, "temperature": 50, "seed": 1}'
         slow.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             % len(body)
