@@ -168,5 +168,6 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             h11_max_incomplete_event_size=64 << 10,
         )
         server = uvicorn.Server(config)
-        server.run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is ended, not how it fails
+            server.run(sockets=[listener])
         return 0 if server.started else 1
