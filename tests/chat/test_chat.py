@@ -263,6 +263,16 @@ def test_a_server_answers_the_same(tmp_path: Path) -> None:
         RemoteBackend(server.url, "", {})
 
 
+def test_a_model_that_a_server_does_not_have() -> None:
+    with LLM(context_length=256) as llm:
+        server = Server(llm)
+        try:
+            with pytest.raises(UsageError, match="no model 'gpt'"):
+                RemoteBackend(server.url, "", {}, "gpt")
+        finally:
+            server.stop()
+
+
 def test_lines_of_a_stream_end_with_line_feeds_only() -> None:
     text = 'data: {"a": "x\u2028y\x85z"}\n\ndata: [DONE]\n'.encode()
     for cut in range(len(text)):
@@ -343,8 +353,12 @@ def test_a_resumed_session_is_not_read_again(tmp_path: Path) -> None:
     [
         (["--url", "ftp://x"], "--url is an address"),
         (["--url", "http://127.0.0.1:9", "--memory", "1GiB"], "do not go together"),
-        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["--url", "http://127.0.0.1:9"], "no server answers at"),
         (["--resume"], "no session to go on with"),
+        (["--resume", "nobody"], "expertstream chat --sessions"),
+        (["--resume", "x", "--no-save"], "do not go together"),
+        (["--name", "x"], "--name is for --url"),
+        (["--yes"], "--yes is for"),
         (["--temperature", "-1"], "temperature is a number"),
         (["/no/such/model"], "no such folder"),
         (["--mcp", "/no/such/file"], "not a list of MCP servers"),

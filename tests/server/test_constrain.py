@@ -132,6 +132,21 @@ def test_calls_in_json(tmp_path: Path, seed: int) -> None:
         check_call(call)
 
 
+def test_digits_come_to_an_end(llm: LLM, grammars: Grammars) -> None:
+    """A model that likes nothing but nines."""
+    guide = grammars.matcher(grammars.json({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}, False))  # fmt: skip
+    tokens: list[int] = []
+    for _ in range(60):
+        logits = np.zeros(llm.model_config.vocab_size, np.float32)
+        logits[[i for i in range(len(logits)) if llm.tokenizer.token_text(i) == "9"]] = 50
+        token = int(guide.mask(logits).argmax())
+        guide.accept(token)
+        if token in llm.tokenizer.eos_ids:
+            break
+        tokens.append(token)
+    assert abs(json.loads(llm.tokenizer.decode(tokens))["n"]) <= 2**53
+
+
 def test_what_a_client_cannot_be_given(grammars: Grammars) -> None:
     deep: dict[str, Any] = {}
     for _ in range(40):

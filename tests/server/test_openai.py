@@ -166,6 +166,18 @@ def test_a_required_call_fits_its_schema_whatever_is_said(client: openai.OpenAI,
         jsonschema.validate(json.loads(calls[0].arguments), schema)
 
 
+def test_a_call_that_is_cut_leaves_no_markup(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "small",
+        "messages": HELLO,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "max_tokens": 3,
+    }
+    choice = client.chat.completions.create(**options).choices[0]
+    assert choice.finish_reason == "length" and not choice.message.content and choice.message.tool_calls is None
+
+
 def test_answers_in_json(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
@@ -208,7 +220,7 @@ def test_strict_functions_under_auto(client: openai.OpenAI) -> None:
         ({"messages": HELLO, "top_logprobs": 2}, 400, "only with logprobs"),
         ({"messages": HELLO, "temperature": -1}, 400, "temperature is a number"),
         ({"messages": HELLO, "max_tokens": 0}, 400, "max_tokens is a whole number"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "messages.0.content.0.type"),
         ({"messages": HELLO, "model": "other"}, 404, "no model 'other'"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "make --context at least"),
         ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]}, 400, "not a JSON object"),

@@ -381,6 +381,30 @@ def test_the_command_serves_and_ends_in_order(tmp_path: Path) -> None:
         assert "Traceback" not in errors, errors
 
 
+def test_asked_twice_a_server_ends_at_once() -> None:
+    command = [sys.executable, "-m", "expertstream", "serve", "--port", "0", "--memory", "300MiB"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        url = None
+        while url is None:
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            url = re.search(r"http://\S+", line)
+        with ThreadPoolExecutor(1) as pool:
+            body = {"messages": STORY, "max_tokens": 8000, **ENDLESS}
+            running = pool.submit(httpx.post, f"{url[0]}/v1/chat/completions", json=body, timeout=60)
+            time.sleep(1.5)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+            assert isinstance(running.exception(), httpx.HTTPError)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in errors and "once more ends at once" in errors, errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

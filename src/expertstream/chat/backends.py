@@ -117,11 +117,14 @@ class RemoteBackend:
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
         try:
             models = self._get("/v1/models")
-            self.model = self.model or str(models["data"][0]["id"])
+            names = [str(model["id"]) for model in models["data"]]
+            self.model = self.model or names[0]
+            if self.model not in names:
+                raise UsageError(f"{self.url} has no model {self.model!r}, but {', '.join(names)}")
         except (KeyError, IndexError, TypeError):
             self.close()
             raise ServerError(f"{self.url}: does not list models as OpenAI's API does") from None
-        except ServerError:
+        except ExpertStreamError:
             self.close()
             raise
         self.about = f"{self.model} at {self.url}"
@@ -139,6 +142,8 @@ class RemoteBackend:
             response = self._client.get(path)
             _check(response)
             return response.json()
+        except self._httpx.ConnectError:
+            raise ServerError(f"no server answers at {self.url}; is `expertstream serve` running there?") from None
         except (self._httpx.HTTPError, ValueError) as error:
             raise ServerError(f"{self.url}: {error or type(error).__name__}") from None
 

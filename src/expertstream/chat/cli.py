@@ -71,6 +71,12 @@ def _chat(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     if options.sessions:
         print("\n".join(store.names()) or "no sessions yet")
         return 0
+    if options.no_save and options.resume is not None:
+        raise UsageError("--no-save and --resume do not go together")
+    if options.name is not None and options.url is None:
+        raise UsageError("--name is for --url: it says which of a server's models")
+    if options.resume and options.resume not in store.names():
+        raise UsageError(f"there is no session {options.resume!r}; expertstream chat --sessions lists them")
     person = sys.stdin.isatty() and sys.stdout.isatty()
     if person:
         try:
@@ -124,6 +130,8 @@ def _tools(options: argparse.Namespace) -> Iterator[list[Any]]:
 
     tools: list[Any] = [Shell()] if options.shell else []
     file = options.mcp or config_folder() / "mcp.json"
+    if options.yes and not tools and not (options.mcp is not None or file.exists()):
+        raise UsageError("--yes is for --shell or --mcp: nothing else is asked about")
     if options.mcp is not None or file.exists():
         servers = McpTools(file)
         tools.append(servers)

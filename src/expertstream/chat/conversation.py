@@ -138,7 +138,7 @@ class Chat:
                     else:
                         self.last = event
             except KeyboardInterrupt:
-                calls = []
+                calls, self.last = [], None
                 if said["content"]:
                     said["content"] += " …"
                 self.conversation.messages.append(said)

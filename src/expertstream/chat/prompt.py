@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -36,7 +37,11 @@ def read_lines(chat: Chat, history: Path) -> Iterator[str]:
         event.current_buffer.insert_text("\n")
 
     def footer() -> HTML:
-        parts = [chat.conversation.name, chat.backend.name] + ([stats_line(chat.last)] if chat.last else [])
+        parts = [chat.conversation.name, chat.backend.name]
+        if chat.last is not None:
+            parts = stats_line(chat.last).split(" · ") + parts
+        while len(parts) > 1 and len(" · ".join(parts)) + 2 > get_app().output.get_size().columns:
+            parts.pop()
         return HTML(" {}").format(" · ".join(parts))
 
     session: PromptSession[str] = PromptSession(

@@ -39,7 +39,10 @@ class TerminalView:
 
     @contextmanager
     def answer(self, fold: bool) -> Iterator[_LiveAnswer]:
-        with Live(console=self.console, refresh_per_second=12, transient=True, auto_refresh=False) as live:
+        with (
+            _quiet_keyboard(),
+            Live(console=self.console, refresh_per_second=12, transient=True, auto_refresh=False) as live,
+        ):
             shown = _LiveAnswer(self.console, live, fold)
             try:
                 yield shown
@@ -75,6 +78,23 @@ class TerminalView:
                 self.output(str(message.get("content", "")))
             elif message.get("content"):
                 self.console.print(Markdown(visible(message["content"])))
+
+
+@contextmanager
+def _quiet_keyboard() -> Iterator[None]:
+    """What is typed meanwhile is kept for the next line, but not shown in the middle of an answer."""
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, OSError, ValueError):
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 class _LiveAnswer:

@@ -243,7 +243,7 @@ class MessageAnswer:
         return self._events(self._splitter.feed(piece.text))
 
     def finish(self) -> list[dict[str, Any]]:
-        found = [] if self.complete else self._events(self._splitter.finish())
+        found = [] if self.complete else self._events(self._splitter.finish(self._ended == "length"))
         found += self._close()
         whole = self.whole()
         delta = {"stop_reason": whole["stop_reason"], "stop_sequence": whole["stop_sequence"]}

@@ -120,7 +120,7 @@ class _Server:
         self.check(request)
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not media.endswith("+json"):
-            raise _RefusedError(415, "the body is JSON, with content-type application/json")
+            raise _RefusedError(415, "the body must be JSON, with content-type application/json")
         found = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):

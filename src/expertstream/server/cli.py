@@ -6,9 +6,12 @@ import argparse
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..config import API_KEY, api_key, parse_bytes
@@ -167,7 +170,17 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             timeout_keep_alive=30,
             h11_max_incomplete_event_size=64 << 10,
         )
-        server = uvicorn.Server(config)
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if self.should_exit:  # asked twice: whatever is under way, without its threads' last words
+                    print("expertstream: ended at once", file=sys.stderr, flush=True)
+                    os._exit(130)
+                patience = f"answers have {settings.shutdown_seconds:g} seconds to end; once more ends at once"
+                print(f"expertstream: ending; {patience}", file=sys.stderr, flush=True)
+                super().handle_exit(sig, frame)
+
+        server = Server(config)
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is ended, not how it fails
             server.run(sockets=[listener])
         return 0 if server.started else 1

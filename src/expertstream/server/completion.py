@@ -85,7 +85,7 @@ class ChatAnswer:
         return self._events(self._splitter.feed(piece.text))
 
     def finish(self) -> list[dict[str, Any]]:
-        found = [] if self.complete else self._events(self._splitter.finish())
+        found = [] if self.complete else self._events(self._splitter.finish(self._ended == "length"))
         return [*found, self._choice({}, self.finish_reason)]
 
     def _events(self, events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -132,7 +132,22 @@ def _value(schema: Any, definitions: dict[str, Any]) -> str:
 def _json(schema: dict[str, Any]) -> str:
     """JSON as json.dumps() writes it: a model that may put white space anywhere may never stop doing so."""
     style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return f"%json {json.dumps({**schema, 'x-guidance': style})}"
+    return f"%json {json.dumps({**_bounded(schema), 'x-guidance': style})}"
+
+
+def _bounded(schema: Any) -> Any:
+    """Whole numbers that have no bounds get those of what a double holds exactly: a model may never stop writing digits."""
+    if isinstance(schema, list):
+        return [_bounded(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {k: v if k in ("enum", "const", "default", "examples") else _bounded(v) for k, v in schema.items()}
+    if schema.get("type") == "integer" and not schema.keys() & {"enum", "const", "multipleOf"}:
+        if not schema.keys() & {"minimum", "exclusiveMinimum"}:
+            found["minimum"] = -(2**53)
+        if not schema.keys() & {"maximum", "exclusiveMaximum"}:
+            found["maximum"] = 2**53
+    return found
 
 
 def _quoted(text: str) -> str:

@@ -147,6 +147,7 @@ class ChatRequest(_Sampling):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
 
     def sampling(self) -> dict[str, Any]:
         given = super().sampling()
@@ -223,7 +224,8 @@ def parse_request(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # Of what may be one thing or another, the error that lies deepest is the one that was meant.
+        first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
         where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
         what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
         raise RequestError(f"{where or 'body'}: {what}") from None

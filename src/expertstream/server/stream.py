@@ -75,11 +75,13 @@ class Splitter:
         self._text += text
         return self._drain(final=False)
 
-    def finish(self) -> list[Event]:
-        """The end. A call that is whole but for its closing tag counts; any other beginning of one is content, so that nothing is lost."""
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The end. A call that is whole but for its closing tag counts; any other beginning of one is content, so that nothing is lost,
+        or nothing, if the text was cut at its greatest length."""
         events = self._drain(final=True)
         if self._state is _State.CALL:
-            events += self._call(self._text, closed=False)
+            found = self._call(self._text, closed=False)
+            events += [event for event in found if not (cut and isinstance(event, Content))]
             self._text = ""
         return events
 
