@@ -121,6 +121,7 @@ class Chat:
         schemas = [schema for source in self.tools for schema in source.schemas()]
         said: dict[str, Any] = {"role": "assistant", "content": ""}
         calls: list[dict[str, Any]] = []
+        stopped = False
         with self.view.answer(self.fold) as shown:
             events = self.backend.reply(self.conversation.prompt(), schemas, self.thinking, shown.progress)
             try:
@@ -138,15 +139,13 @@ class Chat:
                     else:
                         self.last = event
             except KeyboardInterrupt:
-                calls, self.last = [], None
-                if said["content"]:
-                    said["content"] += " …"
-                self.conversation.messages.append(said)
-                self.view.note("stopped")
-                return []
+                calls, self.last, stopped = [], None, True
+                said["content"] += " …" if said["content"] else ""
         if calls:
             said["tool_calls"] = calls
         self.conversation.messages.append(said)
+        if stopped:
+            self.view.note("stopped")
         return calls
 
     def _call_all(self, calls: list[dict[str, Any]]) -> bool:
