@@ -16,10 +16,12 @@ from .conftest import Server
 
 
 @pytest.fixture(scope="module")
-def quick(llm: LLM) -> Iterator[Server]:
-    server = Server(llm, seconds=0.2)
-    yield server
-    server.stop()
+def quick() -> Iterator[Server]:
+    """With a context so short that no answer takes long."""
+    with LLM(context_length=96, sequences=4) as llm:
+        server = Server(llm)
+        yield server
+        server.stop()
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
@@ -35,7 +37,7 @@ def test_no_answer_is_a_server_error(quick: Server, mode: GenerationMode) -> Non
         def check(case: Any) -> None:
             response = case.call(timeout=30)
             seen.add((operation.path, response.status_code))  # noqa: B023
-            assert response.status_code < 500 or "took longer than" in response.text, response.text
+            assert response.status_code < 500, response.text
 
         check()
     assert len({path for path, _ in seen}) == (9 if mode is GenerationMode.POSITIVE else 4)
