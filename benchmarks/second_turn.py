@@ -10,7 +10,6 @@ turn. Writes benchmarks/results/second_turn.csv, a row a round; compare the rati
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy as np
 
 from expertstream import LLM
 from expertstream.ops import I64
+
+from .rows import append_rows
 
 RESULTS = Path(__file__).parent / "results" / "second_turn.csv"
 
@@ -73,12 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     rows = measure(args.model, args.memory, args.tokens, args.rounds)
-    exists = RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if not exists:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(RESULTS, rows)
     for name in ("second_turn_anew_s", "second_turn_reused_s", "restarted_s"):
         print(f"{name}: median {statistics.median(r[name] for r in rows):.3f}")
 

@@ -9,7 +9,6 @@ the same caches, and checks that the logits have the same bits. Writes benchmark
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 
 from expertstream import LLM
 from expertstream.kv_cache import KVCache
+
+from .rows import append_rows
 
 RESULTS = Path(__file__).parent / "results" / "together.csv"
 STEPS = 12
@@ -69,12 +70,7 @@ def main() -> None:
                     "apart_tokens_per_s": round(apart, 2), "together_tokens_per_s": round(together, 2),
                 })  # fmt: skip
                 print(rows[-1], flush=True)
-    exists = RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if not exists:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(RESULTS, rows)
     for texts in args.texts:
         ratios = [r["together_tokens_per_s"] / r["apart_tokens_per_s"] for r in rows if r["texts"] == texts]
         print(f"{texts} texts: {statistics.median(ratios):.2f} times")

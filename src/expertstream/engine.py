@@ -176,10 +176,14 @@ class LLM:
 
     def keep_prefixes(self, directory: Path | None = None, disk_bytes: int = 0) -> None:
         """Keeps what is computed of prompts, in memory as far as config.prefix_cache_bytes go, and in `directory`; later sessions go
-        on from the longest known beginning of their prompt."""
+        on from the longest known beginning of their prompt. Raises UsageError for a directory that cannot be used."""
         if self.prefixes is not None:
             self.prefixes.close()
-        self.prefixes = PrefixCache(self.state_fingerprint(), self.config.prefix_cache_bytes, directory, disk_bytes)
+        memory = self.config.prefix_cache_bytes
+        try:
+            self.prefixes = PrefixCache(self.state_fingerprint(), memory, directory, disk_bytes)
+        except OSError as error:
+            raise UsageError(f"{directory}: prefixes cannot be kept there: {error.strerror}") from None
 
     def state_fingerprint(self) -> str:
         """Of all that a text's state depends on: the checkpoint, and how it is computed. 40 hex digits."""

@@ -413,6 +413,7 @@ def test_asked_twice_a_server_ends_at_once() -> None:
         (["--queue", "-1"], "--queue"),
         (["--parallel", "0"], "--parallel"),
         (["--cache-memory", "much"], "not a size"),
+        (["--cache-dir", "/proc/nowhere"], "prefixes cannot be kept there"),
         (["--api-key-file", "/no/such"], "cannot be read"),
         (["/no/such/model"], "no such folder"),
     ],

@@ -11,12 +11,11 @@ from typing import Any
 
 from ..config import api_key, config_folder, data_folder, parse_bytes
 from ..errors import UsageError
-from ..experts.budget import default_budget
+from ..experts.budget import for_conversations
 from ..machine import available_bytes
 
 __all__ = ["add_chat"]
 
-MOST_CACHE = 2 << 30
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
 
@@ -157,14 +156,10 @@ def _backend(options: argparse.Namespace, engine_options: Sequence[str], samplin
         return
     from ..engine import LLM
 
-    budget = parse_bytes(options.memory) if options.memory else default_budget(available_bytes())
     given_options = {name: getattr(options, name) for name in engine_options}
-    cache = min(budget // 8, MOST_CACHE)
-    with LLM(options.model, prefix_cache_bytes=cache, context_part=8, **given_options) as llm:
+    given_options |= for_conversations(parse_bytes(options.memory) if options.memory else None, available_bytes())
+    with LLM(options.model, **given_options) as llm:
         disk = parse_bytes(options.cache_disk)
         if disk and not options.no_save:
-            try:
-                llm.keep_prefixes(data_folder() / "prefixes", disk)
-            except OSError as error:
-                raise UsageError(f"{data_folder()}: {error.strerror}") from None
+            llm.keep_prefixes(data_folder() / "prefixes", disk)
         yield LocalBackend(llm, sampling)

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import format_bytes
 from ..errors import BudgetError
 
-__all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "plan_memory", "plan_with_chunk"]
+__all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "for_conversations", "plan_memory", "plan_with_chunk"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class MemoryWatch:
 def default_budget(available_bytes: int) -> int:
     """What to take when nobody says: all that is available but a twelfth, and at least 48 MiB, for what is not counted."""
     return max(0, available_bytes - max(available_bytes // 12, 48 << 20))
+
+
+def for_conversations(memory_bytes: int | None, available_bytes: int) -> dict[str, int]:
+    """Engine options for prompts that come back: an eighth of the budget for contexts, and one, of 4 GiB at most, for kept prefixes."""
+    budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
+    return {"context_part": 8, "prefix_cache_bytes": min(budget // 8, 4 << 30)}
 
 
 def plan_memory(

@@ -25,7 +25,7 @@ from ..engine import LLM
 from ..errors import ExpertStreamError, RequestError, UsageError
 from .anthropic import CountRequest, MessageAnswer, MessagesRequest, error_event
 from .asks import Prepared, prepare
-from .completion import ChatAnswer, ChatCompletion, TextAnswer, TextCompletion, error_body
+from .completion import ChatAnswer, Completion, TextAnswer, error_body
 from .constrain import Grammars
 from .log import AccessLog
 from .metrics import Metrics
@@ -39,7 +39,7 @@ MOST_BODY = 8 << 20
 MOST_BUFFERED = 64 << 20  # of all bodies that are being received
 BODY_SECONDS = 30.0  # from the first byte to the last
 PING_SECONDS = 10.0  # without an event in a stream
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 Asked = TypeVar("Asked", bound=Strict)
 Result = TypeVar("Result")
@@ -229,7 +229,7 @@ class _Server:
         count = asked.n or 1
         prepared = await self.prepare(asked, count)
         answers = [ChatAnswer(i, prepared.splitter(), prepared.one_call) for i in range(count)]
-        completion = ChatCompletion(self.settings.name, int(prepared.tokens.shape[0]))
+        completion = Completion(self.settings.name, int(prepared.tokens.shape[0]), chat=True)
         jobs = self.admit(prepared)
         if asked.stream:
             first = [completion.chunk(answer.begin()) for answer in answers]
@@ -246,7 +246,7 @@ class _Server:
         if len(prompts) * count > self.settings.parallel + self.settings.most_waiting:
             raise RequestError(f"prompt: {len(prompts)} prompts with n={count} are more than may wait here")
         every = await self.aside(lambda: [Prepared.of_text(self.llm, p, asked.sampling(), count) for p in prompts])
-        completion = TextCompletion(self.settings.name, sum(int(p.tokens.shape[0]) for p in every))
+        completion = Completion(self.settings.name, sum(int(p.tokens.shape[0]) for p in every), chat=False)
         jobs: list[Job] = []
         try:
             for prepared in every:
@@ -262,7 +262,7 @@ class _Server:
         return JSONResponse(completion.whole(answers))
 
     def _stream(
-        self, jobs: Sequence[Job], answers: Sequence[Any], completion: Any, first: Sequence[Any], usage: bool
+        self, jobs: Sequence[Job], answers: Sequence[Any], completion: Completion, first: Sequence[Any], usage: bool
     ) -> Response:
         async def chunks() -> AsyncIterator[str]:
             for chunk in first:

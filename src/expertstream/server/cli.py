@@ -16,13 +16,10 @@ from typing import Any
 
 from ..config import API_KEY, api_key, parse_bytes
 from ..errors import UsageError
-from ..experts.budget import default_budget
+from ..experts.budget import for_conversations
 from ..machine import available_bytes
 
 __all__ = ["add_serve"]
-
-MOST_CACHE = 4 << 30
-CONTEXT_PART = 8  # of the memory, for contexts; agents send long prompts
 
 
 def add_serve(
@@ -127,24 +124,19 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
         if not least <= getattr(options, name) <= most:
             raise UsageError(f"--{name} is from {least} to {most:g}, not {getattr(options, name)}")
     given = {name: getattr(options, name) for name in engine_options}
+    given |= for_conversations(parse_bytes(options.memory) if options.memory else None, available_bytes())
     if options.cache_memory is not None:
-        cache = parse_bytes(options.cache_memory)
-    else:
-        budget = parse_bytes(options.memory) if options.memory else default_budget(available_bytes())
-        cache = min(budget // 8, MOST_CACHE)
+        given["prefix_cache_bytes"] = parse_bytes(options.cache_memory)
     disk = parse_bytes(options.cache_disk) if options.cache_dir is not None else 0
     logging.basicConfig(level=logging.WARNING, format="expertstream: %(message)s")
     access = logging.getLogger("expertstream.access")
     access.setLevel(logging.INFO)
     access.propagate = False
     access.addHandler(logging.StreamHandler())
-    given |= {"sequences": options.parallel, "prefix_cache_bytes": cache, "context_part": CONTEXT_PART}
+    given["sequences"] = options.parallel
     with contextlib.closing(_bound(options.host, options.port)) as listener, LLM(options.model, **given) as llm:
         if options.cache_dir is not None:
-            try:
-                llm.keep_prefixes(options.cache_dir, disk)
-            except OSError as error:
-                raise UsageError(f"--cache-dir {options.cache_dir}: {error.strerror}") from None
+            llm.keep_prefixes(options.cache_dir, disk)
         settings = ServerSettings(
             name=options.name or llm.path.resolve().name,
             key=key,

@@ -11,7 +11,7 @@ from typing import Any
 from ..responses import GenerationResponse, GenerationStats, TokenLogprob
 from .stream import Content, Event, Reasoning, Splitter
 
-__all__ = ["ChatAnswer", "ChatCompletion", "TextAnswer", "TextCompletion", "error_body"]
+__all__ = ["ChatAnswer", "Completion", "TextAnswer", "error_body"]
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
@@ -19,14 +19,13 @@ def error_body(message: str, kind: str, code: str | None = None) -> dict[str, An
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-class _Completion:
-    """What the answers to one request have in common."""
+class Completion:
+    """What the answers to one request have in common: of a chat, or of a text that is gone on from."""
 
-    prefix = object = ""
-
-    def __init__(self, model: str, prompt_tokens: int) -> None:
-        self.id, self.created, self.model = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()), model
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, model: str, prompt_tokens: int, chat: bool) -> None:
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created, self.model, self.prompt_tokens = int(time.time()), model, prompt_tokens
+        self._whole, self._chunk = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion",) * 2
 
     def usage(self, stats: Sequence[GenerationStats]) -> dict[str, Any]:
         """Of all answers to one request; the prompt counts once."""
@@ -35,27 +34,21 @@ class _Completion:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": max((s.cached_tokens for s in stats[:1]), default=0)},
+            "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens if stats else 0},
         }
 
-    def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-class ChatCompletion(_Completion):
-    """Of a chat."""
-
-    prefix = "chatcmpl"
-
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self.head("chat.completion.chunk"), "choices": [choice]}
+        return {**self._head(self._chunk), "choices": [choice]}
 
     def usage_chunk(self, stats: Sequence[GenerationStats]) -> dict[str, Any]:
-        return {**self.head("chat.completion.chunk"), "choices": [], "usage": self.usage(stats)}
+        return {**self._head(self._chunk), "choices": [], "usage": self.usage(stats)}
 
-    def whole(self, answers: Sequence[ChatAnswer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
         usage = self.usage([a.stats for a in answers if a.stats is not None])
-        return {**self.head("chat.completion"), "choices": [a.choice() for a in answers], "usage": usage}
+        return {**self._head(self._whole), "choices": [a.choice() for a in answers], "usage": usage}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
 class ChatAnswer:
@@ -128,22 +121,6 @@ class ChatAnswer:
             message["content"] = message["content"] or None
         logprobs = {"content": self._logprobs, "refusal": None} if self._logprobs else None
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-
-class TextCompletion(_Completion):
-    """Of a text."""
-
-    prefix = "cmpl"
-
-    def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self.head("text_completion"), "choices": [choice]}
-
-    def usage_chunk(self, stats: Sequence[GenerationStats]) -> dict[str, Any]:
-        return {**self.head("text_completion"), "choices": [], "usage": self.usage(stats)}
-
-    def whole(self, answers: Sequence[TextAnswer]) -> dict[str, Any]:
-        usage = self.usage([a.stats for a in answers if a.stats is not None])
-        return {**self.head("text_completion"), "choices": [a.choice() for a in answers], "usage": usage}
 
 
 class TextAnswer:

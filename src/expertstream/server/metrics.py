@@ -121,7 +121,7 @@ class Metrics:
 
 
 def _value(counter: Counter) -> float:
-    return float(counter._value.get())
+    return float(next(iter(counter.collect())).samples[0].value)
 
 
 def resident_bytes() -> int:

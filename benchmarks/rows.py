@@ -1,0 +1,20 @@
+"""Rows of results in a CSV file, below those that are there."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["append_rows"]
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The first rows bring the header."""
+    exists = path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if not exists:
+            writer.writeheader()
+        writer.writerows(rows)
