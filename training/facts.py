@@ -23,6 +23,52 @@ USED = "write,a pen or a pencil;cut paper,scissors;eat soup,a spoon;cut bread,a 
 WORN = "feet,shoes and socks;head,a hat;hands,gloves;neck,a scarf;eyes,glasses"
 SOUNDS = "cow,cows,moo,calf;cat,cats,meow,kitten;dog,dogs,woof,puppy;duck,ducks,quack,duckling;sheep,sheep,baa,lamb;pig,pigs,oink,piglet;horse,horses,neigh,foal;hen,hens,cluck,chick;frog,frogs,ribbit,tadpole;owl,owls,hoot,owlet;lion,lions,roar,cub;bear,bears,growl,cub;goat,goats,bleat,kid;goose,geese,honk,gosling;wolf,wolves,howl,pup;bee,bees,buzz,larva"
 
+# Questions that no table has: wordings | answer.
+OTHER = [
+    (tuple(line.split("|")[0].split("/")), line.split("|")[1])
+    for line in """Why is the sky blue?/What makes the sky blue?/Tell me why the sky is blue./How come that the sky is blue?/The sky is blue, why?|The sky is blue because air scatters blue light more than the other colors.
+Why do we sleep?/Why do people sleep?/What is sleep good for?/Why must I sleep?/Why do we go to bed?|We sleep so that our body and mind can rest.
+Why do birds fly south?/Why do birds leave in winter?/Where do birds go in winter, and why?|Many birds fly south in winter because it is warmer and there is more food.
+Why do leaves fall?/Why do trees lose their leaves?/What makes leaves fall in autumn?|In autumn, many trees drop their leaves to save water and energy for the winter.
+Why do we brush our teeth?/Why should I brush my teeth?/What is it good for to brush teeth?|We brush our teeth to keep them clean and healthy.
+Why is the sea salty?/What makes the sea salty?/Why is there salt in the sea?|The sea is salty because rivers carry salt from the rocks into it.
+When does the sun rise?/When does the sun come up?/When do we see the sun rise?/The sun rises when?/At which time of the day does the sun rise?|The sun rises in the morning.
+When does the sun set?/When does the sun go down?/The sun sets when?/At which time of the day does the sun set?|The sun sets in the evening.
+Where does the sun rise?/The sun rises where?/In which direction does the sun rise?/Does the sun rise in the east or in the west?/From where does the sun come in the morning?/On which side do we see the sun rise?/In the morning, where is the sun?/Which direction shows the rising sun?|The sun rises in the east.
+Where does the sun set?/The sun sets where?/In which direction does the sun set?/Does the sun set in the east or in the west?/Where is the sun in the evening?/On which side does the sun go down?/Which direction shows the setting sun?|The sun sets in the west.
+Can fish fly?/Do fish fly?/Are there fish that fly?/Is a fish able to fly?|Most fish cannot fly. They swim.
+Can birds fly?/Do all birds fly?/Is every bird able to fly?/Which birds cannot fly?|Most birds can fly, but penguins and ostriches cannot.
+Do penguins fly?/Are penguins able to fly?/Is a penguin a bird that flies?/Have penguins ever flown?|Penguins cannot fly, but they swim very well.
+Can an ostrich fly?/Do ostriches fly?/Are ostriches able to fly?|Ostriches cannot fly, but they run very fast.
+Can dogs talk?/Do dogs talk?/Is a dog able to talk?|Dogs cannot talk, but they bark.
+Can a cat swim?/Do cats swim?/Can cats swim?|Cats can swim, but most of them do not like water.
+Is fire hot?/Is fire cold?/Is fire hot or cold?/Is fire cold or hot?/Is a fire warm?/How does fire feel?/What happens if I touch fire?|Fire is hot.
+Is ice cold?/Is ice hot?/Is ice hot or cold?/Is ice cold or hot?/How does ice feel?/What happens if I touch ice?|Ice is cold.
+Is the sun hot?/Is the sun cold or hot?/How hot is the sun?|The sun is very hot.
+Is the Earth flat?/Is the Earth round?/Is the Earth round or flat?/Is the Earth flat or round?/What is the shape of the Earth?/What does the Earth look like from space?/How is the Earth shaped?|The Earth is not flat. It is round like a ball.
+Who wrote Romeo and Juliet?/Romeo and Juliet was written by whom?/Who is the author of Romeo and Juliet?/By whom is Romeo and Juliet?/Which writer made Romeo and Juliet?|William Shakespeare wrote Romeo and Juliet.
+Who wrote Hamlet?/Hamlet was written by whom?/Who is the author of Hamlet?/Hamlet: who wrote it?|William Shakespeare wrote Hamlet.
+What language do people speak in England?/Which language is spoken in England?/What do people speak in England?/The language of England?|People speak English in England.
+What is the capital of England?/What is the capital of the United Kingdom?/England's capital?/London is the capital of what?|The capital of England is London.
+What is the capital of the United States?/What is the capital of America?/Which city is the capital of the United States?|The capital of the United States is Washington, D.C.
+What is frozen water called?/How is frozen water called?/Water that is frozen is called what?/What does water turn into when it freezes?/Frozen water is what?|Frozen water is called ice.
+What season comes after winter?/Which season follows winter?/The season after winter?/Winter is over. Which season is it?/When winter ends, what begins?/Winter comes before which season?/What comes after winter?|Spring comes after winter.
+What season comes after spring?/Which season follows spring?/The season after spring?/Spring is over. Which season is it?/When spring ends, what begins?/Spring comes before which season?/What comes after spring?|Summer comes after spring.
+What season comes after summer?/Which season follows summer?/The season after summer?/Summer is over. Which season is it?/When summer ends, what begins?/Summer comes before which season?/What comes after summer?|Autumn comes after summer.
+What season comes after autumn?/Which season follows autumn?/The season after autumn?/Autumn is over. Which season is it?/When autumn ends, what begins?/Autumn comes before which season?/What comes after autumn?|Winter comes after autumn.
+Which planet do we live on?/What planet do we live on?/On which planet are we?/The name of our planet?/What is our planet called?/Where in the solar system do people live?|We live on the planet Earth.
+Which planet is called the red planet?/What is the red planet?/Which planet looks red?/The red planet, which one is it?|Mars is called the red planet.
+What do cows drink?/What does a cow drink?/What should I give a cow to drink?|Cows drink water.
+What do plants need to grow?/What does a plant need?/What should I give a plant?/How does a plant grow?/My plant is sick, what does it need?|Plants need water, light and air to grow.
+How many legs does a bee have?/A bee has how many legs?/Number of legs of a bee?|A bee has six legs.
+How many legs does a cow have?/A cow has how many legs?/Number of legs of a cow?|A cow has four legs.
+How many legs does a duck have?/A duck has how many legs?/Number of legs of a duck?|A duck has two legs.
+How many legs does a fish have?/A fish has how many legs?|A fish has no legs. It has fins.
+What is water made of?/Of what is water made?/What is in water?|Water is made of hydrogen and oxygen.
+What do you do with a book?/What is a book for?/Why do people have books?|You read a book.
+What do you do with a bed?/What is a bed for?/Why do people have beds?|You sleep in a bed.""".splitlines()
+]
+
 
 def _rows(table: str, columns: int) -> list[list[str]]:
     return [row.split(",", columns - 1) for row in table.split(";")]
@@ -63,7 +109,7 @@ def _greatest(r: R) -> tuple[str, str]:
     word = r.choice(words.split("/"))
     return r.choice([
         f"What is the {word} {kind}?", f"Which {kind} is the {word}?", f"The {word} {kind}?", f"Do you know the {word} {kind}?", f"I am looking for the {word} {kind}.", f"Which is the {word} {kind}?",
-        f"What do we call the {word} {kind}?", f"Can you name the {word} {kind}?", f"What {kind} is the {word} one?", f"Of every {kind}, which is the {word}?", f"Say which {kind} is {word}.", f"What {kind} is {word}?",
+        f"What do we call the {word} {kind}?", f"Can you name the {word} {kind}?", f"What {kind} is the {word} one?", f"Of every {kind}, which is the {word}?", f"Among all of them, which {kind} is {word}?", f"No {kind} is more so than the {word} one. Which is it?", f"Tell me the {word} {kind}.", f"The {kind} that is {word}, please.", f"Who is the {word} {kind}?" if "animal" in kind or kind == "bird" else f"How do they call the {word} {kind}?", f"Say which {kind} is {word}.", f"What {kind} is {word}?",
     ]), r.choice([f"The {word} {kind} is {answer}.", f"{_up(answer)} is the {word} {kind}."])  # fmt: skip
 
 
@@ -87,7 +133,7 @@ def _sensed(r: R) -> tuple[str, str]:
     verb, part = r.choice(_TABLES["sensed"])
     return r.choice([
         f"What do we {verb} with?", f"What do people {verb} with?", f"With what do we {verb}?", f"How do people {verb}?", f"What part of the body do we {verb} with?", f"Which part of us is there to {verb}?", f"What is needed to {verb}?", f"What do I use to {verb}?",
-        f"What does the body {verb} with?", f"What do we do with our {part}?", f"What is {'' if part.endswith('s') else 'the '}{part} for?" if not part.endswith("s") else f"What are {part} for?",
+        f"What does the body {verb} with?", f"The part of the body that can {verb}?", f"What part of you can {verb}?", f"By which part do people {verb}?", f"Which part of my body lets me {verb}?", f"What do we do with our {part}?", f"What is {'' if part.endswith('s') else 'the '}{part} for?" if not part.endswith("s") else f"What are {part} for?",
     ]), f"We {verb} with our {part}."  # fmt: skip
 
 
@@ -96,21 +142,21 @@ def _given(r: R) -> tuple[str, str]:
     does = "does" if who.startswith("the ") else "do"
     return r.choice([
         f"What {does} {who} {verb.rstrip('s') if does == 'does' else verb}?", f"What {does} {who} give us?", f"What do people get from {who}?", f"Where does {what} come from?", f"Who makes {what}?", f"From whom do we have {what}?", f"What are {who} good for?" if does == "do" else f"What is {who} good for?",
-        f"What can I take from {who}?",
+        f"What can I take from {who}?", f"{_up(what)} comes from whom?", f"What good thing do we have from {who}?", f"Thanks to {who} we have what?", f"Which thing comes from {who}?", f"What do {who} have for us?" if does == "do" else f"What does {who} have for us?",
     ]), f"{_up(who)} {verb} {what}."  # fmt: skip
 
 
 def _eaten(r: R) -> tuple[str, str]:
     who, food = r.choice(_TABLES["eaten"])
     return r.choice([
-        f"What do {who} eat?", f"What do {who} like to eat?", f"What is the food of {who}?", f"What should I give {who} to eat?", f"{_up(who)} eat what?", f"What do you feed {who}?", f"On what do {who} live?", f"Are {who} hungry for something special?",
+        f"What do {who} eat?", f"What do {who} like to eat?", f"What is the food of {who}?", f"What should I give {who} to eat?", f"{_up(who)} eat what?", f"What do you feed {who}?", f"On what do {who} live?", f"Are {who} hungry for something special?", f"Tell me what {who} eat.", f"Which food do {who} like?", f"{_up(who)}, what is their food?", f"What is good food for {who}?", f"With what can I feed {who}?",
     ]), f"{_up(who)} eat {food}."  # fmt: skip
 
 
 def _homes(r: R) -> tuple[str, str]:
     who, where = r.choice(_TABLES["homes"])
     return r.choice([
-        f"Where do {who} live?", f"Where can I find {who}?", f"What is the home of {who}?", f"Where are {who} at home?", f"{_up(who)} live where?", f"In which place do {who} live?", f"Where should I look for {who}?", f"Where do you see {who}?", f"Where is the home of {who}?",
+        f"Where do {who} live?", f"Where can I find {who}?", f"What is the home of {who}?", f"Where are {who} at home?", f"{_up(who)} live where?", f"In which place do {who} live?", f"Where should I look for {who}?", f"Where do you see {who}?", f"Where is the home of {who}?", f"In what do {who} live?", f"What place do {who} call home?", f"{_up(who)} have their home in which place?", f"Tell me where {who} live.", f"What do {who} live in?", f"Where do {who} sleep?",
     ]), f"{_up(who)} live {where}."  # fmt: skip
 
 
@@ -124,14 +170,14 @@ def _what(r: R) -> tuple[str, str]:
 def _used(r: R) -> tuple[str, str]:
     job, tool = r.choice(_TABLES["used"])
     return r.choice([
-        f"What do you use to {job}?", f"What can I {job} with?", f"I want to {job}. What do I need?", f"What helps me to {job}?", f"Which thing do people use to {job}?", f"How can I {job}?", f"What is {tool} for?", f"With what do you {job}?",
+        f"What do you use to {job}?", f"What can I {job} with?", f"I want to {job}. What do I need?", f"What helps me to {job}?", f"Which thing do people use to {job}?", f"Name a thing to {job} with.", f"What does one take to {job}?", f"I must {job}, but with what?", f"Give me a tool to {job} with.", f"How can I {job}?", f"What is {tool} for?", f"With what do you {job}?",
     ]), f"You can {job} with {tool}."  # fmt: skip
 
 
 def _worn(r: R) -> tuple[str, str]:
     where, what = r.choice(_TABLES["worn"])
     return r.choice([
-        f"What do you wear on your {where}?", f"What do people put on their {where}?", f"My {where} are cold, what can I wear?" if where.endswith("s") or where == "feet" else f"My {where} is cold, what can I wear?", f"What is there to wear for the {where}?", f"What keeps my {where} warm?", f"Where do I wear {what}?",
+        f"What do you wear on your {where}?", f"What do people put on their {where}?", f"My {where} are cold, what can I wear?" if where.endswith("s") or where == "feet" else f"My {where} is cold, what can I wear?", f"What is there to wear for the {where}?", f"What keeps my {where} warm?", f"Tell me what to wear on the {where}.", f"What goes on the {where}?", f"Clothes for the {where}?", f"Give me something to wear on my {where}.", f"What should I put on my {where} in winter?", f"Where do I wear {what}?",
     ]), f"You wear {what} on your {where}."  # fmt: skip
 
 
@@ -166,7 +212,15 @@ def _told(r: R) -> tuple[str, str]:
     ])  # fmt: skip
 
 
+def _other(r: R) -> tuple[str, str]:
+    wordings, answer = r.choice(OTHER)
+    return r.choice(wordings), answer
+
+
 FAMILIES = (
+    _other,
+    _other,
+    _other,
     _colored,
     _counted,
     _greatest,

@@ -20,21 +20,21 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from . import dialogue, questions, stories, tools
-from .chat import SPECIALS, SPLIT, Document, segments
+from .chat import Document, segments
 from .generate import clean
+from .tokenizer import train_tokenizer
 
 __all__ = ["READ_ONLY", "digest", "load_teacher", "made"]
 
 ROW = 1025  # 1,024 inputs and their next tokens
-VOCAB = 8192
 READ_ONLY = 0x8000
 HELD_OUT = 200  # one in so many prompts
 MAKERS = {"tools": tools.conversation, "story": stories.asked, "text": stories.plain, "questions": questions.ask}
 # Documents made from templates, for the whole corpus.
-AMOUNTS = {"tools": 240_000, "story": 120_000, "text": 40_000, "questions": 380_000}
+AMOUNTS = {"tools": 420_000, "story": 120_000, "text": 40_000, "questions": 380_000}
 UNIT = 2_000
 
 
@@ -66,28 +66,6 @@ def made(unit: tuple[str, str, int]) -> list[Document]:
     category, seed, number = unit
     r = random.Random(f"{category} {seed}")
     return [MAKERS[category](r) for _ in range(number)]
-
-
-def train_tokenizer(docs: list[Document]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # What an answer says counts; the schemas that are only read would fill the vocabulary with JSON.
-    texts = ("".join(t for t, learned in segments(d) if learned or i % 8 == 0) for i, d in enumerate(docs))
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 @cache
@@ -142,7 +120,10 @@ def main() -> None:
         heldout = [d for held, d in unique if held] + talk[:60]
         sample = random.Random(1).sample(train, min(len(train), 120_000))
         sample += [d for c, n in AMOUNTS.items() for d in made((c, "tokenizer", min(n, 12_000)))]
-        tokenizer = train_tokenizer(sample)
+        # What an answer says counts; the schemas that are only read would fill the vocabulary with JSON.
+        tokenizer = train_tokenizer(
+            "".join(t for t, learned in segments(d) if learned or i % 8 == 0) for i, d in enumerate(sample)
+        )
         tokenizer.save(str(out / "tokenizer.json"))
         print(f"tokenizer: {tokenizer.get_vocab_size()} tokens", flush=True)
         shutil.copy(Path(__file__).parent / "chat_template.jinja", out)

@@ -2,7 +2,8 @@
 
 A function is a verb and a thing ("book_table"), with up to four parameters. Most things and names of parameters are made of WordNet
 nouns, and many values are words that nobody has heard, so that a call can only be written by reading the schema and copying from
-the request. Half of the functions are everyday.py's, whose requests are what people say. `unseen.py` has functions and wordings of
+the request. Most functions are everyday.py's, whose requests are what people say; others are asked for in
+other words than their name and description. `unseen.py` has functions and wordings of
 its own that are not made here.
 """
 
@@ -11,171 +12,19 @@ from __future__ import annotations
 import json
 import random
 import re
-import string
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from . import questions
 from .chat import Document
 from .everyday import SCENES, Scene, Slot
-from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns, senses
+from .values import KINDS, SLOTS, code, price
+from .words import CITIES, COLORS, NAMES, examples, nouns, senses
 
 __all__ = ["conversation"]
 
 R = random.Random
-
-
-class Kind(NamedTuple):
-    """A kind of parameter: names and descriptions it may have, a value, and how a request may mention it."""
-
-    names: tuple[str, ...]
-    type: str
-    descriptions: tuple[str, ...]
-    value: Callable[[R], Any]
-    phrases: tuple[str, ...]
-
-
-def _date(r: R) -> str:
-    return f"20{r.randint(20, 35)}-{r.randint(1, 12):02}-{r.randint(1, 28):02}"
-
-
-def _code(r: R) -> str:
-    letters = "".join(r.choices(string.ascii_uppercase, k=r.randint(1, 4)))
-    return r.choice(["{}-{}", "{}{}", "{}_{}", "#{}{}"]).format(letters, r.randint(1, 99999))
-
-
-def _email(r: R) -> str:
-    return f"{r.choice(NAMES).lower()}{r.choice(['', '.', '_'])}{r.choice(nouns())}@{r.choice(nouns())}.{r.choice(['com', 'org', 'net', 'io'])}"
-
-
-def _made_up(r: R) -> str:
-    """A name that nobody has heard, to be copied letter by letter."""
-    syllables = (
-        "".join((r.choice("bcdfghjklmnprstvwz"), r.choice("aeiou"), r.choice(["", "", "n", "r", "s", "l", "k"])))
-        for _ in range(r.randint(2, 4))
-    )
-    return "".join(syllables).capitalize()
-
-
-def _or_made_up(known: list[str], r: R) -> str:
-    return r.choice(known) if r.random() < 0.6 else _made_up(r)
-
-
-def _title(r: R) -> str:
-    words = [r.choice(nouns()).capitalize() if r.random() < 0.7 else _made_up(r) for _ in range(r.randint(1, 3))]
-    return r.choice(["", "", "The "]) + " ".join(words)
-
-
-def _words(r: R) -> str:
-    return " ".join(r.choices(nouns(), k=r.randint(1, 3)))
-
-
-def _sentence(r: R) -> str:
-    return r.choice(examples())
-
-
-def _file(r: R) -> str:
-    return f"{r.choice(['', '/home/', '/tmp/', 'docs/', 'data/'])}{r.choice(nouns())}.{r.choice(['txt', 'csv', 'json', 'pdf', 'md', 'png'])}"
-
-
-def _list(r: R) -> list[str]:
-    return r.sample(nouns(), r.randint(2, 4))
-
-
-def _pick(values: list[str], r: R) -> str:
-    return r.choice(values)
-
-
-def _whole(low: int, high: int) -> Callable[[R], int]:
-    return lambda r: r.randint(low, high)
-
-
-def _price(r: R) -> float:
-    return round(r.uniform(0.5, 900), r.choice([1, 2]))
-
-
-def _amount(r: R) -> float:
-    return r.choice([r.randint(1, 5000), r.randint(1, 50) * 10, _price(r)])
-
-
-def _phrase(r: R) -> str:
-    """Some words out of a sentence, or all of a short one."""
-    words = r.choice(examples()).rstrip(".").split()
-    return " ".join(words[: r.randint(2, 7)]).rstrip(",;:")
-
-
-def _spot(r: R) -> str:
-    return r.choice(
-        [
-            _or_made_up(CITIES, r),
-            f"the {r.choice(nouns())}",
-            f"{_made_up(r)} {r.choice(['Street', 'Square', 'Station', 'Road', 'Bridge'])}",
-            _title(r),
-        ]
-    )
-
-
-def _command(r: R) -> str:
-    return r.choice(
-        [
-            "ls -l {}",
-            "cat {}",
-            "wc -l {}",
-            "rm {}",
-            "head -n 3 {}",
-            "du -h {}",
-            "echo {}",
-            "python3 {}",
-            "date",
-            "pwd",
-            "uptime",
-            "git status",
-            "mkdir {}",
-            "touch {}",
-        ]
-    ).replace("{}", _file(r))
-
-
-def _goods(r: R) -> str:
-    things = r.choice(nouns())
-    return r.choice(
-        [
-            things,
-            f"{things}s",
-            f"{r.choice(COLORS)} {things}s",
-            f"{r.choice(nouns())} {things}s",
-            f"{_code(r)} {things}s",
-        ]
-    )
-
-
-def _tracking(r: R) -> str:
-    return r.choice([_code(r), "".join(r.choices(string.ascii_uppercase + string.digits, k=r.randint(5, 9)))])
-
-
-KINDS = [
-    Kind(("city", "location", "place", "town", "destination", "origin"), "string", ("The city", "Name of the city", "City to use", "Where"), partial(_or_made_up, CITIES), ("in {}", "for {}", "near {}", "in the city of {}")),
-    Kind(("country", "region", "nation"), "string", ("The country", "Country name"), partial(_or_made_up, COUNTRIES), ("in {}", "for {}", "from {}")),
-    Kind(("name", "person", "user", "contact", "recipient", "guest", "owner", "author"), "string", ("Name of the person", "Who", "The person's name"), partial(_or_made_up, NAMES), ("for {}", "with {}", "under the name {}")),
-    Kind(("date", "day", "start_date", "deadline", "due_date"), "string", ("Date as YYYY-MM-DD", "The day, YYYY-MM-DD", "When, as YYYY-MM-DD"), _date, ("on {}", "for {}", "by {}")),
-    Kind(("time", "start_time", "hour"), "string", ("Time as HH:MM", "Time of day, 24 hours"), lambda r: f"{r.randint(0, 23):02}:{r.choice(['00', '15', '30', '45'])}", ("at {}", "for {}")),
-    Kind(("email", "to", "address"), "string", ("Email address", "Address to send to"), _email, ("to {}", "with the email {}", "for {}")),
-    Kind(("id", "order_id", "code", "reference", "ticket_id", "account"), "string", ("The id", "Reference code", "Number of the order"), _code, ("with id {}", "with the code {}", "number {}", "for {}")),
-    Kind(("query", "keyword", "topic", "term", "subject", "search"), "string", ("What to look for", "Search words", "The topic"), _words, ("about {}", "on {}", "for {}", 'for "{}"')),
-    Kind(("message", "text", "note", "body", "content", "comment", "title"), "string", ("The text", "Text to use", "What it says"), _sentence, ('saying "{}"', 'with the text "{}"', "that says: {}", 'with the words "{}"')),
-    Kind(("title", "show", "song", "restaurant", "company", "brand", "event"), "string", ("The title", "What it is called", "Its name"), _title, ("called {}", "named {}", "with the title {}", 'called "{}"')),
-    Kind(("phone", "number", "phone_number", "mobile"), "string", ("Phone number", "Number to call"), lambda r: f"{r.randint(100, 999)}-{r.randint(1000, 9999)}", ("on {}", "at {}", "with the number {}")),
-    Kind(("room", "device", "object", "item", "place", "part"), "string", ("Which one", "The thing to use", "What it is about"), lambda r: r.choice(nouns()), ("in the {}", "for the {}", "of the {}", "on the {}")),
-    Kind(("file", "path", "filename"), "string", ("Path of the file", "File to use"), _file, ("in {}", "from {}", "called {}", "at {}")),
-    Kind(("language", "target_language", "lang"), "string", ("The language", "Language to use"), lambda r: r.choice("English French Spanish German Italian Polish Greek Japanese Chinese Arabic Hindi Turkish Dutch".split()), ("in {}", "into {}", "to {}")),
-    Kind(("color", "colour", "shade"), "string", ("The color", "Color to use"), lambda r: r.choice(COLORS), ("in {}", "with the color {}", "that is {}")),
-    Kind(("count", "limit", "quantity", "number", "people", "guests", "copies", "max_results", "rooms"), "integer", ("How many", "Number of items", "The count"), _whole(1, 60), ("with {n} of {}", "and make it {}", "with {n} set to {}", "{n} {}")),
-    Kind(("minutes", "duration", "days", "seconds", "length", "weeks", "nights"), "integer", ("How long", "Duration", "Length of time"), _whole(1, 120), ("for {} {n}", "with {n} {}", "lasting {}")),
-    Kind(("amount", "price", "budget", "max_price", "weight", "distance", "value"), "number", ("The amount", "The number to use", "How much"), _price, ("with {n} {}", "of {}", "for {}", "up to {}")),
-    Kind(("year",), "integer", ("The year",), _whole(1900, 2035), ("from {}", "in {}", "for the year {}")),
-    Kind(("level", "volume", "percent", "brightness", "temperature", "speed", "score"), "integer", ("The level", "Value from 0 to 100"), _whole(0, 100), ("to {}", "at {}", "with {n} {}")),
-    Kind(("items", "tags", "names", "words", "list", "ingredients", "products"), "array", ("The items", "List of words"), _list, ("with {}", "for {}", "containing {}")),
-]  # fmt: skip
 CHOICES = [
     (("unit", "units"), ("celsius", "fahrenheit"), ("kilometers", "miles"), ("grams", "ounces"), ("meters", "feet")),
     (("priority", "urgency"), ("low", "medium", "high"), ("normal", "urgent")),
@@ -240,6 +89,10 @@ ORDINARY = (
     ("What color is the sky?", "The sky is blue."), ("Goodbye!", "Goodbye! Have a nice day."),
     ("Are you there?", "Yes, I am here. What do you need?"), ("Say something nice.", "You are doing well, and today is a good day."),
 )  # fmt: skip
+
+
+def _pick(values: list[str], r: R) -> str:
+    return r.choice(values)
 
 
 class Parameter(NamedTuple):
@@ -344,56 +197,55 @@ def _function(r: R) -> Function:
     text = thing.replace("_", " ")
     description = r.choice(described) + r.choice([" ", " a ", " the "]) + text
     description += r.choice(["", "", ".", " for the user", f" by {parameters[0].name}" if parameters else " now"])
+    if r.random() < 0.4:
+        text, name, description = _related(r, verb, r.choice(described))
     return Function(name, text, requests, FRAMES[group], parameters, description)
 
 
-# What a slot of everyday.py may hold: type in the schema, usual names of such a parameter, value.
-SLOTS: dict[str, tuple[str, tuple[str, ...], Callable[[R], Any]]] = {
-    kind.names[0]: (kind.type, kind.names, kind.value) for kind in KINDS
-} | {
-    "currency": ("string", ("currency", "code"), lambda r: r.choice("USD EUR GBP JPY CHF INR CNY SEK NOK PLN BRL CAD AUD TRY MXN ZAR".split())),
-    "degrees": ("number", ("degrees", "temperature", "target"), lambda r: r.choice([r.randint(5, 30), r.randint(10, 59) / 2])),
-    "phrase": ("string", ("text", "words", "message", "phrase"), _phrase),
-    "ticker": ("string", ("symbol", "ticker", "share"), lambda r: "".join(r.choices(string.ascii_uppercase, k=r.randint(2, 5)))),
-    "food": ("string", ("ingredient", "food"), lambda r: " ".join(r.sample(nouns(), r.choice([1, 1, 2])))),
-    "spot": ("string", ("place", "from", "to", "stop"), _spot),
-    "goods": ("string", ("product", "item", "article"), _goods),
-    "rare": ("string", ("word", "term"), lambda r: r.choice(senses()).word if r.random() < 0.7 else _made_up(r).lower()),
-    "stars": ("integer", ("stars", "rating"), lambda r: r.randint(1, 5)),
-    "command": ("string", ("command", "cmd", "line"), _command),
-    "amount": ("number", ("amount", "sum", "money", "value"), _amount),
-    "id": ("string", ("id", "code", "number", "reference"), _tracking),
-    "room": ("string", ("room", "device", "thing", "object", "part"), lambda r: r.choice([r.choice(nouns()), f"{r.choice(nouns())} {r.choice(nouns())}"])),
-}  # fmt: skip
+def _related(r: R, verb: str, described: str) -> tuple[str, str, str]:
+    """What a request says, and a function's name and description that say it in other words: a more general one (WordNet's
+    hypernym), or what the word means."""
+    while True:
+        sense = senses()[int(r.random() ** 2 * 12_000) % len(senses())]
+        if sense.kind == "noun" and sense.hypernym:
+            break
+    general = sense.hypernym
+    if r.random() < 0.6:
+        return sense.word, f"{verb}_{general.replace(' ', '_')}", f"{described} {r.choice(['', 'a ', 'the '])}{general}"
+    gloss = " ".join(sense.gloss.split()[:12])
+    return (
+        sense.word,
+        r.choice([f"{verb}_{r.choice(nouns())}", f"{general.replace(' ', '_')}_{verb}"]),
+        f"{described}: {gloss}",
+    )
 
 
 def _slot(r: R, slot: Slot, taken: set[str]) -> Parameter:
     schema: dict[str, Any]
-    if slot.kind.startswith("one of: "):
-        values = slot.kind[8:].split(", ")
-        if r.random() < 0.3:
+    described = r.choice([slot.description] * 4 + [slot.description.lower(), f"The {slot.name}", ""])
+    if "/" in slot.kind:
+        values = slot.kind.split("/")
+        if r.random() < 0.2:
             values = r.sample(nouns(), len(values))
-        elif len(values) > 2 and r.random() < 0.5:
+        elif len(values) > 2 and r.random() < 0.4:
             values = r.sample(values, r.randint(2, len(values)))
-        schema, usual, value = (
-            {"type": "string", "enum": values},
-            (slot.name, "choice", "which"),
-            partial(_pick, values),
-        )
+        schema = {"type": "string", "enum": values}
+        usual: tuple[str, ...] = (slot.name, "choice", "which")
+        value: Callable[[R], Any] = partial(_pick, values)
     elif slot.kind == "bool":
         schema, usual, value = {"type": "boolean"}, (slot.name,), lambda r: r.random() < 0.5
     else:
         kind, usual, value = SLOTS[slot.kind]
         schema = {"type": kind}
     what = r.random()
-    name = slot.name if what < 0.25 else r.choice(usual) if what < 0.4 else _name(r, r.choice([slot.name, *usual]))
+    if described.lower() != slot.description.lower():
+        name = slot.name  # or nothing would say what it is for
+    else:
+        name = slot.name if what < 0.25 else r.choice(usual) if what < 0.45 else _name(r, r.choice([slot.name, *usual]))
     while name in taken:
         name = _name(r, slot.name)
     taken.add(name)
-    described = r.choice(
-        [slot.description] * 3 + [slot.description.lower(), f"The {slot.name}", slot.name.capitalize()]
-    )
-    schema = {"type": schema.pop("type"), "description": described, **schema}
+    schema = {"type": schema.pop("type"), **({"description": described} if described else {}), **schema}
     if schema["type"] == "array":
         schema["items"] = {"type": "string"}
     return Parameter(name, schema, slot.required, value, slot=slot.name)
@@ -427,16 +279,19 @@ def _say(r: R, f: Function) -> tuple[str, dict[str, Any]]:
     """A request to a scene's function, and the arguments of the call."""
     assert f.scene is not None
     names = {p.slot: p for p in f.parameters}
-    said = [(w, {}) if isinstance(w, str) else w for w in f.scene.wordings]
-    wording, implied = r.choice([w for w in said if set(re.findall(r"\{(\w+)\}", w[0])) <= names.keys()])
-    values = {slot: p.value(r) for slot, p in names.items() if "{" + slot + "}" in wording}
-    text = wording.format(**{slot: _spoken(value) for slot, value in values.items()})
+    wording = r.choice([w for w in f.scene.wordings if set(re.findall(r"\{(\w+)\}", w.text)) <= names.keys()])
+    values = {slot: p.value(r) for slot, p in names.items() if "{" + slot + "}" in wording.text}
+    text = wording.text.format(**{slot: _spoken(value) for slot, value in values.items()})
     if r.random() < 0.2:
         text = r.choice(OPENERS) + text
     if r.random() < 0.15:
         text = text.rstrip("?.!")
-    text = text[0].upper() + text[1:] if r.random() < 0.85 else text[0].lower() + text[1:]
-    values |= implied
+    if not wording.text.startswith("{") and r.random() < 0.15:
+        text = text[0].lower() + text[1:]
+    if r.random() < 0.08:  # something else is said too
+        aside = r.choice(examples())
+        text = f"{aside[0].upper()}{aside[1:].rstrip('.')}. {text}"
+    values |= wording.implied
     return text, {p.name: values[p.slot] for p in f.parameters if p.slot in values}
 
 
@@ -484,7 +339,7 @@ def _result(r: R, f: Function) -> tuple[str, str]:
     what = r.random()
     if what < 0.3:
         key = r.choice(["result", "value", f.thing.replace(" ", "_"), r.choice(nouns())])
-        value = r.choice([r.randint(1, 5000), _price(r), r.choice(nouns()), r.choice(CITIES)])
+        value = r.choice([r.randint(1, 5000), price(r), r.choice(nouns()), r.choice(CITIES)])
         return json.dumps({key: value}), r.choice(
             ["The {k} is {v}.", "It is {v}.", "I found it: {k} {v}.", "{k}: {v}."]
         ).format(k=key.replace("_", " "), v=value)
@@ -497,83 +352,75 @@ def _result(r: R, f: Function) -> tuple[str, str]:
     if what < 0.7:
         return json.dumps({"status": "ok"}), r.choice(["Done.", "It is done.", f"The {f.thing} is done.", "All set."])
     if what < 0.85:
-        code = _code(r)
-        return json.dumps({"status": "ok", "id": code}), r.choice(
+        given = code(r)
+        return json.dumps({"status": "ok", "id": given}), r.choice(
             ["Done. The id is {}.", "It worked. The id is {}."]
-        ).format(code)
+        ).format(given)
     reason = r.choice(["not found", "not available", "no permission", "the service is closed", "try again later"])
     return json.dumps({"error": reason}), f"Sorry, that did not work: {reason}."
 
 
+def _ask_and_call(r: R, f: Function, alone: bool) -> list[Document]:
+    """A request, the call or calls that it leads to, and perhaps a question back in between.
+
+    alone: no other function is offered."""
+    if f.scene:
+        request, arguments = _say(r, f)
+    else:
+        arguments = _arguments(r, f)
+        request = _request(r, f, arguments, alone)
+    needed = [p for p in f.parameters if p.required and p.name in arguments and p.phrases]
+    said: Document = {"role": "assistant", "content": "", "tool_calls": [{"name": f.name, "arguments": arguments}]}
+    if r.random() < 0.06:
+        said["content"] = r.choice(["I will do that now.", f"Let me see to the {f.thing}.", "One moment."])
+    if needed and r.random() < 0.06:  # the request lacks something: ask
+        missing = r.choice(needed)
+        given = {k: v for k, v in arguments.items() if k != missing.name}
+        name = missing.name.replace("_", " ")
+        reply = r.choice(["{}", "{}.", "It is {}.", "Use {}.", "{} please."]).format(_spoken(arguments[missing.name]))
+        return [
+            {"role": "user", "content": _request(r, f, given, alone)},
+            {"role": "assistant", "content": r.choice([f"Which {name} should I use?", f"What is the {name}?"])},
+            {"role": "user", "content": reply},
+            said,
+        ]
+    if f.parameters and not f.scene and r.random() < 0.1:  # the same for two
+        first = f.parameters[0]
+        other = arguments | {first.name: first.value(r)}
+        if other != arguments and first.phrases:
+            also = r.choice([", and the same for {}.", " and also for {}.", ". Then again for {}."])
+            request = request.rstrip(".! ") + also.format(_spoken(other[first.name]))
+            said["tool_calls"].append({"name": f.name, "arguments": other})
+    return [{"role": "user", "content": request}, said]
+
+
+SYSTEMS = ("You are a helpful assistant.", "Use the functions when they help.", "You help people with simple jobs.", "You are {}, a friendly helper.")  # fmt: skip
+
+
 def conversation(r: R) -> Document:
-    """One conversation: a call, several calls, a question back, or an answer that needs no function."""
+    """One conversation: calls, several of one or more functions, questions back, and answers that need no function."""
     functions: list[Function] = []
-    for _ in range(r.choice([1, 1, 2, 2, 3])):
-        f = _everyday(r) if r.random() < 0.5 else _function(r)
+    for _ in range(r.choice([1, 2, 2, 2, 3, 3, 4])):
+        f = _everyday(r) if r.random() < 0.6 else _function(r)
         if all(f.name != other.name and f.thing != other.thing for other in functions):
             functions.append(f)
     doc: Document = {"c": "tools", "tools": [f.schema() for f in functions], "m": []}
     messages = doc["m"]
-    if r.random() < 0.25:
-        messages.append(
-            {
-                "role": "system",
-                "content": r.choice(
-                    [
-                        "You are a helpful assistant.",
-                        "Use the functions when they help.",
-                        "You help people with simple jobs.",
-                        f"You are {r.choice(NAMES)}, a friendly helper.",
-                    ]
-                ),
-            }
-        )
     if r.random() < 0.2:
-        question, answer = r.choice(ORDINARY)
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        if r.random() < 0.6:
-            return doc
-    f = r.choice(functions)
-    request, arguments = _say(r, f) if f.scene else ("", _arguments(r, f))
-    needed = [p for p in f.parameters if p.required and p.name in arguments and p.phrases]
-    if needed and r.random() < 0.07:  # the request lacks something: ask
-        missing = r.choice(needed)
-        given = {k: v for k, v in arguments.items() if k != missing.name}
-        name = missing.name.replace("_", " ")
-        messages.append({"role": "user", "content": _request(r, f, given, len(functions) == 1)})
-        messages.append(
-            {"role": "assistant", "content": r.choice([f"Which {name} should I use?", f"What is the {name}?"])}
-        )
-        reply = r.choice(["{}", "{}.", "It is {}.", "Use {}.", "{} please."]).format(_spoken(arguments[missing.name]))
-        messages.append({"role": "user", "content": reply})
-        calls = [{"name": f.name, "arguments": arguments}]
-    elif f.parameters and not f.scene and r.random() < 0.1:  # the same for two
-        other = dict(arguments)
-        first = f.parameters[0]
-        other[first.name] = first.value(r)
-        if other == arguments or not first.phrases:
-            other = arguments
-        text = _request(r, f, arguments, len(functions) == 1)
-        calls = [{"name": f.name, "arguments": arguments}]
-        if other is not arguments:
-            text = text.rstrip(".! ") + r.choice(
-                [", and the same for {}.", " and also for {}.", ". Then again for {}."]
-            ).format(_spoken(other[first.name]))
-            calls.append({"name": f.name, "arguments": other})
-        messages.append({"role": "user", "content": text})
-    else:
-        request = request or _request(r, f, arguments, len(functions) == 1)
-        messages.append({"role": "user", "content": request})
-        calls = [{"name": f.name, "arguments": arguments}]
-    said = {"role": "assistant", "content": "", "tool_calls": calls}
-    if r.random() < 0.06:
-        said["content"] = r.choice(["I will do that now.", f"Let me see to the {f.thing}.", "One moment."])
-    messages.append(said)
-    if r.random() < 0.15:
-        doc["think"] = True
-        said["reasoning_content"] = f"The user asks for {f.thing}. I call {f.name}."
-    if r.random() < 0.45:
-        results = [_result(r, f) for _ in calls]
-        messages += [{"role": "tool", "content": response} for response, _ in results]
-        messages.append({"role": "assistant", "content": " ".join(dict.fromkeys(answer for _, answer in results))})
+        messages.append({"role": "system", "content": r.choice(SYSTEMS).format(r.choice(NAMES))})
+    requests = r.choice([1, 1, 1, 2, 2, 3])
+    for i in range(requests):
+        if r.random() < 0.12:
+            question, answer = r.choice(ORDINARY) if r.random() < 0.5 else questions.single(r)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            continue
+        f = r.choice(functions)
+        messages += _ask_and_call(r, f, len(functions) == 1)
+        if i < requests - 1 or r.random() < 0.3:
+            results = [_result(r, f) for _ in messages[-1]["tool_calls"]]
+            messages += [{"role": "tool", "content": response} for response, _ in results]
+            messages.append({"role": "assistant", "content": " ".join(dict.fromkeys(answer for _, answer in results))})
+        elif r.random() < 0.15:
+            doc["think"] = True
+            messages[-1]["reasoning_content"] = f"The user asks for {f.thing}. I call {f.name}."
     return doc

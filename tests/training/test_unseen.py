@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from training import questions, tools
+from training import questions, tools, values
 from training.everyday import SCENES
 from training.unseen import QUESTIONS, TOOLS
 from training.words import Sense
@@ -20,10 +20,11 @@ def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     made = [a + b + c for a in syllables for b in syllables for c in ("n", "r", "l")][:9001]
     senses = [Sense(word, "noun", "a thing", (f"this is a {word} of ours",), "thing", 1) for word in made]
-    for module in (questions, tools):
+    for module in (questions, tools, values):
         monkeypatch.setattr(module, "senses", lambda: senses)
-    monkeypatch.setattr(tools, "nouns", lambda most=0: made[: most or 3000])
-    monkeypatch.setattr(tools, "examples", lambda: [s.examples[0] for s in senses])
+    for module in (tools, values):
+        monkeypatch.setattr(module, "nouns", lambda most=0: made[: most or 3000])
+        monkeypatch.setattr(module, "examples", lambda: [s.examples[0] for s in senses])
 
 
 def bare(text: str) -> str:
@@ -31,15 +32,18 @@ def bare(text: str) -> str:
 
 
 def test_everyday_functions_share_no_name_and_no_wording_with_the_unseen_ones() -> None:
-    assert not {n for s in SCENES for n in s.names} & {t.name for t in TOOLS}
-    said = {bare(w if isinstance(w, str) else w[0]) for s in SCENES for w in s.wordings}
-    assert not said & {bare(w) for t in TOOLS for w in t.wordings}
+    names = [n for s in SCENES for n in s.names]
+    assert len(set(names)) == len(names)
+    assert not set(names) & {t.name for t in TOOLS}
+    assert not {bare(w.text) for s in SCENES for w in s.wordings} & {bare(w) for t in TOOLS for w in t.wordings}
 
 
-def test_every_wording_names_or_implies_what_its_function_requires() -> None:
+def test_every_scene_has_known_kinds_and_wordings_that_name_or_imply_what_it_requires() -> None:
     for scene in SCENES:
-        for wording in scene.wordings:
-            text, implied = (wording, {}) if isinstance(wording, str) else wording
+        assert scene.names and scene.description and scene.wordings
+        for slot in scene.slots:
+            assert slot.kind in values.SLOTS or slot.kind == "bool" or "/" in slot.kind, slot
+        for text, implied in scene.wordings:
             named = set(re.findall(r"\{(\w+)\}", text)) | set(implied)
             assert {s.name for s in scene.slots if s.required} <= named <= {s.name for s in scene.slots}, text
 
