@@ -1,7 +1,7 @@
 """Text by the teacher, on one CUDA GPU. Run: python -m training.generate TEACHER.gguf OUT [--seconds N] [--part I]
 
-OUT gets corpus.jsonl.GI.xz (older text is corpus.jsonl.0.xz and so on), one document a line: {"c": category, "m": [[role, text], …]}. One process a GPU; each has its
-own seed. What is kept has been through `clean`, which `prepare` runs on older text too.
+OUT gets corpus.jsonl.GI.xz (older text is corpus.jsonl.0.xz and so on), one document a line: {"c": category, "m": [[role,
+text], …]}. One process a GPU; each has its own seed. What is kept has been through `clean`, which `prepare` runs on older text too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .words import CITIES, COLORS, NAMES, a, nouns, senses
+from .words import CITIES, COLORS, NAMES, a, nouns
 
 __all__ = ["clean", "loops", "prompt"]
 
@@ -45,7 +45,7 @@ def prompt(r: R) -> tuple[str, str]:
     """(category, request)."""
     noun = r.choice(nouns(2500))
     what = r.random()
-    if what < 0.62:
+    if what < 0.68:
         name, other = r.sample(NAMES, 2)
         animal, place, mood, person = r.choice(ANIMALS), r.choice(PLACES), r.choice(MOODS), r.choice(PEOPLE)
         return "story", r.choice([
@@ -59,8 +59,7 @@ def prompt(r: R) -> tuple[str, str]:
     if what < 0.86:
         return "qa", r.choice([
             f"What is {a(noun)}?", f"Tell me about {r.choice(['the ', '', 'a '])}{noun}.", f"Why do people need {noun}?", f"Explain {noun} in simple words.",
-            f"What can you do with {a(noun)}?", f"What do you know about {r.choice(CITIES)}?", f"What does {a(r.choice(PEOPLE))} do?",
-            f"Tell me something about {r.choice(ANIMALS)}s.", f"What does the word \"{r.choice(senses()[:4000]).word}\" mean?",
+            f"What can you do with {a(noun)}?", f"What do you know about {r.choice(CITIES)}?", f"Tell me something about {r.choice(ANIMALS)}s.",
         ])  # fmt: skip
     if what < 0.95:
         job = r.choice(JOBS)
@@ -89,6 +88,10 @@ _NONSENSE = re.compile(
 )
 # The least number of words. Other categories are the teacher's worst: what it says in a chat, and sentences written anew.
 LEAST = {"story": 60, "qa": 10, "howto": 20, "list": 4}
+# Questions that it mostly gets wrong; facts.py, questions.py and WordNet answer such ones.
+UNKNOWN = re.compile(
+    r"what does (the word|an?) |use the words? |who uses |tell me two facts|why is the |how many ", re.IGNORECASE
+)
 
 
 def loops(text: str) -> bool:
@@ -119,7 +122,7 @@ def _follows(text: str, request: str) -> bool:
 
 def clean(category: str, turns: list[tuple[str, str]]) -> list[tuple[str, str]] | None:
     """The turns, answers cut at the last whole sentence before the first repeat; None if what is left is not worth learning."""
-    if category not in LEAST:
+    if category not in LEAST or (category == "qa" and UNKNOWN.match(turns[0][1])):
         return None
     out: list[tuple[str, str]] = []
     for role, said in turns:
