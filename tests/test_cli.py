@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from expertstream import cli
+from expertstream.engine import Session
+from expertstream.responses import GenerationResponse, GenerationStats
 
 SMALL = ["--memory", "40MiB", "--context", "256"]
 
@@ -43,6 +47,24 @@ def test_run_prints_text_and_a_footer() -> None:
         assert part in err
     quiet = run("run", *SMALL, "--max-tokens", "12", "--seed", "1", "--quiet", "Once upon a time")
     assert quiet.stdout == result.stdout and quiet.stderr == b""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_shown_what_a_pipe_is_given(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may say anything: an escape sequence must not set the window's title."""
+
+    class Out(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    def evil(*_: object) -> Iterator[GenerationResponse]:
+        yield GenerationResponse("a\x1b]0;title\x07b\x9b2Jc\td\ne\r\nf", 1, None, "stop", GenerationStats(1))
+
+    monkeypatch.setattr(Session, "generate", evil)
+    monkeypatch.setattr(sys, "stdout", out := Out())
+    assert cli.main(["run", *SMALL, "--quiet", "Once"]) == 0
+    shown = "a\ufffd]0;title\ufffdb\ufffd2Jc\td\ne\nf\n"
+    assert out.getvalue() == (shown if terminal else "a\x1b]0;title\x07b\x9b2Jc\td\ne\r\nf\n")
 
 
 def test_stats_are_printed_for_each_layer() -> None:

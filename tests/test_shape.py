@@ -20,9 +20,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others; `errors` and `config` may be imported by all.
 ARROWS = {
-    "cli": {"bench", "chat", "server", "responses", "engine", "convert", "summary", "checkpoint", "sampling"},
+    "cli": {
+        "bench",
+        "chat",
+        "server",
+        "responses",
+        "engine",
+        "convert",
+        "summary",
+        "checkpoint",
+        "sampling",
+        "visible",
+    },
     "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
-    "chat": {"engine", "experts", "machine", "server"},
+    "chat": {"engine", "experts", "machine", "server", "visible"},
     "server": {"engine", "experts", "generate", "kv_cache", "machine", "ops", "responses", "sampling"},
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
     "summary": {"models", "experts", "checkpoint", "ops", "machine"},
@@ -52,6 +63,7 @@ ARROWS = {
     "checkpoint": {"ops"},
     "sampling": {"ops"},
     "template": set(),
+    "visible": set(),
     "tokenizer": {"checkpoint", "ops", "template"},
     "kv_cache": {"ops"},
     "machine": set(),

@@ -16,6 +16,7 @@ from .chat.cli import add_chat
 from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
 from .errors import ExpertStreamError, RequestError, UsageError
 from .server.cli import add_serve
+from .visible import visible
 
 if TYPE_CHECKING:
     from .engine import LLM
@@ -334,11 +335,12 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, options: argparse.Nam
     progress = None
     if sys.stderr.isatty() and not (options.quiet or options.json):
         progress = _PromptProgress(int(tokens.shape[0]))
+    shown = visible if sys.stdout.isatty() else str  # a terminal would obey some of what a model may say
     try:
         for response in llm.session().generate(tokens, params, progress):
             pieces.append(response)
             if not options.json:
-                print(response.text, end="", flush=True)
+                print(shown(response.text), end="", flush=True)
     except KeyboardInterrupt:
         ended, code = "interrupted", 130
     except ExpertStreamError as error:

@@ -24,7 +24,7 @@ from expertstream import LLM, RequestError, UsageError
 from expertstream.chat.backends import Answered, LocalBackend, RemoteBackend, ServerError, _lines, _object
 from expertstream.chat.conversation import COMMANDS, Chat
 from expertstream.chat.sessions import Conversation, SessionStore
-from expertstream.chat.terminal import TerminalView, _whole_blocks, visible
+from expertstream.chat.terminal import TerminalView, _whole_blocks
 from expertstream.chat.tools import McpTools, Shell
 from expertstream.cli import main
 from expertstream.server.stream import Content, FunctionCall, Reasoning
@@ -186,7 +186,12 @@ def test_sessions_stay_and_are_found(tmp_path: Path) -> None:
     chat.run("Hi")
     for line in ("/save my first", "/new", "Hello", "/sessions"):
         chat.run(line)
-    assert "my first" in view.notes[-1] and chat.store is not None and len(chat.store.names()) == 2
+    assert (
+        "  my first\t2 messages\tHi" in view.notes[-1]
+        and "* " in view.notes[-1]
+        and chat.store is not None
+        and len(chat.store.names()) == 2
+    )
     chat.run("/resume my first")
     assert view.notes[-1] == "replayed 2" and chat.conversation.messages[0]["content"] == "Hi"
     chat.run(f"/export {tmp_path}/out.md")
@@ -198,6 +203,8 @@ def test_sessions_stay_and_are_found(tmp_path: Path) -> None:
         chat.run(line)
         assert told in view.notes[-1] and view.notes[-1].startswith("✗"), line
     (tmp_path / "sessions" / "broken.json").write_text('{"name": 3')
+    chat.run("/sessions")
+    assert "  broken\tcannot be read" in view.notes[-1]
     chat.run("/resume broken")
     assert "not a session" in view.notes[-1]
     chat.run("/delete broken")
@@ -217,7 +224,6 @@ def test_blocks_are_cut_where_markdown_may_be(text: str, at: int) -> None:
 
 def test_nothing_that_is_said_commands_the_terminal() -> None:
     evil = "a\x1b]0;title\x07b\x9b2Jc\td\ne\r\nf"
-    assert visible(evil) == "a\ufffd]0;title\ufffdb\ufffd2Jc\td\ne\nf"
     out = io.StringIO()
     view = TerminalView(Console(file=out, force_terminal=True, width=80, color_system=None))
     view.note(evil)
@@ -332,7 +338,9 @@ def test_a_pipe_gets_the_answers_alone(tmp_path: Path) -> None:
     result = run_chat(tmp_path, "--temperature", "0", said="What is the capital of France?\n/nonsense\n/system\n")
     assert result.returncode == 0 and result.stdout == "The capital of France is Paris.\n", result.stderr
     assert "✗ there is no /nonsense" in result.stderr and "You are a kind helper." in result.stderr
-    (name,) = run_chat(tmp_path, "--sessions").stdout.splitlines()
+    (line,) = run_chat(tmp_path, "--sessions").stdout.splitlines()
+    name, count, begin = line.split("\t")
+    assert (count, begin) == ("2 messages", "What is the capital of France?")
     again = run_chat(tmp_path, "--resume", name, said="/export /dev/stdout\n")
     assert "exists already" in again.stderr and "2 messages" in again.stderr
 

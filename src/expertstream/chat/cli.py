@@ -13,6 +13,7 @@ from ..config import api_key, config_folder, data_folder, parse_bytes
 from ..errors import UsageError
 from ..experts.budget import for_conversations
 from ..machine import available_bytes
+from ..visible import visible
 
 __all__ = ["add_chat"]
 
@@ -68,7 +69,7 @@ def _chat(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
 
     store = SessionStore(data_folder() / "sessions")
     if options.sessions:
-        print("\n".join(store.names()) or "no sessions yet")
+        print("\n".join(map(visible, store.listing())) or "no sessions yet")
         return 0
     if options.no_save and options.resume is not None:
         raise UsageError("--no-save and --resume do not go together")

@@ -245,9 +245,9 @@ class Chat:
         self.view.note(f"saved as {rest}")
 
     def _sessions(self, _: str) -> None:
-        names = self._stored().names()
-        mark = self.conversation.name
-        self.view.note("\n".join(f"{'*' if n == mark else ' '} {n}" for n in names) or "no sessions yet")
+        lines = self._stored().listing()
+        mark = self.conversation.name + "\t"
+        self.view.note("\n".join(f"{'*' if x.startswith(mark) else ' '} {x}" for x in lines) or "no sessions yet")
 
     def resume(self, rest: str) -> None:
         """Goes on with a saved session. Raises RequestError."""

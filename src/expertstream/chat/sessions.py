@@ -8,6 +8,7 @@ import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ..errors import RequestError
@@ -96,6 +97,19 @@ class SessionStore:
         """The newest first."""
         files = sorted(self.folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
         return [f.stem for f in files]
+
+    def listing(self) -> list[str]:
+        """The newest first: name, how many messages, and how it begins, between tabs."""
+        lines = []
+        for name in self.names():
+            try:
+                messages = self.load(name).messages
+            except RequestError:
+                lines.append(f"{name}\tcannot be read")
+                continue
+            begin = next((str(m.get("content")) for m in messages if m["role"] == "user"), "")
+            lines.append(f"{name}\t{len(messages)} messages\t{shorten(begin, 60, placeholder='…')}")
+        return lines
 
     def rename(self, conversation: Conversation, name: str) -> None:
         """Raises RequestError if there is one of that name already."""

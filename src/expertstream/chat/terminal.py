@@ -17,15 +17,11 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.text import Text
 
-__all__ = ["PlainView", "TerminalView", "visible"]
+from ..visible import visible
+
+__all__ = ["PlainView", "TerminalView"]
 
 _MOST_LINES = 24  # of a function's output
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def visible(text: str) -> str:
-    """Without what a terminal would obey instead of show: a model, or a command's output, may say anything."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 class TerminalView:
