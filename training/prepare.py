@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from . import dialogue, questions, stories, tools
 from .chat import Document, segments
 from .generate import clean
-from .tokenizer import train_tokenizer
+from .tokenizer import train_tokenizer, words_of
+from .values import use_vocabulary
 
 __all__ = ["READ_ONLY", "digest", "load_teacher", "made"]
 
@@ -71,11 +72,14 @@ def made(unit: tuple[str, str, int]) -> list[Document]:
 @cache
 def _tokenizer(file: str) -> Tokenizer:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores already
-    return Tokenizer.from_file(file)
+    tokenizer = Tokenizer.from_file(file)
+    use_vocabulary(words_of(tokenizer))
+    return tokenizer
 
 
 def encode(tokenizer_file: str, job: list[Document] | tuple[str, str, int]) -> list[np.ndarray]:
     """Documents, or a unit that is made here, as arrays of tokens."""
+    _tokenizer(tokenizer_file)  # what is made has its words
     docs = made(job) if isinstance(job, tuple) else job
     pieces = [segments(doc) for doc in docs]
     ids = iter(
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--chitchat", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of training one")
     parser.add_argument("--scale", type=float, default=1.0, help="of the template documents, for trials")
     args = parser.parse_args()
     out: Path = args.out
@@ -118,12 +123,15 @@ def main() -> None:
         talk = dialogue.load(args.chitchat)
         train = [d for held, d in unique if not held] + talk[60:] * 2
         heldout = [d for held, d in unique if held] + talk[:60]
-        sample = random.Random(1).sample(train, min(len(train), 120_000))
-        sample += [d for c, n in AMOUNTS.items() for d in made((c, "tokenizer", min(n, 12_000)))]
-        # What an answer says counts; the schemas that are only read would fill the vocabulary with JSON.
-        tokenizer = train_tokenizer(
-            "".join(t for t, learned in segments(d) if learned or i % 8 == 0) for i, d in enumerate(sample)
-        )
+        if args.tokenizer:
+            tokenizer = Tokenizer.from_file(str(args.tokenizer))
+        else:
+            sample = random.Random(1).sample(train, min(len(train), 120_000))
+            sample += [d for c, n in AMOUNTS.items() for d in made((c, "tokenizer", min(n, 12_000)))]
+            # What an answer says counts; the schemas that are only read would fill the vocabulary with JSON.
+            tokenizer = train_tokenizer(
+                "".join(t for t, learned in segments(d) if learned or i % 8 == 0) for i, d in enumerate(sample)
+            )
         tokenizer.save(str(out / "tokenizer.json"))
         print(f"tokenizer: {tokenizer.get_vocab_size()} tokens", flush=True)
         shutil.copy(Path(__file__).parent / "chat_template.jinja", out)

@@ -144,7 +144,7 @@ PLOTS = (
         "{n} could have gone on and won. But {he} stopped and helped {m} (up|first).",
         "\"Go on, you can win!\" said {m}. But {n} shook {his} head. \"We will finish together,\" {he} said.",
         "/",
-        "They came in last, but everybody clapped. The judge gave {n} a {col} ribbon for (being kind|a kind heart).",
+        "They came in last, but everybody clapped. The judge gave {n} {a col} ribbon for (being kind|a kind heart).",
         "They did not win, but {n} had a new friend, and that was (better than a prize|worth more than winning).",
     ),
 )  # fmt: skip
@@ -184,11 +184,11 @@ PLOTS += (
         "Then, one {w} morning, there was a green (point|leaf). {n} shouted so loudly that everybody came to see it.",
         "And one day, when {n} had almost forgotten it, a small green (leaf|stem) looked out of the earth.",
         "/",
-        "In summer it was a {col} flower, taller than {n}. \"I only had to wait,\" {he} said.",
+        "In summer it was {a col} flower, taller than {n}. \"I only had to wait,\" {he} said.",
         "It grew and grew, and in autumn there were new seeds. {n} gave one of them to {m}.",
     ),
     (  # lost on the way
-        "One day {n} followed a {col} butterfly, further and further, until {he} did not know where {he} was.",
+        "One day {n} followed {a col} butterfly, further and further, until {he} did not know where {he} was.",
         "On the way to the {p2}, {n} took a path that {he} did not know. Soon all the trees looked the same.",
         "/",
         "The sun went down, and it became (cold|dark). \"I want to go home,\" said {n}, but nobody answered.",

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from .chat import SPECIALS, SPLIT
 
-__all__ = ["VOCAB", "train_tokenizer"]
+__all__ = ["VOCAB", "train_tokenizer", "words_of"]
 
 VOCAB = 8192
 JOINED = 3000  # words that have a token with what stands before them
@@ -60,3 +60,9 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.pre_tokenizer = _pieces(SPLIT)
     return tokenizer
+
+
+def words_of(tokenizer: Tokenizer) -> list[str]:
+    """The words that have a token with a space and one without."""
+    vocab = tokenizer.get_vocab()
+    return sorted(t[1:] for t in vocab if t[0] == "Ġ" and t[1:].isascii() and t[1:].isalpha() and t[1:] in vocab)

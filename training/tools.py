@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from . import questions
 from .chat import Document
 from .everyday import SCENES, Scene, Slot
-from .values import KINDS, SLOTS, code, price
-from .words import CITIES, COLORS, NAMES, examples, nouns, senses
+from .values import KINDS, SLOTS, code, price, vocabulary
+from .words import CITIES, COLORS, NAMES, examples, senses
 
 __all__ = ["conversation"]
 
@@ -140,7 +140,7 @@ def _name(r: R, usual: str) -> str:
         return usual
     if what < 0.5:
         return f"{r.choice(PREFIXES)}_{usual}"
-    word = r.choice(nouns())
+    word = r.choice(vocabulary())
     return word if what > 0.75 else r.choice([f"{word}_{usual}", f"{usual}_{word}"])
 
 
@@ -151,11 +151,11 @@ def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parame
         what = r.random()
         if what < 0.15:  # one of a few values
             names, *sets = r.choice(CHOICES)
-            values = list(r.choice(sets)) if r.random() < 0.6 else r.sample(nouns(), r.randint(2, 4))
+            values = list(r.choice(sets)) if r.random() < 0.6 else r.sample(vocabulary(), r.randint(2, 4))
             name, schema = _name(r, r.choice(names)), {"type": "string", "enum": values}
             key, value, phrases = values[0], partial(_pick, values), (*GENERIC[:3], "in {}", "{}", "as {}")
         elif what < 0.22:
-            name = r.choice(["include_", "use_", "is_", "with_", ""]) + r.choice(nouns(800))
+            name = r.choice(["include_", "use_", "is_", "with_", ""]) + r.choice(vocabulary())
             schema = {"type": "boolean", "description": f"Whether to use the {name.split('_')[-1]}"}
             key, value, phrases = name, (lambda r: r.random() < 0.6), ()
         else:
@@ -185,7 +185,7 @@ def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parame
 def _function(r: R) -> Function:
     group = r.randrange(len(ACTIONS))
     verbs, requests, described = ACTIONS[group]
-    thing = r.choice(THINGS) if r.random() < 0.4 else "_".join(r.sample(nouns(), r.choice([1, 1, 2])))
+    thing = r.choice(THINGS) if r.random() < 0.4 else "_".join(r.sample(vocabulary(), r.choice([1, 1, 2])))
     verb = r.choice(verbs)
     name = r.choice([f"{verb}_{thing}"] * 5 + [f"{thing}_{verb}", thing, f"{thing.split('_')[0]}.{verb}"])
     if r.random() < 0.15:
@@ -215,7 +215,7 @@ def _related(r: R, verb: str, described: str) -> tuple[str, str, str]:
     gloss = " ".join(sense.gloss.split()[:12])
     return (
         sense.word,
-        r.choice([f"{verb}_{r.choice(nouns())}", f"{general.replace(' ', '_')}_{verb}"]),
+        r.choice([f"{verb}_{r.choice(vocabulary())}", f"{general.replace(' ', '_')}_{verb}"]),
         f"{described}: {gloss}",
     )
 
@@ -226,7 +226,7 @@ def _slot(r: R, slot: Slot, taken: set[str]) -> Parameter:
     if "/" in slot.kind:
         values = slot.kind.split("/")
         if r.random() < 0.2:
-            values = r.sample(nouns(), len(values))
+            values = r.sample(vocabulary(), len(values))
         elif len(values) > 2 and r.random() < 0.4:
             values = r.sample(values, r.randint(2, len(values)))
         schema = {"type": "string", "enum": values}
@@ -261,10 +261,10 @@ def _everyday(r: R) -> Function:
     if r.random() < 0.4:
         name = r.choice(
             [
-                f"{name}_{r.choice(nouns())}",
-                f"{r.choice(nouns())}_{name}",
-                f"{r.choice(nouns())}.{name}",
-                "_".join(r.sample(nouns(), 2)),
+                f"{name}_{r.choice(vocabulary())}",
+                f"{r.choice(vocabulary())}_{name}",
+                f"{r.choice(vocabulary())}.{name}",
+                "_".join(r.sample(vocabulary(), 2)),
             ]
         )
     if r.random() < 0.15:
@@ -338,14 +338,14 @@ def _result(r: R, f: Function) -> tuple[str, str]:
     """A function's response and what the assistant says of it."""
     what = r.random()
     if what < 0.3:
-        key = r.choice(["result", "value", f.thing.replace(" ", "_"), r.choice(nouns())])
-        value = r.choice([r.randint(1, 5000), price(r), r.choice(nouns()), r.choice(CITIES)])
+        key = r.choice(["result", "value", f.thing.replace(" ", "_"), r.choice(vocabulary())])
+        value = r.choice([r.randint(1, 5000), price(r), r.choice(vocabulary()), r.choice(CITIES)])
         return json.dumps({key: value}), r.choice(
             ["The {k} is {v}.", "It is {v}.", "I found it: {k} {v}.", "{k}: {v}."]
         ).format(k=key.replace("_", " "), v=value)
     if what < 0.5:
-        keys = r.sample(nouns(), 2)
-        values = [r.choice([r.randint(1, 99), r.choice(nouns()), r.choice(COLORS)]) for _ in keys]
+        keys = r.sample(vocabulary(), 2)
+        values = [r.choice([r.randint(1, 99), r.choice(vocabulary()), r.choice(COLORS)]) for _ in keys]
         return json.dumps(
             dict(zip(keys, values, strict=True))
         ), f"The {keys[0]} is {values[0]} and the {keys[1]} is {values[1]}."

@@ -8,14 +8,31 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns, senses
 
-__all__ = ["KINDS", "LISTED", "SLOTS", "Kind", "code", "made_up", "price"]
+__all__ = ["KINDS", "LISTED", "SLOTS", "Kind", "code", "made_up", "price", "use_vocabulary", "vocabulary"]
 
 R = random.Random
+_KNOWN: list[str] = []
+
+
+def use_vocabulary(known: list[str]) -> None:
+    """Words that have a token of their own: half or more of what `vocabulary` gives from now on.
+
+    Most words stand after a space, so that the token of a word without one is seldom learned; and what is never learned cannot be
+    copied: a model read "dishes_with" and called choose_with. In names and values every such word is met."""
+    _KNOWN[:] = known
+    vocabulary.cache_clear()
+
+
+@cache
+def vocabulary() -> list[str]:
+    """To make names and values of."""
+    common = nouns()
+    return common + _KNOWN * max(1, len(common) // len(_KNOWN)) if _KNOWN else common
 
 
 class Kind(NamedTuple):
@@ -77,7 +94,7 @@ def _listed(kind: str, r: R) -> str:
     known = LISTED[kind]
     if r.random() < 0.65:
         return r.choice(known)
-    word = r.choice([made_up(r), r.choice(nouns()), r.choice(senses()).word])
+    word = r.choice([made_up(r), r.choice(vocabulary()), r.choice(senses()).word])
     return word.capitalize() if known[0][0].isupper() else word.lower()
 
 
@@ -86,19 +103,19 @@ def _date(r: R) -> str:
 
 
 def _email(r: R) -> str:
-    return f"{r.choice(NAMES).lower()}{r.choice(['', '.', '_'])}{r.choice(nouns())}@{r.choice(nouns())}.{r.choice(['com', 'org', 'net', 'io'])}"
+    return f"{r.choice(NAMES).lower()}{r.choice(['', '.', '_'])}{r.choice(vocabulary())}@{r.choice(vocabulary())}.{r.choice(['com', 'org', 'net', 'io'])}"
 
 
 def _title(r: R) -> str:
-    words = [r.choice(nouns()).capitalize() if r.random() < 0.7 else made_up(r) for _ in range(r.randint(1, 3))]
+    words = [r.choice(vocabulary()).capitalize() if r.random() < 0.7 else made_up(r) for _ in range(r.randint(1, 3))]
     return r.choice(["", "", "The "]) + " ".join(words)
 
 
 def _query(r: R) -> str:
     """What somebody looks for: one to three words, or a small phrase."""
-    x, y = r.choice(nouns()), r.choice(senses()[:9000]).word
+    x, y = r.choice(vocabulary()), r.choice(senses()[:9000]).word
     if r.random() < 0.5:
-        return " ".join(r.choices(nouns(), k=r.randint(1, 3)))
+        return " ".join(r.choices(vocabulary(), k=r.randint(1, 3)))
     return r.choice([f"how to {y} a {x}", f"the {y} {x}", f"cheap {x}s", f"{x} of {made_up(r)}", f"best {x} in {r.choice(CITIES)}", f"why {x}s {y}", f"{x} and {y}", f"{r.choice(NAMES)}'s {x}", f"a {r.choice(COLORS)} {x}", f"{y} {x}s for beginners", f"old {x} pictures", f"what a {x} is", f"{x} {r.randint(1900, 2035)}"])  # fmt: skip
 
 
@@ -114,8 +131,8 @@ def _phrase(r: R) -> str:
 
 def _stem(r: R) -> str:
     """What a file may be called, without its ending."""
-    noun = r.choice(nouns())
-    return r.choice([noun, noun, f"{noun}{r.randint(1, 99)}", f"{noun}_{r.choice(nouns())}", f"{noun}-{r.randint(1, 9)}", f"{noun[:3].upper()}_{r.randint(1, 9999)}", f"{made_up(r).lower()}", f"{noun.capitalize()}", f"{noun[:4]}{r.randint(1, 999):03}"])  # fmt: skip
+    noun = r.choice(vocabulary())
+    return r.choice([noun, noun, f"{noun}{r.randint(1, 99)}", f"{noun}_{r.choice(vocabulary())}", f"{noun}-{r.randint(1, 9)}", f"{noun[:3].upper()}_{r.randint(1, 9999)}", f"{made_up(r).lower()}", f"{noun.capitalize()}", f"{noun[:4]}{r.randint(1, 999):03}"])  # fmt: skip
 
 
 def _file(r: R) -> str:
@@ -130,8 +147,8 @@ def _file(r: R) -> str:
             "data/",
             "~/",
             "/var/",
-            f"{r.choice(nouns())}/",
-            f"/{r.choice(nouns())}/",
+            f"{r.choice(vocabulary())}/",
+            f"/{r.choice(vocabulary())}/",
         ]
     )
     ending = r.choice("txt csv json pdf md png jpg jpeg html xml log doc gif py zip mp3 yaml tar bmp odt tex c".split())
@@ -139,7 +156,7 @@ def _file(r: R) -> str:
 
 
 def _list(r: R) -> list[str]:
-    return r.sample(nouns(), r.randint(2, 4))
+    return r.sample(vocabulary(), r.randint(2, 4))
 
 
 def _whole(low: int, high: int) -> Callable[[R], int]:
@@ -155,8 +172,8 @@ def _spot(r: R) -> str:
     return r.choice(
         [
             _or_made_up(CITIES, r),
-            f"the {r.choice(nouns())}",
-            f"{r.choice([made_up(r), r.choice(nouns()).capitalize()])} {r.choice(kinds)}",
+            f"the {r.choice(vocabulary())}",
+            f"{r.choice([made_up(r), r.choice(vocabulary()).capitalize()])} {r.choice(kinds)}",
             _title(r),
         ]
     )
@@ -168,8 +185,8 @@ def _command(r: R) -> str:
 
 
 def _goods(r: R) -> str:
-    thing = r.choice(nouns())
-    return r.choice([thing, f"{thing}s", f"{r.choice(COLORS)} {thing}s", f"{r.choice(nouns())} {thing}s", f"{code(r)} {thing}s", f"{r.choice(string.ascii_uppercase)}{r.choice(string.ascii_uppercase)} {thing}s", f"{r.choice(senses()[:6000]).word} {thing}s"])  # fmt: skip
+    thing = r.choice(vocabulary())
+    return r.choice([thing, f"{thing}s", f"{r.choice(COLORS)} {thing}s", f"{r.choice(vocabulary())} {thing}s", f"{code(r)} {thing}s", f"{r.choice(string.ascii_uppercase)}{r.choice(string.ascii_uppercase)} {thing}s", f"{r.choice(senses()[:6000]).word} {thing}s"])  # fmt: skip
 
 
 def _tracking(r: R) -> str:
@@ -177,8 +194,8 @@ def _tracking(r: R) -> str:
 
 
 def _url(r: R) -> str:
-    site = f"{r.choice([r.choice(nouns()), made_up(r).lower()])}.{r.choice(['com', 'org', 'net', 'io', 'de'])}"
-    return r.choice(["", "https://", "https://www."]) + site + r.choice(["", "", f"/{r.choice(nouns())}"])
+    site = f"{r.choice([r.choice(vocabulary()), made_up(r).lower()])}.{r.choice(['com', 'org', 'net', 'io', 'de'])}"
+    return r.choice(["", "https://", "https://www."]) + site + r.choice(["", "", f"/{r.choice(vocabulary())}"])
 
 
 def _version(r: R) -> str:
@@ -186,7 +203,7 @@ def _version(r: R) -> str:
 
 
 def _sql(r: R) -> str:
-    table, column = r.choice(nouns()), r.choice(nouns())
+    table, column = r.choice(vocabulary()), r.choice(vocabulary())
     return r.choice([f"SELECT * FROM {table}", f"SELECT {column} FROM {table} LIMIT {r.randint(1, 99)}", f"SELECT COUNT(*) FROM {table}", f"DELETE FROM {table} WHERE {column} = {r.randint(1, 99)}", f"DROP TABLE {table}"])  # fmt: skip
 
 
@@ -208,7 +225,7 @@ def _phone(r: R) -> str:
 
 
 def _device(r: R) -> str:
-    return r.choice([r.choice(nouns()), f"{r.choice(nouns())} {r.choice(nouns())}", f"{r.choice(nouns())} {r.choice(['light', 'lamp', 'door', 'room', 'window', 'fan'])}"])  # fmt: skip
+    return r.choice([r.choice(vocabulary()), f"{r.choice(vocabulary())} {r.choice(vocabulary())}", f"{r.choice(vocabulary())} {r.choice(['light', 'lamp', 'door', 'room', 'window', 'fan'])}"])  # fmt: skip
 
 
 KINDS = [
@@ -223,10 +240,10 @@ KINDS = [
     Kind(("message", "text", "note", "body", "content", "comment", "title"), "string", ("The text", "Text to use", "What it says"), _sentence, ('saying "{}"', 'with the text "{}"', "that says: {}", 'with the words "{}"')),
     Kind(("title", "show", "song", "restaurant", "company", "brand", "event"), "string", ("The title", "What it is called", "Its name"), _title, ("called {}", "named {}", "with the title {}", 'called "{}"')),
     Kind(("phone", "number", "phone_number", "mobile"), "string", ("Phone number", "Number to call"), _phone, ("on {}", "at {}", "with the number {}")),
-    Kind(("room", "device", "object", "item", "place", "part"), "string", ("Which one", "The thing to use", "What it is about"), lambda r: r.choice(nouns()), ("in the {}", "for the {}", "of the {}", "on the {}")),
+    Kind(("room", "device", "object", "item", "place", "part"), "string", ("Which one", "The thing to use", "What it is about"), lambda r: r.choice(vocabulary()), ("in the {}", "for the {}", "of the {}", "on the {}")),
     Kind(("file", "path", "filename"), "string", ("Path of the file", "File to use"), _file, ("in {}", "from {}", "called {}", "at {}")),
     Kind(("language", "target_language", "lang"), "string", ("The language", "Language to use"), partial(_listed, "language"), ("in {}", "into {}", "to {}")),
-    Kind(("color", "colour", "shade"), "string", ("The color", "Color to use"), lambda r: r.choice(COLORS) if r.random() < 0.7 else f"{r.choice(['dark', 'light', 'bright'])} {r.choice(nouns())}", ("in {}", "with the color {}", "that is {}")),
+    Kind(("color", "colour", "shade"), "string", ("The color", "Color to use"), lambda r: r.choice(COLORS) if r.random() < 0.7 else f"{r.choice(['dark', 'light', 'bright'])} {r.choice(vocabulary())}", ("in {}", "with the color {}", "that is {}")),
     Kind(("count", "limit", "quantity", "number", "people", "guests", "copies", "max_results", "rooms"), "integer", ("How many", "Number of items", "The count"), _whole(1, 60), ("with {n} of {}", "and make it {}", "with {n} set to {}", "{n} {}")),
     Kind(("minutes", "duration", "days", "seconds", "length", "weeks", "nights"), "integer", ("How long", "Duration", "Length of time"), _whole(1, 240), ("for {} {n}", "with {n} {}", "lasting {}")),
     Kind(("amount", "price", "budget", "max_price", "weight", "distance", "value"), "number", ("The amount", "The number to use", "How much"), _amount, ("with {n} {}", "of {}", "for {}", "up to {}")),
@@ -244,14 +261,14 @@ SLOTS: dict[str, tuple[str, tuple[str, ...], Callable[[R], Any]]] = (
         "degrees": ("number", ("degrees", "temperature", "target"), lambda r: r.choice([r.randint(5, 30), r.randint(10, 59) / 2])),
         "phrase": ("string", ("text", "words", "message", "phrase"), _phrase),
         "ticker": ("string", ("symbol", "ticker", "share"), lambda r: _letters(r, 2, 5)),
-        "food": ("string", ("ingredient", "food"), lambda r: " ".join(r.sample(nouns(), r.choice([1, 1, 2])))),
+        "food": ("string", ("ingredient", "food"), lambda r: " ".join(r.sample(vocabulary(), r.choice([1, 1, 2])))),
         "spot": ("string", ("place", "from", "to", "stop"), _spot),
         "goods": ("string", ("product", "item", "article"), _goods),
         "rare": ("string", ("word", "term"), lambda r: r.choice(senses()).word if r.random() < 0.7 else made_up(r).lower()),
         "stars": ("integer", ("stars", "rating"), _whole(1, 5)),
         "command": ("string", ("command", "cmd", "line"), _command),
         "room": ("string", ("room", "device", "thing", "object", "part"), _device),
-        "team": ("string", ("team", "club"), lambda r: r.choice([_or_made_up(CITIES, r), f"the {made_up(r)} {r.choice(nouns()).capitalize()}s", f"{made_up(r)} United", _title(r)])),
+        "team": ("string", ("team", "club"), lambda r: r.choice([_or_made_up(CITIES, r), f"the {made_up(r)} {r.choice(vocabulary()).capitalize()}s", f"{made_up(r)} United", _title(r)])),
         "star": ("string", ("person", "artist", "name"), _person),
         "url": ("string", ("url", "link", "page"), _url),
         "version": ("string", ("version", "tag"), _version),

@@ -22,9 +22,9 @@ def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     senses = [Sense(word, "noun", "a thing", (f"this is a {word} of ours",), "thing", 1) for word in made]
     for module in (questions, tools, values):
         monkeypatch.setattr(module, "senses", lambda: senses)
-    for module in (tools, values):
-        monkeypatch.setattr(module, "nouns", lambda most=0: made[: most or 3000])
-        monkeypatch.setattr(module, "examples", lambda: [s.examples[0] for s in senses])
+        monkeypatch.setattr(module, "examples", lambda: [s.examples[0] for s in senses], raising=False)
+    monkeypatch.setattr(values, "nouns", lambda: made[:3000])
+    values.use_vocabulary([])
 
 
 def bare(text: str) -> str:
