@@ -2,9 +2,8 @@
 
 A function is a verb and a thing ("book_table"), with up to four parameters. Most things and names of parameters are made of WordNet
 nouns, and many values are words that nobody has heard, so that a call can only be written by reading the schema and copying from
-the request. Most functions are everyday.py's, whose requests are what people say; others are asked for in
-other words than their name and description. `unseen.py` has functions and wordings of
-its own that are not made here.
+the request. Most functions are everyday.py's, whose requests are what people say; others are asked for in other words than their name
+and description. `unseen.py` has functions and wordings of its own that are not made here.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from . import questions
 from .chat import Document
 from .everyday import SCENES, Scene, Slot
-from .values import KINDS, SLOTS, code, price, vocabulary
+from .values import KINDS, SLOTS, code, distinct, price, vocabulary
 from .words import CITIES, COLORS, NAMES, examples, senses
 
 __all__ = ["conversation"]
@@ -151,7 +150,7 @@ def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parame
         what = r.random()
         if what < 0.15:  # one of a few values
             names, *sets = r.choice(CHOICES)
-            values = list(r.choice(sets)) if r.random() < 0.6 else r.sample(vocabulary(), r.randint(2, 4))
+            values = list(r.choice(sets)) if r.random() < 0.6 else distinct(r, r.randint(2, 4))
             name, schema = _name(r, r.choice(names)), {"type": "string", "enum": values}
             key, value, phrases = values[0], partial(_pick, values), (*GENERIC[:3], "in {}", "{}", "as {}")
         elif what < 0.22:
@@ -185,7 +184,7 @@ def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parame
 def _function(r: R) -> Function:
     group = r.randrange(len(ACTIONS))
     verbs, requests, described = ACTIONS[group]
-    thing = r.choice(THINGS) if r.random() < 0.4 else "_".join(r.sample(vocabulary(), r.choice([1, 1, 2])))
+    thing = r.choice(THINGS) if r.random() < 0.4 else "_".join(distinct(r, r.choice([1, 1, 2])))
     verb = r.choice(verbs)
     name = r.choice([f"{verb}_{thing}"] * 5 + [f"{thing}_{verb}", thing, f"{thing.split('_')[0]}.{verb}"])
     if r.random() < 0.15:
@@ -226,7 +225,7 @@ def _slot(r: R, slot: Slot, taken: set[str]) -> Parameter:
     if "/" in slot.kind:
         values = slot.kind.split("/")
         if r.random() < 0.2:
-            values = r.sample(vocabulary(), len(values))
+            values = distinct(r, len(values))
         elif len(values) > 2 and r.random() < 0.4:
             values = r.sample(values, r.randint(2, len(values)))
         schema = {"type": "string", "enum": values}
@@ -264,7 +263,7 @@ def _everyday(r: R) -> Function:
                 f"{name}_{r.choice(vocabulary())}",
                 f"{r.choice(vocabulary())}_{name}",
                 f"{r.choice(vocabulary())}.{name}",
-                "_".join(r.sample(vocabulary(), 2)),
+                "_".join(distinct(r, 2)),
             ]
         )
     if r.random() < 0.15:
@@ -344,7 +343,7 @@ def _result(r: R, f: Function) -> tuple[str, str]:
             ["The {k} is {v}.", "It is {v}.", "I found it: {k} {v}.", "{k}: {v}."]
         ).format(k=key.replace("_", " "), v=value)
     if what < 0.5:
-        keys = r.sample(vocabulary(), 2)
+        keys = distinct(r, 2)
         values = [r.choice([r.randint(1, 99), r.choice(vocabulary()), r.choice(COLORS)]) for _ in keys]
         return json.dumps(
             dict(zip(keys, values, strict=True))

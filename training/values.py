@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns, senses
 
-__all__ = ["KINDS", "LISTED", "SLOTS", "Kind", "code", "made_up", "price", "use_vocabulary", "vocabulary"]
+__all__ = ["KINDS", "LISTED", "SLOTS", "Kind", "code", "distinct", "made_up", "price", "use_vocabulary", "vocabulary"]
 
 R = random.Random
 _KNOWN: list[str] = []
@@ -23,16 +23,25 @@ def use_vocabulary(known: list[str]) -> None:
     """Words that have a token of their own: half or more of what `vocabulary` gives from now on.
 
     Most words stand after a space, so that the token of a word without one is seldom learned; and what is never learned cannot be
-    copied: a model read "dishes_with" and called choose_with. In names and values every such word is met."""
+    copied: a model read "dishes_with" and called choose_with. In names and values every such word is met.
+    """
     _KNOWN[:] = known
     vocabulary.cache_clear()
 
 
 @cache
 def vocabulary() -> list[str]:
-    """To make names and values of."""
+    """To make names and values of; some words more than once."""
     common = nouns()
     return common + _KNOWN * max(1, len(common) // len(_KNOWN)) if _KNOWN else common
+
+
+def distinct(r: R, number: int) -> list[str]:
+    """Words of the vocabulary, each once."""
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[r.choice(vocabulary())] = None
+    return list(found)
 
 
 class Kind(NamedTuple):
@@ -156,7 +165,7 @@ def _file(r: R) -> str:
 
 
 def _list(r: R) -> list[str]:
-    return r.sample(vocabulary(), r.randint(2, 4))
+    return distinct(r, r.randint(2, 4))
 
 
 def _whole(low: int, high: int) -> Callable[[R], int]:
@@ -261,7 +270,7 @@ SLOTS: dict[str, tuple[str, tuple[str, ...], Callable[[R], Any]]] = (
         "degrees": ("number", ("degrees", "temperature", "target"), lambda r: r.choice([r.randint(5, 30), r.randint(10, 59) / 2])),
         "phrase": ("string", ("text", "words", "message", "phrase"), _phrase),
         "ticker": ("string", ("symbol", "ticker", "share"), lambda r: _letters(r, 2, 5)),
-        "food": ("string", ("ingredient", "food"), lambda r: " ".join(r.sample(vocabulary(), r.choice([1, 1, 2])))),
+        "food": ("string", ("ingredient", "food"), lambda r: " ".join(distinct(r, r.choice([1, 1, 2])))),
         "spot": ("string", ("place", "from", "to", "stop"), _spot),
         "goods": ("string", ("product", "item", "article"), _goods),
         "rare": ("string", ("word", "term"), lambda r: r.choice(senses()).word if r.random() < 0.7 else made_up(r).lower()),

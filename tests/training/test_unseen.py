@@ -56,12 +56,19 @@ def test_no_question_of_the_evaluation_is_made() -> None:
             assert bare(message["content"]) not in unseen
 
 
-def test_calls_fit_their_schemas() -> None:
+@pytest.mark.parametrize("known", [[], ["dishes", "pasta", "eggs", "track"]])
+def test_calls_fit_their_schemas(known: list[str]) -> None:
     r = random.Random(5)
+    values.use_vocabulary(known)
+    met = set[str]()
     types = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
     for _ in range(1500):
         doc = tools.conversation(r)
         schemas = {s["function"]["name"]: s["function"]["parameters"] for s in doc["tools"]}
+        met |= set(re.findall("[a-z]+", json.dumps(doc["tools"]))) & set(known)
+        for schema in schemas.values():
+            enums = [p["enum"] for p in schema["properties"].values() if "enum" in p]
+            assert all(len(set(e)) == len(e) for e in enums)
         for message in doc["m"]:
             for call in message.get("tool_calls") or []:
                 schema = schemas[call["name"]]
@@ -70,3 +77,5 @@ def test_calls_fit_their_schemas() -> None:
                     given = schema["properties"][key]
                     assert isinstance(value, types[given["type"]])
                     assert value in given.get("enum", [value]), json.dumps(given)
+    values.use_vocabulary([])
+    assert met == set(known)
