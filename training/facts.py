@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from .values import made_up
 from .words import COLORS, NAMES, a
 
 __all__ = ["FAMILIES", "reword"]
@@ -194,11 +195,7 @@ def _sounds(r: R) -> tuple[str, str]:
 
 def _told(r: R) -> tuple[str, str]:
     """What is told and asked for in one breath."""
-    name = (
-        r.choice(NAMES)
-        if r.random() < 0.5
-        else "".join(r.choice("bdfgklmnprst") + r.choice("aeio") for _ in range(3)).capitalize()
-    )
+    name = r.choice(NAMES) if r.random() < 0.5 else made_up(r)
     number, thing = (
         r.randint(2, 60),
         r.choice("apples books eggs pens dogs chairs stones coins friends cups balls boxes".split()),

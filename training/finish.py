@@ -64,6 +64,8 @@ def main() -> None:
     counts = np.bincount((corpus & (READ_ONLY - 1)).ravel(), minlength=tokenizer.get_vocab_size())
     vocab = tokenizer.get_vocab()
     words = [w for w in words_of(tokenizer) if counts[vocab[w]] * 1_000_000 < SELDOM * corpus.size]
+    if not words:
+        raise SystemExit(f"{args.model} has met all its tokens: there is nothing to finish")
     print(f"{len(words):,} words are seldom without their space: {' '.join(words[:12])} …", flush=True)
     state = load_file(args.model / "model.safetensors")
     model = Model(json.loads((args.model / "config.json").read_text()))

@@ -141,6 +141,7 @@ def main() -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        _tokenizer(str(out / "tokenizer.json"))  # held-out documents are made of the same words as the others
         for category, number in AMOUNTS.items():
             heldout += made((category, "heldout", number // 1000))
         with lzma.open(out / "heldout.jsonl.xz", "wt", encoding="utf-8") as file:

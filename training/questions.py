@@ -7,6 +7,7 @@ import random
 from .chat import Document
 from .facts import FAMILIES, reword
 from .unseen import QUESTIONS
+from .values import made_up
 from .words import COLORS, NAMES, a, senses
 
 __all__ = ["ask", "single"]
@@ -316,11 +317,7 @@ _UNSEEN = frozenset(_bare(question) for question, _ in QUESTIONS)  # what the ev
 
 def _memory(r: R) -> Turns:
     """Something is said, and asked for later."""
-    name = (
-        r.choice(NAMES)
-        if r.random() < 0.5
-        else "".join(r.choice("bdfgklmnprst") + r.choice("aeio") for _ in range(3)).capitalize()
-    )
+    name = r.choice(NAMES) if r.random() < 0.5 else made_up(r)
     color, number = r.choice(COLORS), r.randint(2, 90)
     word = r.choice(senses()[:3000]).word
     said = r.choice([

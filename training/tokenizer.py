@@ -37,9 +37,8 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     texts = list(texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _pieces(
-        SPLIT.replace(r"[^\r\n\p{L}\p{N}]?[", "[")
-    )  # words without the character before them
+    # Words without the character before them.
+    tokenizer.pre_tokenizer = _pieces(SPLIT.replace(r"[^\r\n\p{L}\p{N}]?[", "["))
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB - JOINED,

@@ -181,15 +181,20 @@ def _parameter(r: R, taken: set[str], kinds: set[str], required: bool) -> Parame
     return Parameter(name, schema, required, value, phrases)
 
 
+def _perhaps_camel(r: R, name: str) -> str:
+    if r.random() >= 0.15:
+        return name
+    first, *rest = name.replace(".", "_").split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
 def _function(r: R) -> Function:
     group = r.randrange(len(ACTIONS))
     verbs, requests, described = ACTIONS[group]
     thing = r.choice(THINGS) if r.random() < 0.4 else "_".join(distinct(r, r.choice([1, 1, 2])))
     verb = r.choice(verbs)
     name = r.choice([f"{verb}_{thing}"] * 5 + [f"{thing}_{verb}", thing, f"{thing.split('_')[0]}.{verb}"])
-    if r.random() < 0.15:
-        first, *rest = name.replace(".", "_").split("_")
-        name = first + "".join(word.capitalize() for word in rest)
+    name = _perhaps_camel(r, name)
     taken, kinds = set[str](), set[str]()
     count = r.choice([0, 1, 1, 1, 2, 2, 2, 3, 3, 4])
     parameters = [_parameter(r, taken, kinds, i == 0 or r.random() < 0.55) for i in range(count)]
@@ -266,9 +271,7 @@ def _everyday(r: R) -> Function:
                 "_".join(distinct(r, 2)),
             ]
         )
-    if r.random() < 0.15:
-        first, *rest = name.replace(".", "_").split("_")
-        name = first + "".join(word.capitalize() for word in rest)
+    name = _perhaps_camel(r, name)
     return Function(
         name, name.replace("_", " "), (), (), parameters, scene.description + r.choice(["", "", "."]), scene
     )

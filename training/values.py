@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .words import CITIES, COLORS, COUNTRIES, NAMES, examples, nouns, senses
 
-__all__ = ["KINDS", "LISTED", "SLOTS", "Kind", "code", "distinct", "made_up", "price", "use_vocabulary", "vocabulary"]
+__all__ = ["KINDS", "SLOTS", "Kind", "code", "distinct", "made_up", "price", "use_vocabulary", "vocabulary"]
 
 R = random.Random
 _KNOWN: list[str] = []
@@ -55,7 +55,7 @@ class Kind(NamedTuple):
 
 
 # Things of a kind, so that a request says by its words what it is about.
-LISTED = {
+_LISTED = {
     kind: things.split(",")
     for kind, things in {
         "language": "English,French,Spanish,German,Italian,Polish,Greek,Japanese,Chinese,Arabic,Hindi,Turkish,Dutch,Danish,Finnish,Thai,Czech,Hebrew,Russian,Welsh,Persian,Bengali,Norwegian,Hungarian,Vietnamese,Swahili,Irish,Basque,Icelandic,Zulu",
@@ -100,7 +100,7 @@ def _or_made_up(known: list[str], r: R) -> str:
 
 def _listed(kind: str, r: R) -> str:
     """Of the list, or words that nobody would expect there: small letters where the list has them."""
-    known = LISTED[kind]
+    known = _LISTED[kind]
     if r.random() < 0.65:
         return r.choice(known)
     word = r.choice([made_up(r), r.choice(vocabulary()), r.choice(senses()).word])
@@ -264,7 +264,7 @@ KINDS = [
 # What a parameter of scenes.txt may hold: type in the schema, usual names of such a parameter, value.
 SLOTS: dict[str, tuple[str, tuple[str, ...], Callable[[R], Any]]] = (
     {kind.names[0]: (kind.type, kind.names, kind.value) for kind in KINDS}
-    | {kind: ("string", (kind, "which", "name"), partial(_listed, kind)) for kind in LISTED if kind != "language"}
+    | {kind: ("string", (kind, "which", "name"), partial(_listed, kind)) for kind in _LISTED if kind != "language"}
     | {
         "currency": ("string", ("currency", "code"), _currency),
         "degrees": ("number", ("degrees", "temperature", "target"), lambda r: r.choice([r.randint(5, 30), r.randint(10, 59) / 2])),
