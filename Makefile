@@ -1,16 +1,18 @@
 # make demo   set up, and let the embedded model write with its experts read from disk
 # make test   set up, and run every check and test
+# make client-test   install the clients of docs/clients.md, and let each finish a task against the server
 # The rest is what these two are made of.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := build/clients
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find src native CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
 PYTHON_FILES := src tests training benchmarks docs
 
-.PHONY: demo test lint format native-test neon-test docs clean
+.PHONY: demo test lint format native-test neon-test client-test docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,7 +20,7 @@ demo: $(VENV)/installed
 	@echo
 	$(BIN)/expertstream run --memory 24MiB --context 1024 --seed 6 --max-tokens 200 --stats "Once upon a time"
 
-test: $(VENV)/test-tools $(VENV)/installed lint native-test
+test: $(VENV)/test-tools $(VENV)/installed build/fixtures/fetched lint native-test
 	$(BIN)/python -m pytest tests
 
 $(VENV)/created:
@@ -34,6 +36,11 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 $(VENV)/test-tools: $(VENV)/created tests/requirements.txt
 	$(PIP) install --quiet --requirement tests/requirements.txt
 	touch $@
+
+# What tests need of others' source packages; those tests are skipped without.
+build/fixtures/fetched: $(VENV)/created tests/fetch_fixtures.py
+	$(BIN)/python tests/fetch_fixtures.py
+	mkdir -p $(dir $@) && touch $@
 
 lint: $(VENV)/test-tools $(VENV)/installed
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -65,8 +72,26 @@ neon-test: $(VENV)/test-tools
 	$(BIN)/cmake --build build/neon
 	qemu-aarch64 build/neon/test_native
 
+# Other people's programs against the server, as docs/clients.md says. They live apart: none is imported by a test.
+client-test: $(VENV)/test-tools $(VENV)/installed $(CLIENTS)/node/stamp $(CLIENTS)/python/stamp $(CLIENTS)/aider/stamp
+	$(BIN)/python -m pytest tests/clients
+
+# Without npm its clients are not tested, and the next `make` looks again.
+$(CLIENTS)/node/stamp: tests/clients/package.json
+	@command -v npm > /dev/null || echo "npm is not installed: the tests of Claude Code, Codex and opencode are skipped"
+	@mkdir -p $(@D) && cp $< $(@D)/package.json
+	command -v npm > /dev/null || exit 0; npm install --prefix $(@D) --no-audit --no-fund --no-package-lock --loglevel error && touch $@
+
+$(CLIENTS)/python/stamp: tests/clients/requirements.txt
+$(CLIENTS)/aider/stamp: tests/clients/requirements-aider.txt
+$(CLIENTS)/python/stamp $(CLIENTS)/aider/stamp:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip --disable-pip-version-check install --quiet --only-binary=:all: --no-compile --requirement $<
+	touch $@
+
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate_cli.py > docs/cli.md
+	$(BIN)/python docs/generate_fields.py
 
 clean:
 	rm -rf build $(VENV)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from expertstream import cli
-from expertstream.engine import Session
 from expertstream.responses import GenerationResponse, GenerationStats
+from expertstream.session import Session
 
 SMALL = ["--memory", "40MiB", "--context", "256"]
 

@@ -166,7 +166,7 @@ def test_impossible_engines() -> None:
         LLM(memory="1MiB")
     with pytest.raises(UsageError, match=r"experts_per_token is at most .* 4, not 5"):
         LLM(experts_per_token=5)
-    with pytest.raises(UsageError, match="more than the 8192 this model was trained for"):
+    with pytest.raises(UsageError, match="more than the 8192 tokens that this model was trained for"):
         LLM(context_length=8193)
     with pytest.raises(UsageError, match="unknown instruction set 'sse9'"):
         LLM(isa="sse9", **QUICK)

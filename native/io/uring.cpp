@@ -86,6 +86,7 @@ class UringReader final : public Reader {
 
   void register_memory(uint8_t* data, size_t bytes) override {
     // A registered buffer is at most 1 GiB; a read that crosses two of them goes unregistered.
+    buffers_.clear();
     for (size_t at = 0; at < bytes; at += kRegion) buffers_.push_back({data + at, std::min(kRegion, bytes - at)});
     if (stats_.registered_buffers) io_uring_register(fd_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
     // Refused under a small locked-memory limit: reads then pin their pages one by one, and stats() says so.

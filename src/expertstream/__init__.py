@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EngineConfig
-    from .engine import LLM, Session
+    from .engine import LLM
     from .errors import (
         BudgetError,
         CheckpointError,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from .responses import GenerationResponse, GenerationStats, TokenLogprob
     from .sampling import SamplingParams
+    from .session import Session
 
 __all__ = [
     "LLM",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {"EngineConfig": "config", "SamplingParams": "sampling", "LLM": "engine", "Session": "engine"} | {
+_HOMES = {"EngineConfig": "config", "SamplingParams": "sampling", "LLM": "engine", "Session": "session"} | {
     name: "responses" for name in ("GenerationResponse", "GenerationStats", "TokenLogprob")
 }
 

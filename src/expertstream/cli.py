@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .engine import LLM
     from .responses import GenerationResponse, GenerationStats
     from .sampling import SamplingParams
+    from .text.control import ChatPrompt
 
 __all__ = ["build_parser", "main"]
 
@@ -170,6 +171,12 @@ def _add_engine_options(parser: Any) -> None:
         default=None,
         help="16-bit activations instead of 8-bit ones: float32's result but for about 1e-4; a long prompt takes twice the time",
     )
+    values.add_argument(
+        "--beyond-trained-context",
+        action="store_true",
+        default=None,
+        help="lossy: allow a --context longer than the model was trained for",
+    )
     values.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16; int8 is lossy)")
     values.add_argument(
         "--experts-per-token", type=int, metavar="N", help="lossy: use fewer experts than the model was trained with"
@@ -263,7 +270,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 _ENGINE_OPTIONS = (
     "memory", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa", "context_length", "verify", "exact", "kv_dtype",
-    "experts_per_token",
+    "experts_per_token", "beyond_trained_context",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -297,10 +304,11 @@ def _run(options: argparse.Namespace) -> int:
             profiler.watch(llm)
         if not (options.quiet or options.json):
             print(f"[{llm.describe()}]", file=sys.stderr)
+        rendered: str | ChatPrompt = prompt
         if options.chat:
             messages = [{"role": "system", "content": options.system}] if options.system is not None else []
-            prompt = llm.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
-        code = _stream(llm, prompt, llm.sampling_params(**given), options)
+            rendered = llm.tokenizer.chat_prompt([*messages, {"role": "user", "content": prompt}])
+        code = _stream(llm, rendered, llm.sampling_params(**given), options)
         if profiler is not None:
             profiler.save(options.profile)
             print(profiler.table(), file=sys.stderr)
@@ -326,7 +334,7 @@ def _model_and_prompt(arguments: list[str]) -> tuple[str | None, str]:
     return model, prompt
 
 
-def _stream(llm: LLM, prompt: str, params: SamplingParams, options: argparse.Namespace) -> int:
+def _stream(llm: LLM, prompt: str | ChatPrompt, params: SamplingParams, options: argparse.Namespace) -> int:
     """Generates and prints. Whatever ends it, the text so far and its counters come out."""
     pieces: list[GenerationResponse] = []
     ended: str | None = None  # why it ended early
@@ -369,11 +377,11 @@ class _PromptProgress:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _as_json(llm: LLM, prompt: str, pieces: list[GenerationResponse], ended: str | None) -> dict[str, Any]:
+def _as_json(llm: LLM, prompt: str | ChatPrompt, pieces: list[GenerationResponse], ended: str | None) -> dict[str, Any]:
     logprobs = [p.logprob for p in pieces if p.logprob is not None]
     return {
         "model": str(llm.path),
-        "prompt": prompt,
+        "prompt": prompt if isinstance(prompt, str) else prompt.text,
         "text": "".join(p.text for p in pieces),
         "tokens": [p.token for p in pieces],
         "finish_reason": pieces[-1].finish_reason if pieces else None,

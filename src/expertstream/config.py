@@ -112,7 +112,8 @@ class IoSettings:
 class EngineConfig:
     """How a model is run; what is not set is found out from the machine and the checkpoint.
 
-    Of these only `experts_per_token`, `kv_dtype` and `exact` change what is computed; the rest decides where bytes lie.
+    Of these only `experts_per_token`, `kv_dtype` and `exact` change what is computed, and `beyond_trained_context` what is allowed; the
+    rest decides where bytes lie.
     """
 
     memory_bytes: int | None = None  # trunk + state + slots; None: what is available now
@@ -131,6 +132,7 @@ class EngineConfig:
     context_part: int = (
         0  # n, where context_length is 0: what the model was trained for, if 1/n of the memory holds it, or else less
     )
+    beyond_trained_context: bool = False  # lossy: context_length may be more than the model was trained for
     exact: bool = False  # 16-bit activations in products with quantized weights, instead of 8-bit ones
     kv_dtype: str = "bf16"
     prefill_chunk: int = 2048
@@ -165,8 +167,9 @@ class EngineConfig:
         for name, unit in (("split_bytes", 4096), ("prefill_chunk", 64)):
             if getattr(self, name) % unit:
                 raise UsageError(f"{name} is a multiple of {unit}, not {getattr(self, name)}")
-        if type(self.exact) is not bool:
-            raise UsageError(f"exact is True or False, not {self.exact!r}")
+        for name in ("exact", "beyond_trained_context"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise UsageError("memory is more than nothing")
 

@@ -1,11 +1,9 @@
-"""LLM, which is a loaded model, and Session, which is one text on it."""
+"""LLM, which is a loaded model."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,26 +13,23 @@ import numpy as np
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, format_bytes
-from .errors import CheckpointError, RequestError, UsageError
+from .errors import CheckpointError, ContextLengthError, RequestError, UsageError
 from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.store import ExpertStore
-from .generate import Forward, Step, drive, stream_generate
-from .kv_cache import AttentionState
 from .machine import available_bytes
 from .models import find_model
-from .ops import F32, I64, Ops, make_ops
+from .ops import I64, Ops, make_ops
 from .ops.cpu import CpuOps
-from .prefix_cache import PrefixCache, snapshot_positions
-from .responses import ExpertSpans, GenerationResponse, GenerationStats, StopStrings, TokenLogprob
-from .sampling import Constraint, Sampler, SamplingParams
-from .state_file import StateFile, StateFileError, write_state
-from .tokenizer import Detokenizer, Tokenizer
+from .prefix_cache import PrefixCache
+from .responses import GenerationResponse
+from .sampling import SamplingParams
+from .session import Session
+from .text.control import ChatPrompt
+from .tokenizer import Tokenizer
 
-_log = logging.getLogger("expertstream")
 # Goes up when a change makes states of before useless: another layout, other arithmetic.
 STATE_VERSION = 1
-KEEP_EVERY = 4096  # tokens of a long prompt, beside the beginnings of messages
 
 __all__ = ["LLM", "Session", "embedded_model"]
 
@@ -81,13 +76,19 @@ class LLM:
                 f"experts_per_token is at most what the model was trained with, {trained}, not {self.top_k}"
             )
         lossy = [f"{self.top_k} of {trained} experts a token"] if self.top_k < trained else []
-        self.lossy = ", ".join(lossy + (["keys and values of 8 bits"] if c.kv_dtype == "int8" else []))
-        self.context_length = c.context_length or self._default_context()
-        if self.context_length > self.model_config.max_position_embeddings:
-            raise UsageError(
-                f"a context of {self.context_length} is more than the "
-                f"{self.model_config.max_position_embeddings} this model was trained for"
-            )
+        lossy += ["keys and values of 8 bits"] if c.kv_dtype == "int8" else []
+        self.context_length, longest = (
+            c.context_length or self._default_context(),
+            self.model_config.max_position_embeddings,
+        )
+        if self.context_length > longest:
+            if not c.beyond_trained_context:
+                raise UsageError(
+                    f"a context of {self.context_length} is more than the {longest} tokens that this model was trained for; "
+                    "beyond_trained_context (--beyond-trained-context) allows it, and is lossy"
+                )
+            lossy.append(f"context of {self.context_length} tokens, trained for {longest}")
+        self.lossy = ", ".join(lossy)
         layouts = model_module.expert_layouts(self.model_config, self.checkpoint)
         store = ExpertStore(layouts, direct=c.residency != "os")
         try:
@@ -166,7 +167,8 @@ class LLM:
 
     def _state(self) -> str:
         kept, several = self.config.prefix_cache_bytes, self.config.sequences
-        context = f"context {format_bytes(self.plan.state_bytes - kept)}" + (f" for {several}" if several > 1 else "")
+        size = f"{self.context_length} tokens" + (f" for each of {several}" if several > 1 else "")
+        context = f"context {format_bytes(self.plan.state_bytes - kept)} ({size})"
         return context + (f", prefixes {format_bytes(kept)}" if kept else "")
 
     def _isa(self) -> str:
@@ -192,6 +194,36 @@ class LLM:
         parts = (self.checkpoint.fingerprint(), isa, c.activation_bits, c.kv_dtype, self.top_k, STATE_VERSION)
         return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
+    def checked(self, tokens: I64, params: SamplingParams, position: int = 0, unread: Sequence[int] = ()) -> I64:
+        """The tokens (T,) as a sequence takes them that has read `position` tokens and still has to read `unread`. Raises RequestError
+        or UsageError for what cannot be run, before anything is allocated."""
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise UsageError("tokens are a one-dimensional array of whole numbers, as tokenizer.encode() gives")
+        if tokens.shape[0] == 0:
+            raise RequestError("the prompt is empty")
+        vocabulary, longest = self.model_config.vocab_size, self.model_config.max_position_embeddings
+        if int(tokens.min()) < 0:
+            raise UsageError(f"a token is at least 0, not {tokens.min()}")
+        if int(tokens.max()) >= vocabulary:
+            raise CheckpointError(
+                f"{self.path}: tokenizer.json gives token {tokens.max()}, the model knows {vocabulary}: it is another model's"
+            )
+        if params.logit_bias and max(params.logit_bias) >= vocabulary:
+            raise UsageError(
+                f"logit_bias: there is no token {max(params.logit_bias)}; the last one is {vocabulary - 1}"
+            )
+        tokens = np.concatenate([np.array(unread, np.int64), tokens.astype(np.int64)])
+        count, room = int(tokens.shape[0]), self.context_length - position
+        if count + 1 > room:
+            needed, fits = position + count + 1, max(room - 1, 0)
+            advice = (
+                f"make --context at least {needed}" if needed <= longest else f"the model was trained for {longest}"
+            )
+            raise ContextLengthError(
+                f"the prompt has {count} tokens, but the context has room for {fits}; {advice}", count, fits, longest
+            )
+        return tokens
+
     def session(self) -> Session:
         """A new, empty text."""
         return Session(self)
@@ -200,11 +232,13 @@ class LLM:
         """The checkpoint's generation_config.json, overridden by what is given."""
         return SamplingParams.from_options(self.generation_config, str(self.path / "generation_config.json"), **given)
 
-    def generate(self, prompt: str, params: SamplingParams | None = None, **given: Any) -> Iterator[GenerationResponse]:
+    def generate(
+        self, prompt: str | ChatPrompt, params: SamplingParams | None = None, **given: Any
+    ) -> Iterator[GenerationResponse]:
         """Continues `prompt`. Sampling: `params`, or keywords such as temperature=0.7, seed=1, max_tokens=100."""
         if params is not None and given:
             raise UsageError("give either params or keywords")
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str | ChatPrompt):
             raise UsageError(f"a prompt is a text, not {type(prompt).__name__}")
         params = params or self.sampling_params(**given)
         return self.session().generate(self.tokenizer.encode(prompt), params)
@@ -213,7 +247,7 @@ class LLM:
         self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **given: Any
     ) -> Iterator[GenerationResponse]:
         """Answers messages ({"role": "user", "content": "…"}), by the checkpoint's chat template."""
-        return self.generate(self.tokenizer.apply_chat_template(messages), params, **given)
+        return self.generate(self.tokenizer.chat_prompt(messages), params, **given)
 
     def close(self) -> None:
         if self.prefixes is not None:
@@ -227,184 +261,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class Session:
-    """One text on a model: what has been read and written so far, and the state that goes with it."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        self._unread: list[int] = []  # the last token of an answer: written, but not yet in the cache
-        self.cache = llm.model_config.make_cache(llm.context_length, llm.config.kv_dtype)
-
-    def generate(
-        self,
-        tokens: I64,
-        params: SamplingParams,
-        progress: Callable[[int], None] | None = None,
-        control_tokens: bool = False,
-        constraint: Constraint | None = None,
-    ) -> Iterator[GenerationResponse]:
-        """Appends tokens (T,) to the text and continues it. `progress` is told how many tokens of the prompt are read. With
-        `control_tokens`, what a model writes between <think> or <tool_call> tokens comes with them. `constraint` says which tokens
-        may come next. Raises RequestError before any work if the tokens cannot fit."""
-        return drive(self.llm.model, self.steps(tokens, params, progress, control_tokens, constraint))
-
-    def steps(
-        self,
-        tokens: I64,
-        params: SamplingParams,
-        progress: Callable[[int], None] | None = None,
-        control_tokens: bool = False,
-        constraint: Constraint | None = None,
-    ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
-        """generate(), for who runs the passes: it is sent the logits of each Forward that it yields."""
-        if not self.cache.valid:
-            raise RequestError("this session stopped in the middle of a token; reset() it")
-        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise UsageError("tokens are a one-dimensional array of whole numbers, as tokenizer.encode() gives")
-        if tokens.shape[0] == 0:
-            raise RequestError("the prompt is empty")
-        vocabulary = self.llm.model_config.vocab_size
-        if int(tokens.min()) < 0:
-            raise UsageError(f"a token is at least 0, not {tokens.min()}")
-        if int(tokens.max()) >= vocabulary:
-            raise CheckpointError(
-                f"{self.llm.path}: tokenizer.json gives token {tokens.max()}, the model knows {vocabulary}: it is another model's"
-            )
-        tokens = np.concatenate([np.array(self._unread, np.int64), tokens.astype(np.int64)])
-        room = self.cache.capacity - self.cache.position
-        if tokens.shape[0] + 1 > room:
-            needed = self.cache.position + tokens.shape[0] + 1
-            raise RequestError(
-                f"the prompt has {tokens.shape[0]} tokens, but the context has room for {max(room - 1, 0)}; "
-                f"make --context at least {needed}"
-            )
-        # The last token's own state is never needed, so an answer may be one longer than the room.
-        limited = replace(params, max_tokens=min(params.max_tokens, room - tokens.shape[0] + 1))
-        return self._pieces(tokens, limited, progress, control_tokens, constraint)
-
-    def reset(self) -> None:
-        """Forgets the text."""
-        self.cache.reset()
-        self._unread = []
-
-    def save(self, path: Path) -> None:
-        """Writes the text's state to a file, from which load() goes on without reading the text again. Raises OSError."""
-        if not self.cache.valid:
-            raise RequestError("this session stopped in the middle of a token; reset() it")
-        arrays: list[Any] = []
-        for layer in self.cache.layers:
-            arrays += layer.rows(0, self.cache.position) if isinstance(layer, AttentionState) else layer.copies()
-        header = {"of": self.llm.state_fingerprint(), "position": self.cache.position, "unread": self._unread}
-        write_state(path, header, arrays)
-
-    def load(self, path: Path) -> None:
-        """The state that save() wrote. Raises RequestError for a file that is damaged, too long for this context, or of another model;
-        the session is empty then."""
-        self.reset()
-        try:
-            file = StateFile.open(path)
-            if file.header["of"] != self.llm.state_fingerprint():
-                raise StateFileError(f"{path}: of another model, or computed in another way")
-            position = int(file.header["position"])
-            if not 0 <= position < self.cache.capacity:
-                raise StateFileError(f"{path}: a text of {position} tokens does not fit this context")
-            at = 0
-            for layer in self.cache.layers:
-                rows = isinstance(layer, AttentionState)
-                mine = layer.arrays if isinstance(layer, AttentionState) else layer.copies()
-                expected = [(a.dtype.name, (a.shape[0], position, *a.shape[2:]) if rows else a.shape) for a in mine]
-                found = file.read(at, at + len(mine), expected)
-                at += len(mine)
-                if isinstance(layer, AttentionState):
-                    layer.put(0, found)
-                else:
-                    layer.put(found)
-            unread = [int(t) for t in file.header["unread"]]
-            if not all(0 <= t < self.llm.model_config.vocab_size for t in unread):
-                raise StateFileError(f"{path}: tokens that the model does not know")
-            self._unread = unread
-            self.cache.position = position
-        except (StateFileError, OSError, KeyError, TypeError, ValueError) as error:
-            self.reset()
-            raise RequestError(f"the session's state cannot be used: {error}") from None
-
-    def _pieces(
-        self,
-        tokens: I64,
-        params: SamplingParams,
-        progress: Callable[[int], None] | None,
-        control_tokens: bool,
-        constraint: Constraint | None,
-    ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
-        llm = self.llm
-        sampler = Sampler(params, tokens.tolist(), constraint)
-        experts = ExpertSpans(llm.experts.stats)
-        stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
-        detokenizer, stops = Detokenizer(llm.tokenizer, not control_tokens), StopStrings(params.stop)
-        # What goes on from an answer is not a prompt's beginning that another text could have.
-        prefixes = llm.prefixes if self.cache.position == 0 else None
-        if prefixes is not None:
-            stats.cached_tokens = prefixes.restore(tokens, self.cache)
-            if prefixes.holds(self.cache):
-                starts = llm.tokenizer.message_starts(tokens)
-                self.cache.keep = snapshot_positions(len(tokens), starts, KEEP_EVERY)
-        steps = stream_generate(
-            self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
-        )
-        answer: F32 | None = None
-        try:
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration:
-                    return
-                if isinstance(step, Forward):
-                    answer = yield step
-                    if step.prompt and prefixes is not None:
-                        try:
-                            prefixes.insert(tokens, self.cache)
-                        except Exception:  # out of memory, perhaps: the answer does not depend on it
-                            _log.exception("a prefix cannot be kept")
-                    continue
-                answer = None
-                piece = self._piece(step, params, stats, detokenizer, stops)
-                yield piece
-                if piece.finish_reason is not None:
-                    return
-        finally:
-            steps.close()
-
-    def _piece(
-        self, step: Step, params: SamplingParams, stats: GenerationStats, detokenizer: Detokenizer, stops: StopStrings
-    ) -> GenerationResponse:
-        """What one more token makes of the answer."""
-        llm, token = self.llm, step.choice.token
-        stats.generated_tokens += 1
-        if stats.generated_tokens == 1:
-            stats.ttft_seconds = step.seconds
-            stats.experts.end_prefill()
-        else:
-            stats.decode_seconds += step.seconds
-        logprob, reason = None, None
-        self._unread = [token]
-        if step.choice.logprob is not None:
-            text = llm.tokenizer.token_text
-            top = tuple((text(t), p) for t, p in step.choice.top_logprobs)
-            logprob = TokenLogprob(text(token), step.choice.logprob, top)
-        ended = token in llm.tokenizer.eos_ids
-        piece = stops.add("" if ended else detokenizer.add(token))
-        if ended or stats.generated_tokens == params.max_tokens:
-            reason = "stop" if ended else "length"
-            if not stops.found:
-                piece += stops.add(detokenizer.flush())
-            piece += stops.rest()
-        if stops.found:
-            reason, stats.stop_string = "stop", stops.found
-        if reason is not None:
-            stats.experts.end()
-        return GenerationResponse(piece, token, logprob, reason, stats)
 
 
 def _make_reader(c: EngineConfig, path: Path) -> tuple[str, Any]:

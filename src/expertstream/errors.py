@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "ContextLengthError",
     "ConvertError",
     "ExpertStreamError",
     "ReadError",
@@ -52,6 +53,15 @@ class RequestError(ExpertStreamError):
     """A prompt or a request that cannot be run: empty, too long, no chat template."""
 
     exit_code = 6
+
+
+class ContextLengthError(RequestError):
+    """A prompt longer than the context. tokens: of the prompt. limit: the most that a prompt may have, with room for one more.
+    trained: the longest context that the model was trained for."""
+
+    def __init__(self, message: str, tokens: int, limit: int, trained: int) -> None:
+        super().__init__(message)
+        self.tokens, self.limit, self.trained = tokens, limit, trained
 
 
 class ConvertError(ExpertStreamError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ __all__ = ["AttentionState", "CancelledError", "DeltaState", "KVCache"]
 
 
 class CancelledError(Exception):
-    """Nobody waits for this text any more."""
+    """The request was cancelled."""
 
 
 @dataclass
@@ -70,6 +70,17 @@ class KVCache:
         self.cancelled: threading.Event | None = (
             None  # set by another thread: the pass under way ends with CancelledError
         )
+        self.pause: Callable[[], None] | None = None  # called between the layers of a pass over a prompt
+        self.each_logits: Callable[[F32], None] | None = (
+            None  # is given the logits (n, vocab) of all tokens, in order, a few at a time
+        )
+
+    def between_layers(self) -> None:
+        """What a model calls before each layer of a pass. Raises CancelledError."""
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise CancelledError
+        if self.pause is not None:
+            self.pause()
 
     def reset(self) -> None:
         for layer in self.layers:

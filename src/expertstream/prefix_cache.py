@@ -24,7 +24,7 @@ from .kv_cache import AttentionState, DeltaState, KVCache
 from .ops import I64
 from .state_file import StateFile, StateFileError, write_state
 
-__all__ = ["PrefixCache", "snapshot_positions"]
+__all__ = ["GRAIN", "PrefixCache", "snapshot_positions"]
 
 GRAIN = 64  # tokens; a prompt's chunks
 _log = logging.getLogger("expertstream")

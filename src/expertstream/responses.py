@@ -12,11 +12,14 @@ __all__ = ["ExpertSpans", "GenerationResponse", "GenerationStats", "StopStrings"
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token with its log-probability and the most likely alternatives (text, log-probability)."""
+    """A token with its log-probability (None for the first of a prompt) and the most likely alternatives (text, log-probability).
+    raw, top_raw: the tokens' bytes, which may be parts of characters."""
 
     token: str
-    logprob: float
+    logprob: float | None
     top_logprobs: tuple[tuple[str, float], ...]
+    raw: bytes = b""
+    top_raw: tuple[bytes, ...] = ()
 
 
 class ExpertSpans:
@@ -108,6 +111,7 @@ class GenerationResponse:
     logprob: TokenLogprob | None
     finish_reason: str | None
     stats: GenerationStats
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # with the first piece, where they were asked for
 
 
 class StopStrings:
@@ -122,13 +126,18 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
+        if not self._stops:
+            shown, self._held = self._held, ""
+            return shown
         places = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if places:
             at, self.found = min(places)
             shown, self._held = self._held[:at], ""
             return shown
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        # What is held is shorter than the longest stop string, and mostly nothing but the new text.
+        ends = (at for at in range(len(self._held)) if any(stop.startswith(self._held[at:]) for stop in self._stops))
+        at = next(ends, len(self._held))
+        shown, self._held = self._held[:at], self._held[at:]
         return shown
 
     def rest(self) -> str:

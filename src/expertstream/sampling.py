@@ -12,7 +12,7 @@ import numpy as np
 from .errors import CheckpointError, UsageError
 from .ops import F32, I64
 
-__all__ = ["Constraint", "Sampler", "SamplingParams"]
+__all__ = ["Choice", "Constraint", "Sampler", "SamplingParams", "scored"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class SamplingParams:
 
     Order: penalties, temperature, top_k, top_p, min_p, then one draw. temperature 0 takes the most likely token.
     repetition_penalty divides positive and multiplies negative logits of every token seen in prompt or answer (Keskar et al., CTRL,
-    2019); presence_penalty and frequency_penalty are OpenAI's, over the answer. logprobs: how many alternatives to report with
-    each token, from the untouched distribution; None for no log-probabilities.
+    2019); presence_penalty and frequency_penalty are OpenAI's, over the answer. logit_bias: added to the logits of tokens, before the
+    rest. logprobs: how many alternatives to report with each token, from the untouched distribution; None for no log-probabilities.
     """
 
     temperature: float = 0.0
@@ -36,6 +36,7 @@ class SamplingParams:
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
     max_tokens: int = 512
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -61,6 +62,11 @@ class SamplingParams:
             raise UsageError(f"{name} is a whole number from {low} to {high}, not {value!r}")
         if not isinstance(self.stop, tuple) or any(not isinstance(s, str) or not s for s in self.stop):
             raise UsageError(f"stop holds texts, none of them empty, not {self.stop!r}")
+        for token, bias in (self.logit_bias or {}).items():
+            if type(token) is not int or token < 0:
+                raise UsageError(f"logit_bias: a token must be a whole number of at least 0; got {token!r}")
+            if not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                raise UsageError(f"logit_bias: the bias of token {token} must be between -100 and 100; got {bias!r}")
 
     @classmethod
     def from_options(cls, generation_config: Mapping[str, Any], where: str, **given: Any) -> SamplingParams:
@@ -137,16 +143,15 @@ class Sampler:
         self._counts[token] = self._counts.get(token, 0) + 1
         if p.logprobs is None:
             return Choice(token, None, ())
-        shifted = logits.astype(np.float64) - float(logits.max())
-        log_probs = shifted - math.log(float(np.exp(shifted).sum()))
-        best = np.argsort(-log_probs, kind="stable")[: p.logprobs]
-        return Choice(token, float(log_probs[token]), tuple((int(i), float(log_probs[i])) for i in best))
+        return scored(token, logits, p.logprobs)
 
     def _penalize(self, logits: F32) -> F32:
         p = self.params
-        if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
+        if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0 and not p.logit_bias:
             return logits
         logits = logits.copy()
+        for token, bias in (p.logit_bias or {}).items():
+            logits[token] += bias
         if p.repetition_penalty != 1 and self._seen:
             seen = np.fromiter(self._seen, np.int64)
             values = logits[seen]
@@ -178,6 +183,14 @@ class Sampler:
         cumulative = np.cumsum(probs)
         at = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
         return int(order[min(at, order.shape[0] - 1)])
+
+
+def scored(token: int, logits: F32, count: int) -> Choice:
+    """A token with its log-probability under logits (vocab,), and the `count` most likely ones."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    log_probs = shifted - math.log(float(np.exp(shifted).sum()))
+    best = np.argsort(-log_probs, kind="stable")[:count]
+    return Choice(token, float(log_probs[token]), tuple((int(i), float(log_probs[i])) for i in best))
 
 
 def _at_least(logits: F32, count: int) -> I64:

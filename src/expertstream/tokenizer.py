@@ -13,6 +13,8 @@ from .checkpoint.reader import read_json
 from .errors import CheckpointError, RequestError
 from .ops import I64
 from .template import render_template
+from .text.control import ChatPrompt, ControlText
+from .text.messages import standard_messages
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -34,6 +36,8 @@ class Tokenizer:
         self.path = path
         self._config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
         self.eos_ids = self._eos_ids()
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self._bytes: _TokenBytes | None = None
 
     def _eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those of config.json, generation_config.json and the tokenizer's own."""
@@ -53,13 +57,16 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else ""
 
-    def encode(self, text: str) -> I64:
-        """Raises RequestError for text that is not Unicode."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RequestError("the prompt is not valid UTF-8") from None
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    def encode(self, text: str | ChatPrompt) -> I64:
+        """(T,) tokens. Raises RequestError for text that is not Unicode."""
+        ids: list[int] = []
+        for part in text.parts if isinstance(text, ChatPrompt) else (text,):
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError:
+                raise RequestError("the prompt is not valid UTF-8") from None
+            ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+        return np.array(ids, np.int64)
 
     def message_starts(self, tokens: I64) -> list[int]:
         """Where messages begin in a prompt of this family's chat templates; none for others."""
@@ -73,17 +80,48 @@ class Tokenizer:
         """One token as text; bytes that are no whole character as U+FFFD."""
         return self.decode([token], skip_special_tokens=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for, which may be a part of a character."""
+        if self._bytes is None:
+            self._bytes = _TokenBytes(self._tokenizer)
+        return self._bytes(token)
+
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
-        """The messages ({"role", "content"}) as one prompt that asks for an answer. Runs in a sandbox: a template sees what it is
-        given and nothing else, and takes no more time and memory than anybody needs. Raises RequestError if there is no template or
-        it refuses the messages."""
-        values: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, "tools": None}
-        values |= {name: self._special(name) for name in ("bos_token", "eos_token")} | variables
+        """The text of chat_prompt()."""
+        return self.chat_prompt(messages, **variables).text
+
+    def chat_prompt(
+        self, messages: Sequence[dict[str, Any]], *, parse_control_tokens: bool = False, **variables: Any
+    ) -> ChatPrompt:
+        """The messages ({"role", "content"}) as one prompt that asks for an answer, brought into the form of text.messages first. Control
+        tokens come from the template alone: what looks like one in a message, a tool or another variable is plain text, unless
+        `parse_control_tokens`. The template runs in a sandbox with bounds on time and memory. Raises RequestError if there is no
+        template or it refuses the messages."""
         template = self._template()
+        given: dict[str, Any] = {"tools": None, **variables}
+        tokens = () if parse_control_tokens else self.control_tokens(template)
+        messages = standard_messages(messages)
+        control = ControlText(tokens, (messages, given))
+        values: dict[str, Any] = {"add_generation_prompt": True}
+        values |= {name: self._special(name) for name in ("bos_token", "eos_token")} | control.mark(given)
+        values["messages"] = [control.mark_message(message) for message in messages]
         try:
-            return render_template(template, values)
+            return control.cut(render_template(template, values))
         except Exception as error:  # a template is a program of somebody's, and may fail as any other
-            raise RequestError(f"{self.path}: the chat template failed: {error or type(error).__name__}") from None
+            reason = str(error) or type(error).__name__
+            raise RequestError(f"{self.path}: the chat template failed: {reason}") from None
+
+    def content(self, text: str, parse_control_tokens: bool = False) -> ChatPrompt:
+        """Text that is not the template's own, as part of a prompt."""
+        if parse_control_tokens:
+            return ChatPrompt((text,))
+        control = ControlText(self.control_tokens(self._template()), text)
+        return control.cut(control.mark(text))
+
+    def control_tokens(self, template: str = "") -> list[str]:
+        """Texts that the tokenizer reads as tokens of their own and that steer a model: special tokens, and those that a template
+        writes. Others, such as runs of spaces or HTML tags of some vocabularies, are ordinary text."""
+        return [t.content for t in self._added.values() if t.special or (t.content.strip() and t.content in template)]
 
     def writes_xml_calls(self) -> bool:
         """Whether the template teaches calls as <function=NAME><parameter=KEY>…, not as JSON."""
@@ -106,6 +144,33 @@ class Tokenizer:
         if not isinstance(template, str):
             raise RequestError(f"{self.path}: missing chat template; give a raw prompt, without --chat")
         return template
+
+
+class _TokenBytes:
+    """Bytes of tokens, by the way in which the tokenizer's decoder spells them."""
+
+    def __init__(self, tokenizer: _Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        decoder = tokenizer.decoder
+        self._table: dict[str, int] | None = None
+        if decoder is not None and b"ByteLevel" in decoder.__getstate__():
+            # GPT-2's table: printable bytes are themselves, the others follow from U+0100 on.
+            plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+            others = [b for b in range(256) if b not in plain]
+            self._table = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+    def __call__(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if self._table is not None:
+            return bytes(self._table[char] for char in text) if set(text) <= self._table.keys() else text.encode()
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):  # SentencePiece's single bytes
+            return bytes([int(text[3:5], 16)])
+        return text.replace("\u2581", " ").encode()
 
 
 class Detokenizer:

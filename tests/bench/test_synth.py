@@ -67,9 +67,9 @@ def test_routing_is_what_was_asked(tmp_path: Path, routing: str, low: float, hig
     with LLM(tmp_path / "m", memory="1GiB", context_length=1100) as llm:
         real = llm.experts.fetch
 
-        def counted(layer: int, experts: list[int]) -> Any:
+        def counted(layer: int, experts: list[int], prompt: bool) -> Any:
             counts[layer, experts] += 1
-            return real(layer, experts)
+            return real(layer, experts, prompt)
 
         llm.experts.fetch = counted  # type: ignore[method-assign]
         llm.experts.resident_block = lambda layer, experts: None  # type: ignore[method-assign]

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from expertstream import LLM, RequestError, UsageError
-from expertstream.chat.backends import Answered, LocalBackend, RemoteBackend, ServerError, _lines, _object
+from expertstream.chat.backends import Answered, FunctionCall, LocalBackend, RemoteBackend, ServerError, _lines, _object
 from expertstream.chat.conversation import COMMANDS, Chat
 from expertstream.chat.sessions import Conversation, SessionStore
 from expertstream.chat.terminal import TerminalView, _whole_blocks
 from expertstream.chat.tools import McpTools, Shell
 from expertstream.cli import main
-from expertstream.server.stream import Content, FunctionCall, Reasoning
+from expertstream.text.output import Content, Reasoning
 
 from ..server.conftest import Server
 
@@ -261,7 +261,7 @@ def test_a_server_answers_the_same(tmp_path: Path) -> None:
             assert texts[0] == texts[1] != ""
             assert chat.last.hit_rate is not None
             chat.run("word " * 2000)
-            assert "make --context at least" in view.notes[-1]
+            assert "can be started with --context" in view.notes[-1]
             remote.close()
         finally:
             server.stop()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
 import jsonschema
 import pytest
 
+from expertstream.engine import LLM
+
 from .conftest import HELLO, TOOL, Server
+from .scripted import scripted
 
 WEATHER: Any = {
     "name": "get_weather",
@@ -138,10 +141,9 @@ def test_json_by_a_schema(server: Server) -> None:
     [
         ({"messages": HELLO}, 400, "max_tokens: Field required"),
         ({"messages": [], "max_tokens": 1}, 400, "messages"),
-        ({"messages": HELLO, "max_tokens": 1, "mcp_servers": []}, 400, "mcp_servers: is not supported"),
         ({"messages": HELLO, "max_tokens": 1, "model": "other"}, 404, "no model 'other'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}], "max_tokens": 1}, 400, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "max_tokens": 1}, 400, "belongs into the assistant"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}], "max_tokens": 1}, 400, "this model reads text only, not image"),
+        ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "max_tokens": 1}, 400, "must be in an assistant's message"),
         ({"messages": [{"role": "assistant", "content": "x"}], "max_tokens": 1}, 400, "the last message"),
         ({"messages": HELLO, "max_tokens": 1, "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, 400, "not among the tools"),
     ],
@@ -161,3 +163,130 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic) -> None:
         client.messages.create(model="small", max_tokens=1, messages=[{"role": "user", "content": "word " * 3000}])
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="other", max_tokens=1, messages=HELLO)
+
+
+def test_a_system_message_in_the_middle_is_users_text_in_its_place(server: Server, llm: LLM) -> None:
+    """As Claude Code sends it: a list of blocks at first, a plain string in the next turn."""
+    blocks = [
+        {
+            "type": "text",
+            "text": "The date is today.",
+            "cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"},
+        }
+    ]
+    with scripted(llm, "Fine.") as model:
+        for content in (blocks, "The date is today."):
+            messages = [{"role": "user", "content": "Hi"}, {"role": "system", "content": content}]
+            answer = httpx.post(
+                f"{server.url}/v1/messages",
+                json={"messages": messages, "max_tokens": 9, "system": "Be kind."},
+                timeout=60,
+            )
+            assert answer.status_code == 200, answer.text
+    assert model.prompts[0] == model.prompts[1]
+    assert "<|im_start|>user\nHi\n\nThe date is today.<|im_end|>" in model.prompts[0]
+
+
+def test_what_a_model_cannot_see_is_named_in_history_and_refused_when_new(server: Server, llm: LLM) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
+    pdf = {
+        "type": "document",
+        "title": "a.pdf",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": "x"},
+    }
+    text = {
+        "type": "document",
+        "title": "notes",
+        "source": {"type": "text", "media_type": "text/plain", "data": "It says so."},
+        "citations": {"enabled": True},
+    }
+    found = {
+        "type": "search_result",
+        "source": "http://x",
+        "title": "Found",
+        "content": [{"type": "text", "text": "There."}],
+        "citations": {"enabled": False},
+    }
+    assistant = [
+        {"type": "thinking", "thinking": "hm", "signature": "", "cache_control": {"type": "ephemeral"}}, {"type": "redacted_thinking", "data": "x"},
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}, {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+        {"type": "tool_use", "id": "t", "name": "get_weather", "input": {"city": "Paris"}, "cache_control": {"type": "ephemeral"}, "caller": {"type": "direct"}},
+    ]  # fmt: skip
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "t",
+        "content": [image, {"type": "tool_reference", "tool_name": "other"}, found],
+        "cache_control": {"type": "ephemeral"},
+    }
+    messages: list[Any] = [
+        {"role": "user", "content": [image, pdf, text, {"type": "text", "text": "Look.", "citations": []}]},
+        {"role": "assistant", "content": assistant},
+        {"role": "user", "content": [result, {"type": "text", "text": "And?"}]},
+    ]
+    tools: list[Any] = [
+        {**WEATHER, "input_examples": [{"city": "Rome"}], "allowed_callers": ["direct"], "defer_loading": True},
+        {"type": "web_search_20250305", "name": "web_search", "max_uses": 3},
+    ]
+    body = {
+        "messages": messages,
+        "tools": tools,
+        "max_tokens": 9,
+        "container": None,
+        "mcp_servers": [],
+        "model": "small",
+    }
+    with scripted(llm, "Yes.") as model:
+        answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    (prompt,) = model.prompts
+    for part in ("[image omitted: this model reads text only]", "[document 'a.pdf' omitted", "notes\nIt says so.", "[tool other]", "Found\nhttp://x\nThere.", "[web_search was called]"):  # fmt: skip
+        assert part in prompt, part
+    assert '"web_search"' not in prompt
+    refused = httpx.post(
+        f"{server.url}/v1/messages", json={**body, "messages": [*messages, {"role": "user", "content": [pdf]}]}
+    )
+    assert refused.status_code == 400 and "this model reads text only, not document" in refused.text
+
+
+def test_the_sdks_tool_runner_goes_on_without_threads(client: anthropic.Anthropic, llm: LLM) -> None:
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the weather of a city.
+
+        Args:
+            city: The city
+        """
+        return f"{city}: sunny"
+
+    call = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
+    with scripted(llm, lambda prompt: "It is sunny." if "Paris: sunny" in prompt else call) as model:
+        runner = client.beta.messages.tool_runner(
+            model="small", max_tokens=300, messages=[{"role": "user", "content": "How is Paris?"}], tools=[get_weather]
+        )
+        last = runner.until_done()
+    assert last.content[0].text == "It is sunny."  # type: ignore[union-attr]
+    assert len(model.prompts) == 2 and "How is Paris?" in model.prompts[1]
+
+
+def test_threads_are_declined_as_the_sdk_knows_it(server: Server) -> None:
+    body = {"messages": HELLO, "max_tokens": 1, "thread": {"type": "create"}}
+    error = httpx.post(f"{server.url}/v1/messages", json=body).json()["error"]
+    assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+def test_tokens_of_a_whole_request_are_counted(client: anthropic.Anthropic, server: Server) -> None:
+    body = {"messages": HELLO, "max_tokens": 9, "stream": True, "temperature": 0, "tools": [WEATHER], "metadata": {"user_id": "u"}, "stop_sequences": ["x"]}  # fmt: skip
+    counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    answer = httpx.post(f"{server.url}/v1/messages", json={**body, "stream": False}, timeout=60).json()["usage"]
+    assert counted == answer["input_tokens"] + answer["cache_read_input_tokens"]
+
+
+def test_structured_output_by_the_sdks_helper(client: anthropic.Anthropic) -> None:
+    import pydantic
+
+    class Pet(pydantic.BaseModel):
+        kind: Literal["cat", "dog"]
+        tame: bool
+
+    answer = client.messages.parse(model="small", max_tokens=100, messages=HELLO, output_format=Pet)
+    assert answer.parsed_output is not None and answer.parsed_output.kind in ("cat", "dog")

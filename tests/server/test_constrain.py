@@ -14,8 +14,8 @@ import pytest
 
 from expertstream import LLM, RequestError
 from expertstream.engine import embedded_model
-from expertstream.server.constrain import Grammars, GuidedDecoding
-from expertstream.server.stream import Content, FunctionCall, Reasoning, Splitter
+from expertstream.server.constrain import Grammars, Guide, OutputFormat
+from expertstream.text.output import CallDelta, CallEnd, Content, Event, OutputParser, Reasoning
 
 BOOK = {
     "name": "book",
@@ -48,19 +48,34 @@ def grammars(llm: LLM) -> Grammars:
     return Grammars(llm)
 
 
-def babble(llm: LLM, guide: GuidedDecoding, seed: int, most: int = 600) -> str:
+def guided(grammars: Grammars, functions: Any, required: bool, several: bool = True, reasoning: bool = False) -> Guide:
+    found = grammars.plan(functions, required, several, None, None).guide(reasoning)
+    assert found is not None
+    return found
+
+
+def as_json(grammars: Grammars, schema: dict[str, Any] | None, reasoning: bool = False, strict: bool = True) -> Guide:
+    form = OutputFormat("json", {"type": "object"} if schema is None else schema, strict)
+    found = grammars.plan([], False, True, form, None).guide(reasoning)
+    assert found is not None
+    return found
+
+
+def babble(llm: LLM, guide: Guide, seed: int, most: int = 600, said: str = "") -> str:
     """What a model of random taste says, which soon wants to come to an end: of the text, and before that of what it has begun."""
-    rng, tokens, said = np.random.default_rng(seed), list[int](), ""
+    rng, tokens = np.random.default_rng(seed), list[int]()
     vocabulary = [llm.tokenizer.token_text(i) for i in range(llm.model_config.vocab_size)]
     eos = sorted(llm.tokenizer.eos_ids)
     taste = rng.normal(size=len(vocabulary)).astype(np.float32) * 3
     for i in range(most):
         logits = taste + rng.normal(size=taste.shape).astype(np.float32)
         logits[eos] += i / 4
-        for closer in ("\n</parameter>\n", "</think>", '"', "}", "]") if i > 60 else ():
+        thinking = "</think>" not in said and "<tool_call>" not in said
+        closers = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>", '"', "}", "]")
+        for closer in ("</think>",) if thinking else closers if i > 60 else ():
             begun = max(k for k in range(len(closer)) if said.endswith(closer[:k]))
             ahead = [t for t, text in enumerate(vocabulary) if text and closer[begun:].startswith(text)]
-            logits[ahead] += 20 + 10 * begun + 20 * (closer == "</think>")
+            logits[ahead] += 20 + 10 * begun + 3 * closer.endswith("=")
         masked = guide.mask(logits)
         token = int(masked.argmax())
         assert masked[token] > -np.inf
@@ -68,13 +83,27 @@ def babble(llm: LLM, guide: GuidedDecoding, seed: int, most: int = 600) -> str:
         if token in eos:
             return llm.tokenizer.decode(tokens, skip_special_tokens=False)
         tokens.append(token)
-        said = llm.tokenizer.decode(tokens[-30:], skip_special_tokens=False)
+        said += llm.tokenizer.token_text(token)
         taste[token] -= 1
     raise AssertionError("it never ended: " + llm.tokenizer.decode(tokens, skip_special_tokens=False))
 
 
+def parsed(text: str, functions: Any, reasoning: bool = False) -> list[Event]:
+    """Parsed as a held answer: calls as their ends, after a look at what was streamed of them."""
+    parser = OutputParser([{"function": f} for f in functions], reasoning, held=True)
+    events, written = [], ""
+    for event in [e for char in text for e in parser.feed(char)] + parser.finish():
+        if isinstance(event, CallDelta):
+            written += event.json
+        elif isinstance(event, CallEnd):
+            assert event.complete and json.loads(written) == event.arguments
+            written = ""
+        events.append(event)
+    return [e for e in events if isinstance(e, CallEnd | Content | Reasoning)]
+
+
 def check_call(call: Any) -> None:
-    assert isinstance(call, FunctionCall)
+    assert isinstance(call, CallEnd)
     schema = {f["name"]: f["parameters"] for f in (BOOK, NOTHING)}[call.name]
     jsonschema.validate(call.arguments, schema)
 
@@ -82,9 +111,8 @@ def check_call(call: Any) -> None:
 @pytest.mark.parametrize("reasoning", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_calls_parse_and_fit_their_schemas(llm: LLM, grammars: Grammars, seed: int, reasoning: bool) -> None:
-    text = babble(llm, grammars.matcher(grammars.calls([BOOK, NOTHING], True, True, reasoning)), seed)
-    splitter = Splitter([{"function": BOOK}, {"function": NOTHING}], reasoning)
-    events = splitter.feed(text) + splitter.finish()
+    text = babble(llm, guided(grammars, [BOOK, NOTHING], True, reasoning=reasoning), seed)
+    events = parsed(text, [BOOK, NOTHING], reasoning)
     calls = [e for e in events if not isinstance(e, Reasoning)]
     assert calls and (reasoning or len(calls) == len(events))
     for call in calls:
@@ -93,29 +121,45 @@ def test_calls_parse_and_fit_their_schemas(llm: LLM, grammars: Grammars, seed: i
 
 @pytest.mark.parametrize("seed", range(6))
 def test_one_call_and_no_more(llm: LLM, grammars: Grammars, seed: int) -> None:
-    text = babble(llm, grammars.matcher(grammars.calls([BOOK], True, False, False)), seed)
-    splitter = Splitter([{"function": BOOK}])
-    (call,) = splitter.feed(text) + splitter.finish()
+    (call,) = parsed(babble(llm, guided(grammars, [BOOK], True, several=False), seed), [BOOK])
     check_call(call)
 
 
+@pytest.mark.parametrize("reasoning", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_text_or_calls(llm: LLM, grammars: Grammars, seed: int) -> None:
-    text = babble(llm, grammars.matcher(grammars.calls([BOOK], False, True, False)), seed)
-    splitter = Splitter([{"function": BOOK}])
-    for event in splitter.feed(text) + splitter.finish():
-        if not isinstance(event, Content):
-            check_call(event)
-        else:
-            assert "<tool_call>" not in event.text
+def test_free_text_until_a_call_begins(llm: LLM, grammars: Grammars, seed: int, reasoning: bool) -> None:
+    """The opening tag is what the model chooses, wherever it stands; from there on it is held."""
+    guide = guided(grammars, [BOOK, NOTHING], False, reasoning=reasoning)
+    logits = np.zeros(llm.model_config.vocab_size, np.float32)
+    assert guide.mask(logits) is logits  # free, and free of cost
+    said = "Let me see <"
+    for token in llm.tokenizer.encode(said).tolist():
+        guide.accept(token)
+    (opening,) = llm.tokenizer.encode("<tool_call>").tolist()
+    guide.accept(opening)
+    text = f"{said}<tool_call>{babble(llm, guide, seed, said='<tool_call>')}"
+    found = parsed(text, [BOOK, NOTHING], reasoning)
+    before = [e.text for e in found if isinstance(e, Reasoning if reasoning else Content)]
+    assert "".join(before).startswith(said.strip())
+    check_call(next(e for e in found if isinstance(e, CallEnd)))
+
+
+def test_what_follows_a_call_is_free_and_the_next_one_held(llm: LLM, grammars: Grammars) -> None:
+    guide = guided(grammars, [NOTHING], False)
+    call = "<tool_call>\n<function=nothing-at.all>\n</function>\n</tool_call>"
+    logits = np.zeros(llm.model_config.vocab_size, np.float32)
+    for token in llm.tokenizer.encode(f"a{call}b{call}c").tolist():
+        assert guide.mask(logits)[token] == 0
+        guide.accept(token)
+    assert guide.mask(logits) is logits
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_json_fits_its_schema(llm: LLM, grammars: Grammars, seed: int) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 5}}, "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
-    jsonschema.validate(json.loads(babble(llm, grammars.matcher(grammars.json(schema, False)), seed)), schema)
-    assert isinstance(json.loads(babble(llm, grammars.matcher(grammars.json(None, False)), seed)), dict)
-    thought = babble(llm, grammars.matcher(grammars.json(schema, True)), seed)
+    jsonschema.validate(json.loads(babble(llm, as_json(grammars, schema), seed)), schema)
+    assert isinstance(json.loads(babble(llm, as_json(grammars, None), seed)), dict)
+    thought = babble(llm, as_json(grammars, schema, reasoning=True), seed)
     jsonschema.validate(json.loads(thought.split("</think>")[1]), schema)
 
 
@@ -126,15 +170,14 @@ def test_calls_in_json(tmp_path: Path, seed: int) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with LLM(folder, context_length=256) as llm:
         grammars = Grammars(llm)
-        text = babble(llm, grammars.matcher(grammars.calls([BOOK, NOTHING], True, True, False)), seed)
-    splitter = Splitter([{"function": BOOK}])
-    for call in splitter.feed(text) + splitter.finish():
+        text = babble(llm, guided(grammars, [BOOK, NOTHING], True), seed)
+    for call in parsed(text, [BOOK, NOTHING]):
         check_call(call)
 
 
 def test_digits_come_to_an_end(llm: LLM, grammars: Grammars) -> None:
     """A model that likes nothing but nines."""
-    guide = grammars.matcher(grammars.json({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}, False))  # fmt: skip
+    guide = as_json(grammars, {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False})  # fmt: skip
     tokens: list[int] = []
     for _ in range(60):
         logits = np.zeros(llm.model_config.vocab_size, np.float32)
@@ -160,7 +203,7 @@ def test_what_a_client_cannot_be_given(grammars: Grammars) -> None:
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "cannot be followed"),
     ):
         with pytest.raises(RequestError, match=message):
-            grammars.matcher(grammars.json(schema, False))
+            as_json(grammars, schema)
 
 
 @pytest.mark.timeout(60)
@@ -174,7 +217,7 @@ def test_a_schema_made_to_hurt_neither_hangs_nor_crashes(llm: LLM, grammars: Gra
         {"type": "string", "minLength": 10**9},
     ):
         try:
-            guide = grammars.matcher(grammars.json(schema, False))
+            guide = as_json(grammars, schema, strict=False)
             for _ in range(30):
                 guide.accept(int(guide.mask(np.zeros(llm.model_config.vocab_size, np.float32)).argmax()))
         except RequestError as error:

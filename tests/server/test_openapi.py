@@ -40,4 +40,4 @@ def test_no_answer_is_a_server_error(quick: Server, mode: GenerationMode) -> Non
             assert response.status_code < 500, response.text
 
         check()
-    assert len({path for path, _ in seen}) == (9 if mode is GenerationMode.POSITIVE else 4)
+    assert len({path for path, _ in seen}) == (10 if mode is GenerationMode.POSITIVE else 5)

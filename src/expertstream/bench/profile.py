@@ -76,9 +76,9 @@ class Profiler:
             self.spans.append((begin, time.perf_counter(), int(tokens.shape[0])))
             return result
 
-        def counted(layer: int, experts: list[int]) -> Any:
+        def counted(layer: int, experts: list[int], prompt: bool = False) -> Any:
             self._count(layer, experts)
-            return fetch(layer, experts)
+            return fetch(layer, experts, prompt)
 
         def counted_resident(layer: int, experts: list[int]) -> Any:
             block = resident(layer, experts)

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from ..engine import LLM
 from ..errors import ExpertStreamError, RequestError, UsageError
-from ..server.stream import Content, FunctionCall, Reasoning, Splitter
+from ..text.output import CallDelta, CallEnd, Content, OutputParser, Reasoning
 
-__all__ = ["Answered", "Backend", "LocalBackend", "RemoteBackend", "ServerError"]
+__all__ = ["Answered", "Backend", "FunctionCall", "LocalBackend", "RemoteBackend", "ServerError"]
 
 Message = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -38,6 +38,14 @@ class Answered:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class FunctionCall:
+    """A whole call; arguments have the types that the function's schema gives them."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
 Event = Content | Reasoning | FunctionCall | Answered
 
 
@@ -48,9 +56,10 @@ class Backend(Protocol):
     about: str
 
     def reply(
-        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool, progress: Progress
+        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool | None, progress: Progress
     ) -> Iterator[Event]:
-        """Closing it ends the answer. progress: tokens of the prompt done, and all of them. Raises ExpertStreamError."""
+        """Closing it ends the answer. thinking: None leaves it to the template. progress: tokens of the prompt done, and all of them.
+        Raises ExpertStreamError."""
 
 
 class LocalBackend:
@@ -62,10 +71,11 @@ class LocalBackend:
         llm.sampling_params(**sampling)  # mistakes are told before anything is said
 
     def reply(
-        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool, progress: Progress
+        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool | None, progress: Progress
     ) -> Iterator[Event]:
         llm = self._llm
-        prompt = llm.tokenizer.apply_chat_template(messages, tools=tools or None, enable_thinking=thinking)
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        prompt = llm.tokenizer.chat_prompt(messages, tools=tools or None, **switch)
         tokens = llm.tokenizer.encode(prompt)
         given = {"max_tokens": llm.context_length, **{k: v for k, v in self._sampling.items() if v is not None}}
         if tools:  # a penalty for what was read before would be one for the names that a call has to repeat
@@ -74,17 +84,31 @@ class LocalBackend:
         pieces = llm.session().generate(
             tokens, llm.sampling_params(**given), lambda done: progress(done, total), control_tokens=True
         )
-        splitter = Splitter(tools, reasoning=prompt.rstrip().endswith("<think>"))
+        parser = OutputParser(tools, reasoning=prompt.text.rstrip().endswith("<think>"))
         answered = Answered()
         for piece in pieces:
             stats = piece.stats
-            yield from splitter.feed(piece.text)
+            yield from _events(parser.feed(piece.text))
             answered = Answered(
                 stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens, stats.ttft_seconds, stats.decode_tps,
                 stats.decode_experts.hit_rate if piece.finish_reason else None, piece.finish_reason or "stop", stats.seed,
             )  # fmt: skip
-        yield from splitter.finish()
+        yield from _events(parser.finish(answered.ended == "length"))
         yield answered
+
+
+def _events(found: Iterable[Any]) -> Iterator[Content | Reasoning | FunctionCall]:
+    """Calls as a whole; one that was cut as the text that it is, as RemoteBackend gives it."""
+    written = ""
+    for event in found:
+        if isinstance(event, CallDelta):
+            written += event.json
+        elif isinstance(event, CallEnd):
+            call = FunctionCall(event.name, event.arguments)
+            yield call if event.complete else Content(f"{event.name} {written}")
+            written = ""
+        elif isinstance(event, Content | Reasoning):
+            yield event
 
 
 @dataclass
@@ -156,7 +180,7 @@ class RemoteBackend:
             return None
 
     def reply(
-        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool, progress: Progress
+        self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool | None, progress: Progress
     ) -> Iterator[Event]:
         names = {"max_tokens", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "stop"}
         body: dict[str, Any] = {
@@ -165,8 +189,8 @@ class RemoteBackend:
         }  # fmt: skip
         if tools:
             body["tools"] = tools
-        if thinking:
-            body["chat_template_kwargs"] = {"enable_thinking": True}
+        if thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": thinking}
         before, begin, first = self._experts(), time.perf_counter(), 0.0
         calls: dict[int, _Call] = {}
         answered, usage = Answered(), dict[str, Any]()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ExpertStreamError, RequestError
-from ..server.stream import Content, FunctionCall, Reasoning
-from .backends import Answered, Backend
+from ..text.output import Content, Reasoning
+from .backends import Answered, Backend, FunctionCall
 from .sessions import Conversation, SessionStore
 from .tools import ToolSource
 
@@ -76,7 +76,7 @@ class Chat:
     view: View
     tools: Sequence[ToolSource] = ()
     ask_consent: bool = True
-    thinking: bool = False
+    thinking: bool | None = None  # None: as the model's template has it
     fold: bool = True
     last: Answered | None = field(default=None, init=False)
 
@@ -278,7 +278,8 @@ class Chat:
             self.fold = rest == "fold"
         elif rest:
             raise RequestError("/think takes on, off, fold or show")
-        self.view.note(f"reasoning is {'on' if self.thinking else 'off'}, and {'folded' if self.fold else 'shown'}")
+        state = {None: "as the model's template has it", True: "on", False: "off"}[self.thinking]
+        self.view.note(f"reasoning is {state}, and {'folded' if self.fold else 'shown'}")
 
     def _stats(self, _: str) -> None:
         self.view.note(f"{self.backend.about}\n{stats_line(self.last)}" if self.last else self.backend.about)

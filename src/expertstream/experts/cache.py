@@ -112,8 +112,9 @@ class ExpertCache:
         """By layer, the experts in cached slots."""
         return [sorted(list(resident)) for resident in self._resident]
 
-    def fetch(self, layer: int, experts: list[int]) -> Fetch:
-        """Begins to bring the experts (ascending, distinct) of one layer; use as a context manager and iterate."""
+    def fetch(self, layer: int, experts: list[int], prompt: bool = False) -> Fetch:
+        """Begins to bring the experts (ascending, distinct) of one layer; use as a context manager and iterate. `prompt`: touches
+        nearly every expert once, so it must not flush what decoding keeps."""
         if self.store.closed:
             raise RequestError("this model is closed")
         if self._busy:
@@ -121,13 +122,13 @@ class ExpertCache:
         self._busy = True
         self.prefetcher.learn(layer, experts)
         self.uses[layer, experts] += 1
-        return Fetch(self, layer, experts)
+        return Fetch(self, layer, experts, prompt)
 
     def hint(self, layer: int, ranked: list[int]) -> None:
         """The experts that a layer will probably ask for, likeliest first: some of those that are missing are read ahead."""
         loads = []
         for expert in self.prefetcher.guess(layer, ranked):
-            if len(self._ahead) + len(self._wrong) >= self.prefetcher.most:
+            if len(self._ahead) + len(self._wrong) >= self.prefetcher.most or not self._free_ring:
                 break
             if expert not in self._resident[layer] and (layer, expert) not in self._ahead:
                 load = _Load(layer, -1, expert, self._free_ring.pop(), cached=False, pending=1)
@@ -187,6 +188,8 @@ class ExpertCache:
             self._park(self._free.pop())
         while self._parked and sum(self._owned) + len(self._free) < cached:
             self._free.append(self._parked.pop())
+        if not self._parked:
+            self.reader.register_memory(self.arena)
         self._busy = False
 
     def _park(self, slot: int) -> None:
@@ -199,15 +202,23 @@ class ExpertCache:
         self.store.close()
 
     def _recover(self) -> None:
-        """After an exception at any point of a fetch, an interrupt too. What is known to be resident stays; all else is made anew
-        from it. An expert is listed as resident only once its bytes are there and checked, and no longer once its slot is given
-        away; so that list is right wherever the exception fell."""
+        """After an exception at any point of a fetch or of resize(), an interrupt too. What is known to be resident stays, as far as
+        its layer's share goes; all else is made anew from it. An expert is listed as resident only once its bytes are there and
+        checked, and no longer once its slot is given away; so that list is right wherever the exception fell."""
         self.drain()
+        self.quotas = self._shares(self.cached)
+        for layer, quota in zip(self._resident, self.quotas, strict=True):
+            while len(layer) > quota:
+                layer.popitem()
         used = {slot for layer in self._resident for slot in layer.values()}
         free = [slot for slot in range(self._slots) if slot not in used]
         room = max(0, self.cached - len(used))
         self._free_ring, self._free = free[: self.ring][::-1], free[self.ring : self.ring + room][::-1]
-        self._parked = free[self.ring + room :]
+        self._parked = []
+        if free[self.ring + room :]:
+            self.reader.unregister_memory()
+        for slot in free[self.ring + room :]:
+            self._park(slot)
         self._owned = [len(layer) for layer in self._resident]
         self._policies = [make_policy(self._policy) for _ in self._resident]
         for policy, layer in zip(self._policies, self._resident, strict=True):
@@ -231,7 +242,7 @@ class ExpertCache:
 
     def take_slot(self, layer: int, keep: set[int], evict: bool) -> tuple[int, bool] | None:
         """A slot for a miss and whether it is a cached one: the layer's share first, then the ring; None if all are in use.
-        With `evict`, a resident expert that is not in `keep` makes room."""
+        With `evict` (decoding), a resident expert that is not in `keep` makes room, and the ring keeps its slots for reading ahead."""
         if self._owned[layer] < self.quotas[layer]:
             self._owned[layer] += 1
             return self._free.pop(), True
@@ -241,7 +252,8 @@ class ExpertCache:
                 slot = self._resident[layer].pop(victim)
                 self.stats.layers[layer].evictions += 1
                 return slot, True
-        if self._free_ring:
+        spare = max(0, self.prefetcher.most - len(self._ahead) - len(self._wrong)) if evict else 0
+        if len(self._free_ring) > spare:
             return self._free_ring.pop(), False
         return None
 
@@ -375,6 +387,7 @@ class Fetch:
     cache: ExpertCache
     layer: int
     experts: list[int]
+    prompt: bool = False
     ordered: bool = field(init=False)
     _slots: dict[int, int] = field(default_factory=dict)  # position → slot, ready
     _loads: list[_Load] = field(default_factory=list)
@@ -412,8 +425,7 @@ class Fetch:
             if slot is not None:
                 self._slots[position] = slot
             else:
-                # A long prompt touches nearly every expert once: it must not flush what decoding keeps.
-                taken = self.cache.take_slot(self.layer, keep, evict=not self.ordered)
+                taken = self.cache.take_slot(self.layer, keep, evict=not self.prompt)
                 if taken is None:
                     break
                 if not missing:  # also where all were read ahead: a guess does not look at the file

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..checkpoint.format import ExpertLayout, WeightSpec
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError, RequestError
 from ..experts.cache import ExpertCache
-from ..kv_cache import AttentionState, CancelledError, DeltaState, KVCache, attention_state, delta_state
+from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
 from ..layers import Embedding, Linear, RMSNorm, Rotary
 from ..ops import F32, I64, AttentionWeights, DeltaWeights, Ops
 
@@ -338,8 +338,8 @@ class SparseMoeBlock:
         parts = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate")
         self.shared_expert = [w.linear(f"{name}.{part}").weight for part in parts]
 
-    def __call__(self, x: F32, h: F32) -> None:
-        """Adds the block's output for x (T, H) to h (T, H), in place."""
+    def __call__(self, x: F32, h: F32, prompt: bool) -> None:
+        """Adds the block's output for x (T, H) to h (T, H), in place. prompt: the rows are of one, not of several sequences' tokens."""
         ops = self.ops
         routing_weights, selected_experts = ops.route(x, self.gate, self.top_k)  # (T, top_k)
         # Pairs of (token, expert), grouped by expert.
@@ -358,8 +358,8 @@ class SparseMoeBlock:
             distinct, counts = np.unique(selected_experts, return_counts=True)
             pair_start, ids = np.concatenate([[0], np.cumsum(counts)]), distinct.tolist()
         # The reads of all missing experts are under way before anything is computed.
-        with self.experts.fetch(self.layer, ids) as fetch:
-            if self.look_ahead is not None and x.shape[0] == 1 and self.experts.prefetcher.most:
+        with self.experts.fetch(self.layer, ids, prompt) as fetch:
+            if self.look_ahead is not None and not prompt and self.experts.prefetcher.most:
                 self.look_ahead(h)
             acc = ops.shared_expert(x, *self.shared_expert)
             # In order, each part is summed at once; else outputs wait until all are there.
@@ -392,11 +392,11 @@ class DecoderLayer:
         self.mlp = SparseMoeBlock(w, layer, top_k, experts)
 
     def guess(self, h: F32) -> None:
-        """Asks this layer's router about one token's hidden state of the layer before, so that its experts may be read ahead."""
+        """Asks this layer's router about tokens' hidden states of the layer before, so that its experts may be read ahead."""
         mlp = self.mlp
         weights, selected_experts = mlp.ops.route(self.post_attention_layernorm(h), mlp.gate, mlp.top_k)
-        likeliest_first = np.argsort(-weights[0], kind="stable")
-        mlp.experts.hint(mlp.layer, selected_experts[0, likeliest_first].tolist())
+        likeliest_first = np.argsort(-weights, axis=None, kind="stable")
+        mlp.experts.hint(mlp.layer, list(dict.fromkeys(selected_experts.ravel()[likeliest_first].tolist())))
 
     def __call__(
         self,
@@ -415,7 +415,7 @@ class DecoderLayer:
         else:
             assert isinstance(state, DeltaState) and self.linear_attn is not None
             h += self.linear_attn(x, state, position, keep, chunked=prompt)
-        self.mlp(self.post_attention_layernorm(h), h)
+        self.mlp(self.post_attention_layernorm(h), h, prompt)
 
     def of_each(self, h: F32, states: Sequence[Any], positions: Sequence[int], cos: F32, sin: F32) -> None:
         """A token of each of several texts, h (B, H); their experts are read once for all."""
@@ -425,7 +425,7 @@ class DecoderLayer:
         else:
             assert self.linear_attn is not None
             h += self.linear_attn.of_each(x, states)
-        self.mlp(self.post_attention_layernorm(h), h)
+        self.mlp(self.post_attention_layernorm(h), h, prompt=False)
 
 
 class Model:
@@ -443,11 +443,10 @@ class Model:
         self.norm = w.norm("model.norm")
         self.lm_head = self.embed_tokens.as_linear if config.tie_word_embeddings else w.linear("lm_head")
         self.rotary = Rotary(config.rotary_dims, config.rope_theta)
-        self._one_at_a_time = Lock()
+        self._one_at_a_time = RLock()  # another text's tokens may go through between two layers of a prompt
 
     def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
-        """tokens (T,) → logits (1, vocab) of the last one, or (T, vocab); the cache moves on by T. One call at a time: others wait.
-
+        """tokens (T,) → logits (1, vocab) of the last one, or (T, vocab); the cache moves on by T. Other threads wait.
         `prompt`: the tokens are (a part of) a prompt, and take the chunked gated-delta form. Both forms are one computation but
         for rounding, so which one is taken must not depend on how a prompt is cut: parts are multiples of 64 but for the last.
         Raises RequestError if the cache has no room, or holds half a token after an error.
@@ -471,17 +470,18 @@ class Model:
         h = self.embed_tokens(tokens)
         cos, sin = self.rotary(position, T)
         for layer, state in zip(self.layers, cache.layers, strict=True):
-            if cache.cancelled is not None and cache.cancelled.is_set():
-                raise CancelledError
+            cache.between_layers()
             layer(h, state, position, keep, cos, sin, prompt)
         cache.position += T
         cache.valid = True
+        if cache.each_logits is not None:
+            for at in range(0, T, 16):  # few rows at a time: a vocabulary is long
+                cache.each_logits(self.lm_head(self.norm(h[at : at + 16])))
         last = h if all_logits else h[-1:]
         return self.lm_head(self.norm(np.ascontiguousarray(last)))
 
     def of_each(self, tokens: I64, caches: Sequence[KVCache]) -> F32:
-        """The next token of each of several texts (B,) → logits (B, vocab); every cache moves on by one. The projections and experts
-        that they share are read once for all. Raises RequestError as a call does."""
+        """The next token of each of several texts (B,) → logits (B, vocab); every cache moves on by one. Raises as a call does."""
         with self._one_at_a_time:
             for cache in caches:
                 self._check(cache, 1)

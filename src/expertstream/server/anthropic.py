@@ -1,318 +1,297 @@
-"""Anthropic's wire format: requests, checked, and answers as a message or as a stream's events. What is not supported is refused."""
+"""Anthropic's wire format: requests for messages, and for counting their tokens."""
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ..errors import RequestError
-from ..responses import GenerationResponse, GenerationStats
-from .asks import Ask
-from .openai import Strict
-from .stream import Content, Event, Reasoning, Splitter
+from .constrain import OutputFormat
+from .conversation import Conversation, not_shown
+from .openai import MAX_STOP_LENGTH, MAX_STOPS
+from .request import GenerationRequest, thinking_variables
+from .wire import Wire, check_part, ignored
 
-__all__ = ["CountRequest", "MessageAnswer", "MessagesRequest", "error_event"]
+__all__ = ["CountRequest", "MessagesRequest", "ThreadsUnsupportedError"]
 
-
-class CacheControl(Strict):
-    """Where a prefix may be cached: it always is."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class TextBlock(Strict):
-    type: Literal["text"]
-    text: str
-    cache_control: CacheControl | None = None
-    citations: None = None
+_PREFIXES = "prefixes are always kept"
+_HOSTED = "a service of the hosted API"
+_THREADS = "with thread_unsupported_request, upon which libraries send all messages"
+_BILLING = "x-anthropic-billing-header:"
 
 
-class ThinkingBlock(Strict):
-    type: Literal["thinking"]
-    thinking: str
-    signature: str = ""
+class ThreadsUnsupportedError(RequestError):
+    """The client wants a conversation that the server keeps; its library goes on without when it is told so."""
 
 
-class ToolUseBlock(Strict):
-    type: Literal["tool_use"]
-    id: str
-    name: str
-    input: dict[str, Any]
-    cache_control: CacheControl | None = None
-    caller: dict[str, Any] | None = None
+class Block(Wire):
+    """A block of a message's content; which fields it has depends on its type."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str = ""
+    name: str = ""
+    input: Any = None
+    tool_use_id: str = ""
+    content: Any = None
+    is_error: bool = False
+    title: str | None = None
+    context: str | None = None
+    source: Any = None
+    tool_name: str = ""
+    cache_control: Any = ignored(_PREFIXES)
+    citations: Any = ignored("documents are given as text")
+    signature: Any = ignored("reasoning is not signed")
+    data: Any = ignored("of redacted_thinking, which no one but its author can read")
+    caller: Any = ignored("all calls are the model's own")
+    toolset: Any = ignored("all calls are the model's own")
 
 
-class ToolResultBlock(Strict):
-    type: Literal["tool_result"]
-    tool_use_id: str
-    content: str | Annotated[list[TextBlock], Field(max_length=4096, fail_fast=True)] | None = None
-    is_error: bool | None = None
-    cache_control: CacheControl | None = None
+Content = str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
 
 
-Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+class Message(Wire):
+    role: Literal["user", "assistant", "system"]
+    content: Content
+    cache_control: Any = ignored(_PREFIXES)
 
 
-class Message(Strict):
-    role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
+class Tool(Wire):
+    """A function. Tools without a schema are skipped: the hosted API runs them, such as web_search_20250305, or knows them."""
 
-    def blocks(self) -> list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock]:
-        return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
-
-class Tool(Strict):
-    type: Literal["custom"] | None = None
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    type: str = "custom"
+    name: Annotated[str, Field(pattern=r"^[^\s<>\"'`=]{1,256}$")]
     description: str = ""
     input_schema: dict[str, Any]
-    strict: bool | None = None
-    cache_control: CacheControl | None = None
-    defer_loading: bool | None = None
-    eager_input_streaming: bool | None = None
+    strict: bool = False
+    cache_control: Any = ignored(_PREFIXES)
+    defer_loading: Any = ignored("every tool is shown to the model")
+    eager_input_streaming: Any = ignored("arguments are always streamed")
+    input_examples: Any = ignored("the description is what the model sees")
+    allowed_callers: Any = ignored("all calls are the model's own")
 
 
-class AutoChoice(Strict):
-    type: Literal["auto", "any"]
+class ToolChoice(Wire):
+    type: Literal["auto", "any", "none", "tool"]
+    name: str = ""
     disable_parallel_tool_use: bool = False
 
 
-class NoChoice(Strict):
-    type: Literal["none"]
-
-
-class ToolChoice(Strict):
-    type: Literal["tool"]
-    name: str
-    disable_parallel_tool_use: bool = False
-
-
-class Thinking(Strict):
+class Thinking(Wire):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    budget_tokens: int | None = None
+    display: Any = ignored("reasoning is sent whole")
 
 
-class SchemaFormat(Strict):
+class Format(Wire):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Strict):
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: SchemaFormat | None = None
+class OutputConfig(Wire):
+    effort: str | None = None
+    format: Format | None = None
+    task_budget: Any = ignored(_HOSTED)
 
 
-class Metadata(Strict):
-    user_id: str | None = None
-
-
-class CountRequest(Strict):
+class CountRequest(Wire):
     """POST /v1/messages/count_tokens."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     model: str = ""
-    system: str | Annotated[list[TextBlock], Field(max_length=256, fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Annotated[AutoChoice | NoChoice | ToolChoice, Field(discriminator="type")] | None = None
+    max_tokens: int | None = None
+    system: Content = ""
+    tools: Annotated[list[dict[str, Any]], Field(max_length=1024, fail_fast=True)] = []
+    tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
-    cache_control: CacheControl | None = None
     output_config: OutputConfig | None = None
-    context_management: dict[str, Any] | None = None
+    output_format: Format | None = None
+    stream: bool = False
+    stop_sequences: list[str] = []
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    thread: Any = Field(default=None, json_schema_extra={"x-effect": "declined", "x-why": _THREADS})
+    cache_control: Any = ignored(_PREFIXES)
+    metadata: Any = ignored("this server keeps no accounts")
+    service_tier: Any = ignored("all requests are served alike")
+    speed: Any = ignored("all requests are served alike")
+    container: Any = ignored(_HOSTED, warn=True)
+    mcp_servers: Any = ignored(_HOSTED, warn=True)
+    context_management: Any = ignored(_HOSTED)
+    compaction: Any = ignored(_HOSTED, warn=True)
+    inference_geo: Any = ignored(_HOSTED)
+    diagnostics: Any = ignored(_HOSTED)
+    user_profile_id: Any = ignored(_HOSTED)
+    workspace_id: Any = ignored(_HOSTED)
+    billing_policy: Any = ignored(_HOSTED)
+    fallbacks: Any = ignored(_HOSTED, warn=True)
+    fallback_credit_token: Any = ignored(_HOSTED)
+    betas: Any = ignored("what this server can do needs no header")
 
-    def sampling(self) -> dict[str, Any]:
-        """Keywords of LLM.sampling_params()."""
-        return {"max_tokens": 1}
-
-    def ask(self) -> Ask:
+    def generation_request(self) -> GenerationRequest:
         """Raises RequestError."""
-        choice = self.tool_choice
-        kinds = {None: "auto", "auto": "auto", "any": "required", "none": "none", "tool": "named"}
-        messages, begun = self._messages()
-        return Ask(
+        if self.thread is not None:
+            raise ThreadsUnsupportedError("thread: this server does not keep conversations; send all messages")
+        choice = self.tool_choice or ToolChoice(type="auto")
+        messages, prefill = self._messages()
+        functions, warnings = self._functions()
+        config = self.output_config or OutputConfig()
+        form = config.format or self.output_format
+        thinking = self.thinking
+        switch = None if thinking is None else thinking.type != "disabled"
+        budget = thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
+        if thinking is not None and thinking.type == "enabled" and budget is not None and budget < 1:
+            raise RequestError(f"thinking.budget_tokens must be greater than 0; got {budget}")
+        template = thinking_variables(None, switch)
+        if config.effort is not None and switch is not False:
+            template["reasoning_effort"] = config.effort
+        return GenerationRequest(
             messages=messages,
             sampling=self.sampling(),
-            functions=[
-                {"name": t.name, "description": t.description, "parameters": t.input_schema, "strict": t.strict}
-                for t in self.tools or ()
-            ],
-            choice=kinds[choice.type if choice is not None else None],
-            named=choice.name if isinstance(choice, ToolChoice) else "",
-            parallel_calls=not getattr(choice, "disable_parallel_tool_use", False),
-            thinking=self.thinking is not None and self.thinking.type != "disabled",
-            json_schema=self.output_config.format.schema_ if self.output_config and self.output_config.format else None,
-            begun=begun,
+            functions=functions,
+            choice={"auto": "auto", "any": "required", "none": "none", "tool": "named"}[choice.type],
+            named=[choice.name] if choice.type == "tool" else [],
+            parallel_calls=not choice.disable_parallel_tool_use,
+            template=template,
+            reasoning_budget=budget,
+            format=OutputFormat("json", form.schema_) if form is not None else None,
+            prefill=prefill,
+            warnings=warnings,
         )
 
-    def _messages(self) -> tuple[list[dict[str, Any]], str]:
-        """As templates want them, and the beginning of the answer, if the last message is the assistant's."""
-        found: list[dict[str, Any]] = []
-        system = _text(self.system or "")
-        if system:
-            found.append({"role": "system", "content": system})
-        for i, message in enumerate(self.messages):
-            if message.role == "user":
-                found += _user_messages(i, message)
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of LLM.sampling_params(). Raises RequestError."""
+        stops = [stop for stop in self.stop_sequences if stop]
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            raise RequestError(f"stop_sequences: at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters")
+        return {
+            "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
+            "stop": stops or None,
+        }  # fmt: skip
+
+    def _functions(self) -> tuple[list[dict[str, Any]], list[str]]:
+        found, skipped = [], dict[str, None]()
+        for i, given in enumerate(self.tools):
+            kind = given.get("type") or "custom"
+            if kind != "custom" and "input_schema" not in given:
+                skipped[str(kind)] = None
                 continue
-            entry: dict[str, Any] = {"role": "assistant", "content": ""}
-            for block in message.blocks():
-                if isinstance(block, TextBlock):
-                    entry["content"] += block.text
-                elif isinstance(block, ThinkingBlock):
-                    entry["reasoning_content"] = entry.get("reasoning_content", "") + block.thinking
-                elif isinstance(block, ToolUseBlock):
-                    call = {"type": "function", "function": {"name": block.name, "arguments": block.input}}
-                    entry.setdefault("tool_calls", []).append(call)
-                else:
-                    raise RequestError(f"messages.{i}: a tool_result belongs into a user's message")
-            found.append(entry)
-        if self.messages[-1].role == "user":
-            return found, ""
-        last = found.pop()
-        if set(last) != {"role", "content"} or not found:
-            raise RequestError("the last message is the assistant's: it can only be a text to go on from")
-        return found, last["content"].rstrip()
+            tool = check_part(Tool, given, f"tools.{i}")
+            found.append(
+                {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.input_schema,
+                    "strict": tool.strict,
+                }
+            )
+        return found, [f"tools of type {kind!r} are skipped: they have no input_schema" for kind in skipped]
 
-
-def _user_messages(index: int, message: Message) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for block in message.blocks():
-        if isinstance(block, ToolResultBlock):
-            text = _text(block.content or "")
-            found.append({"role": "tool", "content": f"Error: {text}" if block.is_error else text})
-        elif not isinstance(block, TextBlock):
-            raise RequestError(f"messages.{index}: a {block.type} block belongs into the assistant's message")
-        elif found and found[-1]["role"] == "user":
-            found[-1]["content"] += "\n" + block.text
-        else:
-            found.append({"role": "user", "content": block.text})
-    return found
-
-
-def _text(content: str | Sequence[TextBlock]) -> str:
-    if isinstance(content, str):
-        return content
-    # A program of Anthropic's own puts a number before its system prompt that is another one in every request: not for models, and no
-    # prompt would begin like the one before it.
-    return "\n".join(block.text for block in content if not block.text.startswith("x-anthropic-billing-header:"))
+    def _messages(self) -> tuple[list[dict[str, Any]], str]:
+        """As templates take them, and the beginning of the answer, if the assistant speaks last."""
+        found = Conversation()
+        # A program of Anthropic's own puts a number before its system prompt that is another one in every request: it is not for
+        # models, and no prompt would begin like the one before it.
+        system = self.system if isinstance(self.system, str) else _join(self.system, "system", _BILLING)
+        if system:
+            found.system(system)
+        newest = max((i for i, m in enumerate(self.messages) if m.role == "user"), default=-1)
+        for i, message in enumerate(self.messages):
+            where = f"messages.{i}.content"
+            blocks = message.content
+            if isinstance(blocks, str):
+                blocks = [Block(type="text", text=blocks)]
+            if message.role == "system":
+                found.system(_join(blocks, where))
+            elif message.role == "user":
+                _add_user(found, blocks, where, seen=i != newest)
+            else:
+                found.assistant("")
+                for j, block in enumerate(blocks):
+                    _add_assistant(found, block, f"{where}.{j}")
+        prefill = found.take_prefill() if self.messages[-1].role == "assistant" else ""
+        return found.messages(), prefill
 
 
 class MessagesRequest(CountRequest):
     """POST /v1/messages."""
 
     max_tokens: int
-    stream: bool | None = None
-    stop_sequences: Annotated[list[str], Field(max_length=16)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        return {
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
-            "stop": self.stop_sequences or None,
-        }  # fmt: skip
 
 
-class MessageAnswer:
-    """One answer: fed with pieces, it gives a stream's events, and in the end the message."""
-
-    def __init__(self, model: str, prompt_tokens: int, splitter: Splitter, one_call: bool) -> None:
-        self.id, self.model, self._prompt_tokens = f"msg_{uuid.uuid4().hex[:24]}", model, prompt_tokens
-        self._splitter, self._one_call = splitter, one_call
-        self.stats: GenerationStats | None = None
-        self._ended: str | None = None
-        self._blocks: list[dict[str, Any]] = []
-        self._open = False  # the last block may go on
-        self.complete = False
-
-    def begin(self) -> list[dict[str, Any]]:
-        message = {**self.whole(), "content": [], "stop_reason": None, "stop_sequence": None}
-        return [{"type": "message_start", "message": message}]
-
-    def feed(self, piece: GenerationResponse) -> list[dict[str, Any]]:
-        self.stats = piece.stats
-        self._ended = piece.finish_reason or self._ended
-        return self._events(self._splitter.feed(piece.text))
-
-    def finish(self) -> list[dict[str, Any]]:
-        found = [] if self.complete else self._events(self._splitter.finish(self._ended == "length"))
-        found += self._close()
-        whole = self.whole()
-        delta = {"stop_reason": whole["stop_reason"], "stop_sequence": whole["stop_sequence"]}
-        return [*found, {"type": "message_delta", "delta": delta, "usage": whole["usage"]}, {"type": "message_stop"}]
-
-    def _events(self, events: Sequence[Event]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for event in events:
-            if self.complete:
-                break
-            if isinstance(event, Content):
-                found += self._text(event.text, "text", "text_delta")
-            elif isinstance(event, Reasoning):
-                found += self._text(event.text, "thinking", "thinking_delta")
-            else:
-                found += self._close()
-                block = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": event.name}
-                self._blocks.append({**block, "input": event.arguments})
-                found.append(self._start({**block, "input": {}}))
-                arguments = json.dumps(event.arguments, ensure_ascii=False)
-                found.append(self._delta({"type": "input_json_delta", "partial_json": arguments}))
-                self._open = True
-                found += self._close()
-                self.complete = self._one_call
-        return found
-
-    def _text(self, text: str, kind: str, delta: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        if not self._open or self._blocks[-1]["type"] != kind:
-            found += self._close()
-            block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
-            self._blocks.append(block)
-            found.append(self._start(dict(block)))
-            self._open = True
-        self._blocks[-1][kind] += text
-        return [*found, self._delta({"type": delta, kind: text})]
-
-    def _start(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block}
-
-    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
-
-    def _close(self) -> list[dict[str, Any]]:
-        if not self._open:
-            return []
-        self._open = False
-        return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
-
-    def whole(self) -> dict[str, Any]:
-        stop, cached, generated = "", 0, 0
-        if self.stats is not None:
-            stop, cached, generated = self.stats.stop_string, self.stats.cached_tokens, self.stats.generated_tokens
-        calls = any(block["type"] == "tool_use" for block in self._blocks)
-        reason = "tool_use" if calls and (self._ended == "stop" or self.complete) else {
-            "stop": "stop_sequence" if stop else "end_turn", "length": "max_tokens"
-        }.get(self._ended or "stop")  # fmt: skip
-        usage = {
-            "input_tokens": self._prompt_tokens - cached,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": cached,
-            "output_tokens": generated,
-        }
-        return {
-            "id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": self._blocks,
-            "stop_reason": reason, "stop_sequence": stop or None, "usage": usage,
-        }  # fmt: skip
+def _add_user(found: Conversation, blocks: list[Block], where: str, seen: bool) -> None:
+    """Results first, as calls expect them, then what the user says."""
+    said: list[str] = []
+    for i, block in enumerate(blocks):
+        if block.type.endswith("tool_result"):
+            text = _result(block.content, f"{where}.{i}.content")
+            found.tool(block.tool_use_id, f"Error: {text}" if block.is_error else text)
+        elif block.type in ("tool_use", "thinking", "redacted_thinking"):
+            raise RequestError(f"{where}.{i}: a {block.type} block must be in an assistant's message")
+        else:
+            shown = _text(block, f"{where}.{i}", seen)
+            said += [shown] if shown is not None else []
+    if said:
+        found.user("\n".join(said))
 
 
-def error_event(message: str, kind: str) -> dict[str, Any]:
-    """An error in this API's shape, as a body and as an event."""
-    return {"type": "error", "error": {"type": kind, "message": message}}
+def _add_assistant(found: Conversation, block: Block, where: str) -> None:
+    if block.type == "thinking":
+        found.extend(reasoning=block.thinking or "")
+    elif block.type == "redacted_thinking":
+        return
+    elif block.type == "tool_use":
+        if not block.name:
+            raise RequestError(f"{where}.name: Field required")
+        found.call(block.id, block.name, block.input)
+    elif block.type == "tool_result":
+        raise RequestError(f"{where}: a tool_result block must be in a user's message")
+    elif block.type.endswith("tool_use"):
+        found.extend(f"[{block.name or block.type} was called]")
+    elif block.type.endswith("tool_result"):
+        found.extend(_result(block.content, f"{where}.content"))
+    else:
+        found.extend(_text(block, where, seen=True) or "")
+
+
+def _join(blocks: list[Block], where: str, without: str = "") -> str:
+    texts = [_text(block, f"{where}.{i}", seen=True) for i, block in enumerate(blocks)]
+    return "\n".join(text for text in texts if text is not None and not (without and text.startswith(without)))
+
+
+def _result(content: Any, where: str) -> str:
+    """What a tool returned. Pictures are named in their place, also in the newest message: the model can say that it does not see
+    them, and the tools go on."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        raise RequestError(f"{where}: must be text or a list of blocks")
+    return _join([check_part(Block, part, f"{where}.{i}") for i, part in enumerate(content)], where)
+
+
+def _text(block: Block, where: str, seen: bool) -> str | None:
+    """A block as text; None for what carries none. Raises RequestError for what is not text and has not been `seen` in an earlier
+    turn."""
+    if block.type == "text":
+        if block.text is None:
+            raise RequestError(f"{where}.text: Field required")
+        return block.text
+    if block.type == "tool_reference":
+        return f"[tool {block.tool_name or block.name}]"
+    if block.type == "search_result":
+        head = "\n".join(part for part in (block.title, block.source) if isinstance(part, str) and part)
+        return f"{head}\n{_result(block.content, where)}"
+    source = block.source if isinstance(block.source, dict) else {}
+    if block.type == "document" and source.get("type") in ("text", "content"):
+        body = source.get("data") if source["type"] == "text" else _result(source.get("content"), f"{where}.source")
+        return "\n".join(part for part in (block.title, block.context, body) if isinstance(part, str) and part)
+    if not seen and block.type in ("image", "document", "container_upload", "audio", "video", "file"):
+        raise RequestError(f"{where}: this model reads text only, not {block.type}")
+    if isinstance(block.text, str):
+        return block.text
+    return not_shown(block.type.replace("_", " "), block.title or "")

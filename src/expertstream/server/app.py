@@ -1,57 +1,66 @@
-"""HTTP: routes, limits, keys, errors in each API's own shape."""
+"""HTTP: routes, limits, keys, and answers that last as long as their clients."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
-import json
+import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from ..engine import LLM
-from ..errors import ExpertStreamError, RequestError, UsageError
-from .anthropic import CountRequest, MessageAnswer, MessagesRequest, error_event
-from .asks import Prepared, prepare
-from .completion import ChatAnswer, Completion, TextAnswer, error_body
+from ..errors import RequestError
+from .anthropic import CountRequest, MessagesRequest
+from .completion import ChatAnswer, Completion, TextAnswer
 from .constrain import Grammars
+from .errors import HANDLERS, RefusedError, note
 from .log import AccessLog
+from .message import MessageAnswer
 from .metrics import Metrics
-from .openai import ChatRequest, CompletionRequest, Strict, parse_request
+from .openai import ChatRequest, CompletionRequest
 from .openapi import document
-from .scheduler import BusyError, ClosingError, Job, Scheduler, TimeLimitError
+from .request import Prepared, PromptOptions, prepare, prepare_text
+from .responses import ResponseAnswer, ResponsesRequest
+from .scheduler import BusyError, Job, Scheduler
+from .stream import Dialect, event_stream, run_to_end
+from .wire import Wire, parse_request
 
-__all__ = ["MOST_BODY", "ServerSettings", "create_app"]
+__all__ = ["MAX_BODY", "ServerSettings", "create_app"]
 
-MOST_BODY = 8 << 20
-MOST_BUFFERED = 64 << 20  # of all bodies that are being received
+MAX_BODY = 8 << 20
+MAX_BUFFERED = 64 << 20  # of all bodies that are being received
 BODY_SECONDS = 30.0  # from the first byte to the last
-PING_SECONDS = 10.0  # without an event in a stream
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_KEPT_WARNINGS = 1000
+_log = logging.getLogger("expertstream")
 
-Asked = TypeVar("Asked", bound=Strict)
+Asked = TypeVar("Asked", bound=Wire)
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """name: what the model is called. key: what clients must send, "" for nothing. seconds: how long an answer may take. only_local:
-    answers only to requests that name this machine, or what it listens on, so that no web page can reach it through a name of its
-    own. host: that address."""
+    """name: what the model is called. aliases: further names that it answers to; any_model: it answers to every name. key: what clients
+    must send, "" for nothing. seconds: how long an answer may take. only_local: answers only to requests that name this machine, or
+    the address `host` that it listens on, so that no web page can reach it through a name of its own. cors_origins: pages that may use
+    it from a browser. strict_requests: unknown fields are refused. parse_control_tokens: texts of messages may contain control tokens."""
 
     name: str
+    aliases: tuple[str, ...] = ()
+    any_model: bool = False
     key: str = ""
     parallel: int = 4
     most_waiting: int = 32
@@ -59,27 +68,9 @@ class ServerSettings:
     shutdown_seconds: float = 30.0
     only_local: bool = False
     host: str = "127.0.0.1"
-
-
-class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.code = status, kind, code
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events. Its jobs end with it, also when the client has gone before the first of them."""
-
-    def __init__(self, events: AsyncIterator[str], jobs: Sequence[Job]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._jobs = jobs
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for job in self._jobs:
-                job.cancel()
+    cors_origins: tuple[str, ...] = ()
+    strict_requests: bool = False
+    parse_control_tokens: bool = False
 
 
 class _Server:
@@ -90,59 +81,91 @@ class _Server:
         self.scheduler = Scheduler(llm, settings.parallel, settings.most_waiting, settings.seconds)
         self.metrics = Metrics(llm, self.scheduler, settings.name)
         self.grammars = Grammars(llm)
+        self.options = PromptOptions(settings.parse_control_tokens)
         self.buffered = 0
+        self._warned: set[str] = set()
         # Templates, tokenizing and grammars of long requests, while the loop goes on answering others.
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     def check(self, request: Request) -> None:
-        """Raises _RefusedError for who may not ask."""
+        """Raises RefusedError if the request is not authorized."""
         if self.settings.only_local:
             names = (*LOCAL_HOSTS, self.settings.host)
             host = re.sub(r":\d+$", "", request.headers.get("host", ""))
-            origin = re.sub(r":\d+$", "", request.headers.get("origin", "").partition("://")[2])
-            if host not in names or (origin or request.headers.get("origin")) not in (*names, None, ""):
-                raise _RefusedError(403, "this server answers requests to this machine's own name only")
+            given = request.headers.get("origin")
+            origin = re.sub(r":\d+$", "", (given or "").partition("://")[2]) or given
+            allowed = origin in (*names, None, "") or given in self.settings.cors_origins
+            if host not in names or not (allowed or "*" in self.settings.cors_origins):
+                raise RefusedError(
+                    403, "this server answers requests to this machine's own name only; --cors-origin allows a page's"
+                )
         key = self.settings.key
         given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not hmac.compare_digest(given.encode(), key.encode()):
-            raise _RefusedError(401, "the API key is missing or wrong", "authentication_error", "invalid_api_key")
+            raise RefusedError(401, "the API key is missing or wrong", "authentication_error", "invalid_api_key")
 
-    def check_model(self, asked: str) -> None:
-        if asked not in ("", self.settings.name):
-            raise _RefusedError(
-                404,
-                f"there is no model {asked!r} here, only {self.settings.name!r}",
-                "not_found_error",
-                "model_not_found",
-            )
+    def model_name(self, asked: str) -> str:
+        """What the model is called in the answer. Raises RefusedError."""
+        settings = self.settings
+        if asked in ("", settings.name):
+            return settings.name
+        if settings.any_model or asked in settings.aliases:
+            return asked
+        raise RefusedError(
+            404,
+            f"there is no model {asked!r} here, only {settings.name!r}; start the server with --alias NAME or --any-model "
+            "to have it answer to other names",
+            "not_found_error",
+            "model_not_found",
+        )
 
-    async def parse(self, request: Request, kind: type[Asked]) -> Asked:
+    async def parse(self, request: Request, kind: type[Asked]) -> tuple[Asked, str]:
+        """The request, and the name of its model."""
         self.check(request)
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not media.endswith("+json"):
-            raise _RefusedError(415, "the body must be JSON, with content-type application/json")
+            raise RefusedError(415, "the body must be JSON, with content-type application/json")
         found = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     found += part
                     self.buffered += len(part)
-                    if len(found) > MOST_BODY:
-                        raise _RefusedError(413, f"a request is at most {MOST_BODY} bytes")
-                    if self.buffered > MOST_BUFFERED:
+                    if len(found) > MAX_BODY:
+                        raise RefusedError(413, f"a request is at most {MAX_BODY} bytes")
+                    if self.buffered > MAX_BUFFERED:
                         raise BusyError
         except TimeoutError:
-            raise _RefusedError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
+            raise RefusedError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
         else:
-            return await self.aside(lambda: parse_request(kind, bytes(found)))
+            asked, unknown, warnings = await self.aside(lambda: parse_request(kind, bytes(found)))
         finally:
             self.buffered -= len(found)  # until it is parsed, it is held
+        model = str(getattr(asked, "model", ""))
+        note(request, model=model)
+        if unknown and self.settings.strict_requests:
+            raise RefusedError(400, f"{unknown[0]} is not supported (the server was started with --strict-requests)")
+        self.warn(request, [*(f"unknown field {name!r} is ignored" for name in unknown), *warnings])
+        return asked, self.model_name(model)
+
+    def warn(self, request: Request, warnings: Sequence[str]) -> None:
+        """Logs each warning once."""
+        for warning in warnings:
+            line = f"{request.url.path}: {warning}"
+            if line not in self._warned and len(self._warned) < _KEPT_WARNINGS:
+                self._warned.add(line)
+                _log.warning("%s", line.encode("ascii", "backslashreplace").decode()[:400])
 
     async def aside(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.workers, work)
 
-    async def prepare(self, asked: Any, answers: int) -> Prepared:
-        return await self.aside(lambda: prepare(self.llm, self.grammars, asked.ask(), answers))
+    async def prepare(self, request: Request, asked: Any, answers: int) -> Prepared:
+        """answers: how many are wanted; 0 to look at the prompt only."""
+        prepared = await self.aside(
+            lambda: prepare(self.llm, self.grammars, asked.generation_request(), answers, self.options)
+        )
+        self.warn(request, prepared.warnings)
+        return prepared
 
     def admit(self, prepared: Prepared) -> list[Job]:
         """One job for each answer; the others begin when the first has read the prompt. Raises BusyError, RequestError."""
@@ -157,176 +180,106 @@ class _Server:
                 params = prepared.params
                 if i and params.seed is not None:
                     params = replace(params, seed=params.seed + i)
-                jobs.append(self.scheduler.admit(prepared.tokens, params, constraint, jobs[0] if jobs else None))
+                first = jobs[0] if jobs else None
+                jobs.append(self.scheduler.admit(prepared.tokens, params, constraint, first, prepared.prompt_logprobs))
         except BaseException:
             for job in jobs:
                 job.cancel()
             raise
         return jobs
 
-    async def run(self, jobs: Sequence[Job], answers: Sequence[Any]) -> AsyncGenerator[list[dict[str, Any]] | None]:
-        """What pieces make of the answers, in the order in which they come; None when nothing has come for a while."""
-        queue: asyncio.Queue[list[dict[str, Any]] | BaseException | None] = asyncio.Queue()
-
-        async def pump(job: Job, answer: Any) -> None:
-            try:
-                async with job as pieces:
-                    async for piece in pieces:
-                        queue.put_nowait(answer.feed(piece))
-                        if answer.complete:
-                            break
-                queue.put_nowait(answer.finish())
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        tasks = [asyncio.create_task(pump(job, answer)) for job, answer in zip(jobs, answers, strict=True)]
-        left = len(tasks)
-        try:
-            while left:
-                try:
-                    async with asyncio.timeout(PING_SECONDS):
-                        item = await queue.get()
-                except TimeoutError:
-                    yield None
-                    continue
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    left -= 1
-                elif item:
-                    yield item
-        finally:
-            for job in jobs:
-                job.cancel()
-            for task in tasks:
-                task.cancel()
-            for answer in answers:
-                self.metrics.count(answer.stats)
-
-    async def whole(self, request: Request, jobs: Sequence[Job], answers: Sequence[Any]) -> None:
-        """Runs to the end, as long as the client waits: who hangs up ends it, in the queue or between two tokens."""
-
-        async def all_of_it() -> None:
-            async with contextlib.aclosing(self.run(jobs, answers)) as events:
-                async for _ in events:
-                    pass
-
-        task = asyncio.ensure_future(all_of_it())
-        try:
-            while not (await asyncio.wait({task}, timeout=0.2))[0]:
-                if await request.is_disconnected():
-                    raise ClientDisconnect
-            task.result()
-        finally:
-            task.cancel()
+    async def respond(
+        self, request: Request, jobs: Sequence[Job], answers: Sequence[Any], dialect: Dialect, stream: bool
+    ) -> Response:
+        """A stream of events, or the whole."""
+        done = self.metrics.count
+        if stream:
+            return event_stream(request, jobs, answers, dialect, done)
+        await run_to_end(request, jobs, answers, done)
+        return JSONResponse(dialect.whole())
 
     # The routes.
 
     async def chat(self, request: Request) -> Response:
-        asked = await self.parse(request, ChatRequest)
-        self.check_model(asked.model)
-        count = asked.n or 1
-        prepared = await self.prepare(asked, count)
-        answers = [ChatAnswer(i, prepared.splitter(), prepared.one_call) for i in range(count)]
-        completion = Completion(self.settings.name, int(prepared.tokens.shape[0]), chat=True)
-        jobs = self.admit(prepared)
-        if asked.stream:
-            first = [completion.chunk(answer.begin()) for answer in answers]
-            return self._stream(jobs, answers, completion, first, asked.include_usage)
-        await self.whole(request, jobs, answers)
-        return JSONResponse(completion.whole(answers))
+        asked, model = await self.parse(request, ChatRequest)
+        prepared = await self.prepare(request, asked, asked.n)
+        answers = [ChatAnswer(i, prepared.parser(), prepared.one_call) for i in range(asked.n)]
+        completion = Completion(model, int(prepared.tokens.shape[0]), chat=True)
+        dialect = _completion_dialect(completion, answers, asked.stream_options.include_usage)
+        return await self.respond(request, self.admit(prepared), answers, dialect, asked.stream)
 
     async def completions(self, request: Request) -> Response:
-        asked = await self.parse(request, CompletionRequest)
-        self.check_model(asked.model)
-        several = isinstance(asked.prompt, list) and asked.prompt and isinstance(asked.prompt[0], str)
-        prompts: list[Any] = asked.prompt if several else [asked.prompt]  # type: ignore[assignment]
-        count = asked.n or 1
-        if len(prompts) * count > self.settings.parallel + self.settings.most_waiting:
-            raise RequestError(f"prompt: {len(prompts)} prompts with n={count} are more than may wait here")
-        every = await self.aside(lambda: [Prepared.of_text(self.llm, p, asked.sampling(), count) for p in prompts])
-        completion = Completion(self.settings.name, sum(int(p.tokens.shape[0]) for p in every), chat=False)
+        asked, model = await self.parse(request, CompletionRequest)
+        prompts = asked.prompts()
+        if len(prompts) * asked.n > self.settings.parallel + self.settings.most_waiting:
+            raise RequestError(f"prompt: {len(prompts)} prompts with n={asked.n} are more than may wait here")
+        scores = asked.logprobs if asked.echo else None
+
+        def every() -> list[Prepared]:
+            sampling, form = asked.sampling(), asked.format()
+            return [prepare_text(self.llm, self.grammars, p, sampling, asked.n, form, scores) for p in prompts]
+
+        prepared = await self.aside(every)
+        for each in prepared:
+            self.warn(request, each.warnings)
+        echoes = (
+            [p if isinstance(p, str) else self.llm.tokenizer.decode(p, False) for p in prompts] if asked.echo else []
+        )
         jobs: list[Job] = []
         try:
-            for prepared in every:
-                jobs += self.admit(prepared)
+            for each in prepared:
+                jobs += self.admit(each)
         except BaseException:
             for job in jobs:
                 job.cancel()
             raise
-        answers = [TextAnswer(i) for i in range(len(jobs))]
-        if asked.stream:
-            return self._stream(jobs, answers, completion, [], asked.include_usage)
-        await self.whole(request, jobs, answers)
-        return JSONResponse(completion.whole(answers))
+        only_prompt = asked.max_tokens == 0
+        answers = [TextAnswer(i, echoes[i // asked.n] if echoes else "", only_prompt) for i in range(len(jobs))]
+        completion = Completion(model, sum(int(p.tokens.shape[0]) for p in prepared), chat=False)
+        dialect = _completion_dialect(completion, answers, asked.stream_options.include_usage)
+        return await self.respond(request, jobs, answers, dialect, asked.stream)
 
-    def _stream(
-        self, jobs: Sequence[Job], answers: Sequence[Any], completion: Completion, first: Sequence[Any], usage: bool
-    ) -> Response:
-        async def chunks() -> AsyncIterator[str]:
-            for chunk in first:
-                yield _event(chunk)
-            try:
-                async with contextlib.aclosing(self.run(jobs, answers)) as found:
-                    async for choices in found:
-                        if choices is None:
-                            yield ": still at it\n\n"
-                        for choice in choices or ():
-                            yield _event(completion.chunk(choice))
-                if usage:
-                    yield _event(completion.usage_chunk([a.stats for a in answers if a.stats is not None]))
-                yield "data: [DONE]\n\n"
-            except ExpertStreamError as error:  # the status is sent already: the stream says it, in the API's shape
-                yield _event(error_body(str(error), _kind(error)))
-
-        return _EventStream(chunks(), jobs)
+    async def responses(self, request: Request) -> Response:
+        asked, model = await self.parse(request, ResponsesRequest)
+        prepared = await self.prepare(request, asked, 1)
+        answer = ResponseAnswer(model, int(prepared.tokens.shape[0]), prepared.parser(), asked)
+        dialect = Dialect(
+            begin=answer.begin, heartbeat=answer.heartbeat, whole=answer.whole, failed=lambda error: answer.failed(error["error"]),
+            named=True,
+        )  # fmt: skip
+        return await self.respond(request, self.admit(prepared), [answer], dialect, asked.stream)
 
     async def messages(self, request: Request) -> Response:
-        asked = await self.parse(request, MessagesRequest)
-        self.check_model(asked.model)
-        prepared = await self.prepare(asked, 1)
-        answer = MessageAnswer(
-            self.settings.name, int(prepared.tokens.shape[0]), prepared.splitter(), prepared.one_call
-        )
-        jobs = self.admit(prepared)
-        if not asked.stream:
-            await self.whole(request, jobs, [answer])
-            return JSONResponse(answer.whole())
-
-        async def events() -> AsyncIterator[str]:
-            for event in answer.begin():
-                yield _event(event, event["type"])
-            try:
-                async with contextlib.aclosing(self.run(jobs, [answer])) as found:
-                    async for some in found:
-                        for event in [{"type": "ping"}] if some is None else some:
-                            yield _event(event, event["type"])
-            except ExpertStreamError as error:
-                yield _event(error_event(str(error), "api_error"), "error")
-
-        return _EventStream(events(), jobs)
+        asked, model = await self.parse(request, MessagesRequest)
+        prepared = await self.prepare(request, asked, 1)
+        answer = MessageAnswer(model, int(prepared.tokens.shape[0]), prepared.parser(), prepared.one_call)
+        dialect = Dialect(
+            begin=answer.begin, heartbeat=lambda: [{"type": "ping"}], whole=answer.whole, failed=lambda error: [error], named=True
+        )  # fmt: skip
+        return await self.respond(request, self.admit(prepared), [answer], dialect, asked.stream)
 
     async def count_tokens(self, request: Request) -> Response:
-        asked = await self.parse(request, CountRequest)
-        self.check_model(asked.model)
-        prepared = await self.prepare(asked, 1)
+        asked, _ = await self.parse(request, CountRequest)
+        prepared = await self.prepare(request, asked, 0)
         return JSONResponse({"input_tokens": int(prepared.tokens.shape[0])})
 
     async def models(self, request: Request) -> Response:
         self.check(request)
-        return JSONResponse({"object": "list", "data": [self._model()], "has_more": False})
+        names = [self.settings.name, *self.settings.aliases]
+        listing = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names], **listing})
 
     async def model(self, request: Request) -> Response:
         self.check(request)
-        self.check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(self.model_name(request.path_params["name"])))
 
-    def _model(self) -> dict[str, Any]:
-        name = self.settings.name
+    def _model(self, name: str) -> dict[str, Any]:
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
         return {
-            "id": name, "object": "model", "created": self.started, "owned_by": "expertstream",
-            "type": "model", "display_name": name, "context_length": self.llm.context_length,
+            "id": name, "object": "model", "created": self.started, "owned_by": "expertstream", "type": "model",
+            "display_name": name, "created_at": created, "context_length": self.llm.context_length,
+            "max_model_len": self.llm.context_length, "max_input_tokens": self.llm.context_length,
+            "lossy": self.llm.lossy,
         }  # fmt: skip
 
     async def health(self, _: Request) -> Response:
@@ -363,12 +316,17 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
             await asyncio.to_thread(llm.prefixes.flush)
         server.workers.shutdown(wait=False)
 
+    cors = Middleware(
+        CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+        expose_headers=["x-request-id", "request-id", "retry-after"],
+    )  # fmt: skip
     app = Starlette(
         lifespan=lifespan,
         routes=[
             Route("/", server.page),
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
             Route("/v1/completions", server.completions, methods=["POST"]),
+            Route("/v1/responses", server.responses, methods=["POST"]),
             Route("/v1/messages", server.messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", server.count_tokens, methods=["POST"]),
             Route("/v1/models", server.models),
@@ -378,62 +336,28 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
             Route("/status", server.status),
             Route("/openapi.json", server.openapi),
         ],
-        exception_handlers={
-            _RefusedError: _refused,
-            BusyError: _busy,
-            ExpertStreamError: _engine_error,
-            HTTPException: _http_error,
-            ClientDisconnect: _went_away,
-        },
+        middleware=[cors] if settings.cors_origins else [],
+        exception_handlers=HANDLERS,
     )
     app.router.redirect_slashes = False
-    return AccessLog(app, server.metrics, {str(getattr(route, "path", "")) for route in app.routes})
+    paths = {str(getattr(route, "path", "")) for route in app.routes}
+    limit = settings.parallel + settings.most_waiting
+    return AccessLog(app, server.metrics, paths, lambda: (limit, max(0, limit - server.scheduler.waiting)))
+
+
+def _completion_dialect(completion: Completion, answers: Sequence[ChatAnswer | TextAnswer], usage: bool) -> Dialect:
+    """Of chat completions and completions: choices in chunks."""
+    begun = [completion.chunk(a.begin()) for a in answers if isinstance(a, ChatAnswer)]
+    return Dialect(
+        begin=lambda: begun,
+        event=completion.chunk,
+        heartbeat=lambda: [completion.heartbeat(answers)],
+        end=lambda: [completion.usage_chunk(answers)] if usage else [],
+        whole=lambda: completion.whole(answers),
+        failed=lambda error: [error],
+        last="data: [DONE]\n\n",
+    )
 
 
 def _page() -> str:
     return (Path(__file__).parent / "status.html").read_text(encoding="utf-8")
-
-
-def _event(data: dict[str, Any], name: str = "") -> str:
-    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-def _kind(error: ExpertStreamError) -> str:
-    return "invalid_request_error" if isinstance(error, RequestError | UsageError) else "server_error"
-
-
-def _error(
-    request: Request, status: int, message: str, kind: str, code: str | None = None, headers: Any = None
-) -> Response:
-    """In the shape of the API that was asked."""
-    if request.url.path.startswith("/v1/messages"):
-        kind = {"server_error": "api_error", "rate_limit_exceeded": "rate_limit_error"}.get(kind, kind)
-        return JSONResponse(error_event(message, kind), status, headers)
-    return JSONResponse(error_body(message, kind, code), status, headers)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, _RefusedError)
-    return _error(request, error.status, str(error), error.kind, error.code)
-
-
-async def _busy(request: Request, error: Exception) -> Response:
-    text = "too many requests are waiting; try again later"
-    return _error(request, 429, text, "rate_limit_exceeded", "queue_full", {"retry-after": "1"})
-
-
-async def _engine_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ExpertStreamError)
-    status = 400 if isinstance(error, RequestError | UsageError) else 500
-    status = {ClosingError: 503, TimeLimitError: 504}.get(type(error), status)
-    return _error(request, status, str(error), _kind(error))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    return _error(request, error.status_code, error.detail, kind, headers=error.headers)
-
-
-async def _went_away(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)

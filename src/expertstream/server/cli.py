@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -31,9 +32,9 @@ def add_serve(
         usage="expertstream serve [OPTIONS] [MODEL]",
         help="answer over HTTP as OpenAI's and Anthropic's APIs do",
         description=(
-            "Serves /v1/chat/completions, /v1/completions and /v1/models as OpenAI's API does, /v1/messages as Anthropic's does, /health,\n"
-            "/metrics for Prometheus, and a status page at /. With no MODEL the small embedded model answers. Needs the packages of\n"
-            "`pip install 'expertstream[server]'`."
+            "Serves /v1/chat/completions, /v1/completions, /v1/responses and /v1/models as OpenAI's API does,\n"
+            "/v1/messages as Anthropic's does, /health, /metrics for Prometheus, and a status page at /. With no MODEL\n"
+            "the small embedded model answers. Needs the packages of `pip install 'expertstream[server]'`."
         ),
         **style,
     )
@@ -43,6 +44,27 @@ def add_serve(
     )
     serve.add_argument("--port", type=int, default=8080, metavar="N", help="(8080; 0 takes a free one)")
     serve.add_argument("--name", metavar="NAME", help="what clients call the model (the folder's name)")
+    serve.add_argument(
+        "--alias", metavar="NAME", nargs="+", action="extend", help="further names that the model answers to"
+    )
+    serve.add_argument("--any-model", action="store_true", help="answer to every model name")
+    serve.add_argument(
+        "--cors-origin",
+        metavar="ORIGIN",
+        nargs="+",
+        action="extend",
+        help="web pages that may use the server, such as http://localhost:3000",
+    )
+    serve.add_argument(
+        "--strict-requests",
+        action="store_true",
+        help="refuse unknown fields (they are ignored, with a warning in the log)",
+    )
+    serve.add_argument(
+        "--parse-control-tokens",
+        action="store_true",
+        help="let the text of messages contain control tokens such as <|im_end|> (they are plain text)",
+    )
     serve.add_argument(
         "--api-key-file",
         type=Path,
@@ -91,6 +113,13 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def _origin(given: str) -> str:
+    """Raises UsageError."""
+    if given != "*" and not re.fullmatch(r"https?://[^/\s]+", given):
+        raise UsageError(f"--cors-origin must be like http://localhost:3000, without a path, or *; got {given!r}")
+    return given
+
+
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that has its address, but does not listen yet: a mistake is told before a model is loaded, and nobody is kept waiting
     while it is. Raises UsageError."""
@@ -113,7 +142,9 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
         import uvicorn
 
         from .app import ServerSettings, create_app
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("expertstream"):
+            raise
         raise UsageError(f"serve needs the package {error.name}: pip install 'expertstream[server]'") from None
     from ..engine import LLM
 
@@ -123,6 +154,9 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     for name, least, most in (("port", 0, 65535), ("queue", 0, 10_000), ("parallel", 1, 256), ("timeout", 1, 1e9)):
         if not least <= getattr(options, name) <= most:
             raise UsageError(f"--{name} is from {least} to {most:g}, not {getattr(options, name)}")
+    if options.model is None and options.alias and Path(options.alias[-1]).is_dir():
+        raise UsageError(f"--alias {options.alias[-1]}: that is a folder; give MODEL before --alias")
+    origins = tuple(_origin(origin) for origin in options.cors_origin or ())
     given = {name: getattr(options, name) for name in engine_options}
     given |= for_conversations(parse_bytes(options.memory) if options.memory else None, available_bytes())
     if options.cache_memory is not None:
@@ -139,6 +173,11 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             llm.keep_prefixes(options.cache_dir, disk)
         settings = ServerSettings(
             name=options.name or llm.path.resolve().name,
+            aliases=tuple(dict.fromkeys(options.alias or ())),
+            any_model=options.any_model,
+            cors_origins=origins,
+            strict_requests=options.strict_requests,
+            parse_control_tokens=options.parse_control_tokens,
             key=key,
             parallel=options.parallel,
             most_waiting=options.queue,
@@ -146,7 +185,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             only_local=_is_local(options.host) and not key,
             host=options.host,
         )
-        print(f"[{llm.describe()}]", flush=True)
+        print(f"[{llm.describe()}{f'; lossy: {llm.lossy}' if llm.lossy else ''}]", flush=True)
         address, port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         print(f"{settings.name} answers at http://{shown}:{port} (Ctrl-C ends it)", flush=True)

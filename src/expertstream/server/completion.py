@@ -1,115 +1,122 @@
-"""OpenAI's wire format: answers, as a whole and as chunks of a stream."""
+"""OpenAI's wire format: completions, as a whole and as chunks of a stream."""
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from ..responses import GenerationResponse, GenerationStats, TokenLogprob
-from .stream import Content, Event, Reasoning, Splitter
+from ..text.output import OutputParser
+from .answer import Answer
 
-__all__ = ["ChatAnswer", "Completion", "TextAnswer", "error_body"]
+__all__ = ["ChatAnswer", "Completion", "TextAnswer", "chat_logprob", "error_body"]
 
 
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error in the API's shape."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Completion:
-    """What the answers to one request have in common: of a chat, or of a text that is gone on from."""
+    """What the answers to one request have in common, of a chat or of a text's continuation."""
 
     def __init__(self, model: str, prompt_tokens: int, chat: bool) -> None:
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created, self.model, self.prompt_tokens = int(time.time()), model, prompt_tokens
         self._whole, self._chunk = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion",) * 2
 
-    def usage(self, stats: Sequence[GenerationStats]) -> dict[str, Any]:
+    def usage(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
         """Of all answers to one request; the prompt counts once."""
-        completion = sum(s.generated_tokens for s in stats)
+        stats = [a.stats for a in answers if a.stats is not None]
+        completion = sum(a.generated_tokens for a in answers)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens if stats else 0},
+            "completion_tokens_details": {"reasoning_tokens": sum(a.reasoning_tokens for a in answers)},
         }
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head(self._chunk), "choices": [choice]}
 
-    def usage_chunk(self, stats: Sequence[GenerationStats]) -> dict[str, Any]:
-        return {**self._head(self._chunk), "choices": [], "usage": self.usage(stats)}
+    def heartbeat(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
+        """A chunk that says nothing: clients that wait for chunks do not give up."""
+        return self.chunk(answers[0].nothing())
+
+    def usage_chunk(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
+        return {**self._head(self._chunk), "choices": [], "usage": self.usage(answers)}
 
     def whole(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
-        usage = self.usage([a.stats for a in answers if a.stats is not None])
-        return {**self._head(self._whole), "choices": [a.choice() for a in answers], "usage": usage}
+        return {**self._head(self._whole), "choices": [a.choice() for a in answers], "usage": self.usage(answers)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-class ChatAnswer:
-    """One answer of a chat: fed with pieces, it gives chunks' choices, and in the end the whole."""
+class ChatAnswer(Answer):
+    """One answer of a chat; its events are chunks' choices."""
 
-    def __init__(self, index: int, splitter: Splitter, one_call: bool) -> None:
-        self.index, self._splitter, self._one_call = index, splitter, one_call
-        self.stats: GenerationStats | None = None
-        self._ended = "stop"
+    def __init__(self, index: int, parser: OutputParser, one_call: bool) -> None:
+        super().__init__(parser, one_call)
+        self.index = index
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
-        self._untold: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still held back
-        self.complete = False  # nothing more is wanted, whatever the model would go on to say
+        self._unsent: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still held back
 
     def begin(self) -> dict[str, Any]:
         return self._choice({"role": "assistant", "content": ""})
 
+    def nothing(self) -> dict[str, Any]:
+        return {"index": self.index, "delta": {}, "logprobs": None, "finish_reason": None}
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.stats.generated_tokens if self.stats is not None else 0
+
     def feed(self, piece: GenerationResponse) -> list[dict[str, Any]]:
-        self.stats = piece.stats
-        self._ended = piece.finish_reason or self._ended
         if piece.logprob is not None:
-            entry = _chat_logprob(piece.logprob)
+            entry = chat_logprob(piece.logprob)
             self._logprobs.append(entry)
-            self._untold.append(entry)
-        return self._events(self._splitter.feed(piece.text))
+            self._unsent.append(entry)
+        return super().feed(piece)
 
-    def finish(self) -> list[dict[str, Any]]:
-        found = [] if self.complete else self._events(self._splitter.finish(self._ended == "length"))
-        return [*found, self._choice({}, self.finish_reason)]
+    def on_reasoning(self, text: str) -> list[dict[str, Any]]:
+        self._reasoning.append(text)
+        return [self._choice({"reasoning_content": text})]
 
-    def _events(self, events: Sequence[Event]) -> list[dict[str, Any]]:
-        found = []
-        for event in events:
-            if self.complete:
-                break
-            if isinstance(event, Content):
-                self._content.append(event.text)
-                found.append(self._choice({"content": event.text}))
-            elif isinstance(event, Reasoning):
-                self._reasoning.append(event.text)
-                found.append(self._choice({"reasoning_content": event.text}))
-            else:
-                call = {
-                    "id": f"call_{uuid.uuid4().hex[:24]}",
-                    "type": "function",
-                    "function": {"name": event.name, "arguments": json.dumps(event.arguments, ensure_ascii=False)},
-                }
-                found.append(self._choice({"tool_calls": [{"index": len(self._calls), **call}]}))
-                self._calls.append(call)
-                self.complete = self._one_call
-        return found
+    def on_content(self, text: str) -> list[dict[str, Any]]:
+        self._content.append(text)
+        return [self._choice({"content": text})]
+
+    def on_call(self, name: str) -> list[dict[str, Any]]:
+        head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        self._calls.append({**head, "function": {"name": name, "arguments": ""}})
+        started = {"index": len(self._calls) - 1, **head, "function": {"name": name, "arguments": ""}}
+        return [self._choice({"tool_calls": [started]})]
+
+    def on_arguments(self, json: str) -> list[dict[str, Any]]:
+        self._calls[-1]["function"]["arguments"] += json
+        part = {"index": len(self._calls) - 1, "function": {"arguments": json}}
+        return [self._choice({"tool_calls": [part]})]
+
+    def on_call_end(self, name: str, arguments: dict[str, Any], complete: bool) -> list[dict[str, Any]]:
+        return []
+
+    def on_end(self) -> list[dict[str, Any]]:
+        return [self._choice({}, self.finish_reason)]
 
     @property
     def finish_reason(self) -> str:
-        return "tool_calls" if self._calls and (self._ended == "stop" or self.complete) else self._ended
+        return "tool_calls" if self.called else self.ended or "stop"
 
     def _choice(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        untold, self._untold = self._untold, []
-        logprobs = {"content": untold, "refusal": None} if untold else None
+        unsent, self._unsent = self._unsent, []
+        logprobs = {"content": unsent, "refusal": None} if unsent else None
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def choice(self) -> dict[str, Any]:
@@ -124,48 +131,93 @@ class ChatAnswer:
 
 
 class TextAnswer:
-    """One continuation of a text."""
+    """One continuation of a text. echo: the prompt's text, to be repeated before it. only_prompt: the engine had to generate a token
+    that was not asked for."""
 
-    complete = False
+    reasoning_tokens = 0
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, index: int, echo: str = "", only_prompt: bool = False) -> None:
+        self.index, self._echo, self._only_prompt = index, echo, only_prompt
         self.stats: GenerationStats | None = None
-        self._ended = "stop"
+        self.complete = False
+        self.ended: str | None = None
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._sent = 0  # characters of the text whose tokens have been reported
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.stats.generated_tokens if self.stats is not None and not self._only_prompt else 0
+
+    def nothing(self) -> dict[str, Any]:
+        return {"index": self.index, "text": "", "logprobs": None, "finish_reason": None}
 
     def feed(self, piece: GenerationResponse) -> list[dict[str, Any]]:
+        """A chunk's choice, or none."""
         self.stats = piece.stats
-        self._ended = piece.finish_reason or self._ended
-        self._text.append(piece.text)
-        fresh = [piece.logprob] if piece.logprob is not None else []
+        echo, self._echo = self._echo, ""
+        fresh = list(piece.prompt_logprobs or ())
+        text = echo
+        if self._only_prompt:
+            self.ended, self.complete = "length", True
+        else:
+            self.ended = piece.finish_reason or self.ended
+            text += piece.text
+            fresh += [piece.logprob] if piece.logprob is not None else []
+        self._text.append(text)
+        begin = len(self._logprobs)
         self._logprobs += fresh
-        return [self._choice(piece.text, fresh, None)] if piece.text or fresh else []
+        return [self._choice(text, begin, None)] if text or fresh else []
 
     def finish(self) -> list[dict[str, Any]]:
-        return [self._choice("", [], self._ended)]
+        return [self._choice("", len(self._logprobs), self.ended or "stop")]
 
     def choice(self) -> dict[str, Any]:
-        return self._choice("".join(self._text), self._logprobs, self._ended)
+        return self._choice("".join(self._text), 0, self.ended or "stop")
 
-    def _choice(self, text: str, logprobs: Sequence[TokenLogprob], ended: str | None) -> dict[str, Any]:
-        return {"index": self.index, "text": text, "logprobs": _text_logprobs(logprobs), "finish_reason": ended}
-
-
-def _chat_logprob(found: TokenLogprob) -> dict[str, Any]:
-    def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(token.encode())}
-
-    return {**entry(found.token, found.logprob), "top_logprobs": [entry(*top) for top in found.top_logprobs]}
+    def _choice(self, text: str, begin: int, ended: str | None) -> dict[str, Any]:
+        logprobs = _text_logprobs(self._logprobs, begin)
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": ended}
 
 
-def _text_logprobs(found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    if not found:
+def chat_logprob(found: TokenLogprob) -> dict[str, Any]:
+    """A token's entry in the chat API's shape; `bytes` are the token's own, also where they are a part of a character."""
+
+    def entry(token: str, logprob: float | None, raw: bytes) -> dict[str, Any]:
+        return {"token": token, "logprob": _finite(logprob), "bytes": list(raw)}
+
+    top = [entry(*likely, raw) for likely, raw in zip(found.top_logprobs, found.top_raw, strict=True)]
+    return {**entry(found.token, found.logprob, found.raw), "top_logprobs": top}
+
+
+def _text_logprobs(found: Sequence[TokenLogprob], begin: int) -> dict[str, Any] | None:
+    """Of the tokens from `begin` on."""
+    if begin >= len(found):
         return None
+    offsets, raw = [], b""
+    for token in found:
+        # A token that ends a character begins where the character does.
+        offsets.append(len(raw.decode("utf-8", "ignore")))
+        raw += token.raw
+    part = found[begin:]
     return {
-        "tokens": [p.token for p in found],
-        "token_logprobs": [max(p.logprob, -9999.0) for p in found],
-        "top_logprobs": [{text: max(logprob, -9999.0) for text, logprob in p.top_logprobs} for p in found],
-        "text_offset": None,
+        "tokens": [_shown(p.raw) for p in part],
+        "token_logprobs": [None if p.logprob is None else _finite(p.logprob) for p in part],
+        "top_logprobs": [
+            {_shown(raw): _finite(logprob) for raw, (_, logprob) in zip(p.top_raw, p.top_logprobs, strict=True)} or None
+            for p in part
+        ],
+        "text_offset": offsets[begin:],
     }
+
+
+def _shown(raw: bytes) -> str:
+    """A token's text; where it is a part of a character its bytes, as OpenAI's API spells them, so that no two tokens are shown alike."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float | None) -> float:
+    return max(logprob if logprob is not None else 0.0, -9999.0)

@@ -1,14 +1,17 @@
-"""Decoding that cannot go wrong: grammars of function calls and of JSON, and the tokens that they allow next (by llguidance).
+"""Constrained decoding: which tokens may come next, by llguidance.
 
-A grammar is in llguidance's form of Lark. Strings in a call of the XML format are free text up to the closing tag, as the format has it;
-numbers, booleans, lists and objects are JSON of their schemas; a string with an enum is one of its values.
+An answer has phases. Reasoning is free, within its budget. Then either the whole answer follows a grammar (a JSON schema, a call that is
+required), or it is free until the model begins a call, and the call follows the grammar of its function to its end: whether to call stays
+the model's choice, the call itself cannot go wrong.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import llguidance
@@ -18,177 +21,285 @@ import numpy as np
 from ..engine import LLM
 from ..errors import RequestError
 from ..ops import F32
+from ..text.grammar import XML_SHARED, json_call, json_rule, xml_call
+from ..text.schema import UnsupportedSchemaError, normalize
 
-__all__ = ["Grammars", "GuidedDecoding"]
+__all__ = ["Grammars", "Guide", "OutputFormat", "Plan"]
 
-MOST_SCHEMA_BYTES = 64 << 10
-MOST_SCHEMA_DEPTH = 32
+OPEN, CLOSE, THOUGHT = "<tool_call>", "</tool_call>", "</think>"
+_KEPT_GRAMMARS = 32
+_SAYS_MORE = frozenset(("$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"))
+_TAIL = 64  # characters of what was written last; longer than any tag
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """The form of a whole answer. kind: json (value: a schema), regex, choice (a list of texts), grammar (llguidance's Lark).
+    strict: refuse what cannot be guaranteed, instead of leaving it out."""
+
+    kind: str
+    value: Any
+    strict: bool = False
+
+    @classmethod
+    def of_schema(cls, schema: dict[str, Any] | str, strict: bool) -> OutputFormat:
+        """A JSON schema, or its text. Raises RequestError."""
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError):
+                raise RequestError("guided_json: not a JSON schema") from None
+        return cls("json", schema, strict)
+
+
+@dataclass
+class Plan:
+    """How the answers to one request are constrained."""
+
+    grammars: Grammars
+    whole: tuple[str, str] | None = (
+        None  # a grammar for all that follows the reasoning: what it begins with, and its rules
+    )
+    call: str | None = None  # a grammar for what follows the opening tag of a call
+    budget: int | None = None  # tokens of reasoning
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def holds_calls(self) -> bool:
+        return self.call is not None
+
+    def guide(self, reasoning: bool) -> Guide | None:
+        """For one answer; None where nothing is to be guided. reasoning: the prompt ends inside <think>. Raises RequestError."""
+        if self.whole is None and self.call is None and (self.budget is None or not reasoning):
+            return None
+        return Guide(self, reasoning)
 
 
 class Grammars:
     """Of one model: its tokenizer, and the format in which its template has it write calls."""
 
     def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+        self.llm = llm
+        self.vocab_size = llm.model_config.vocab_size
         self._tokenizer: Any = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._xml = llm.tokenizer.writes_xml_calls()
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
 
     @property
     def tokenizer(self) -> Any:
         """llguidance's, made when it is first needed: that takes a while for a large vocabulary."""
         with self._lock:
             if self._tokenizer is None:
-                llm = self._llm
                 self._tokenizer = llguidance.LLTokenizer(
-                    str(llm.path / "tokenizer.json"),
-                    n_vocab=llm.model_config.vocab_size,
-                    eos_token=sorted(llm.tokenizer.eos_ids),
+                    str(self.llm.path / "tokenizer.json"),
+                    n_vocab=self.vocab_size,
+                    eos_token=sorted(self.llm.tokenizer.eos_ids),
                 )
             return self._tokenizer
 
-    def json(self, schema: dict[str, Any] | None, reasoning: bool) -> str:
-        """An answer that is one JSON object, or one of a schema. reasoning: the prompt ends inside <think>."""
-        schema = check_schema({"type": "object"} if schema is None else schema, "response_format")
-        return self._start("body", reasoning) + f"body: {_json(schema)}\n"
-
-    def calls(self, functions: Sequence[dict[str, Any]], required: bool, several: bool, reasoning: bool) -> str:
-        """An answer that is one of these functions' calls, or several; if not required, text may come instead or before."""
-        rules = []
-        for i, function in enumerate(functions):
-            parameters = check_schema(function.get("parameters") or {}, f"the parameters of {function['name']}")
-            rules.append(self._call(i, function["name"], parameters))
-        one = " | ".join(f"call{i}" for i in range(len(functions)))
-        more = r" (/\n{1,2}/ call)*" if several else ""
-        start = f"calls: call{more}\ncall: {one}\n"
+    def plan(
+        self,
+        functions: Sequence[dict[str, Any]],
+        required: bool,
+        several: bool,
+        format_: OutputFormat | None,
+        budget: int | None,
+    ) -> Plan:
+        """functions: that may be called. required: at least one must be. several: more than one may be. Raises RequestError for what
+        cannot be guaranteed and has to be."""
+        plan = Plan(self, budget=budget)
+        calls = self._calls(functions, plan) if functions else []
+        if calls:
+            plan.call = self._call_grammar(calls)
+        form = self._format(format_, plan) if format_ is not None else ""
         if required:
-            return self._start("calls", reasoning) + start + "".join(rules)
-        # Text before a call has no opening tag in it, so that every call is one of ours.
-        free = r"FREE: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
-        return self._start("FREE calls?", reasoning) + f"{free}\n" + start + "".join(rules)
+            plan.whole = ("calls", self._rules(calls, several))
+        elif form and calls:
+            plan.whole = ("(calls | form)", self._rules(calls, several) + form)
+        elif form:
+            plan.whole = ("form", form)
+        return plan
 
-    def matcher(self, grammar: str) -> GuidedDecoding:
-        """Raises RequestError for a grammar that a client's schema makes impossible."""
-        return GuidedDecoding(self.tokenizer, grammar, self._llm.model_config.vocab_size)
+    def matcher(self, grammar: str) -> Any:
+        """A matcher at the beginning of the grammar. Raises RequestError for a grammar that is none or too large."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is None:
+                found = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0)
+                if found.get_error():
+                    raise RequestError(f"the schema or grammar cannot be followed: {_short(found.get_error())}")
+                self._compiled[grammar] = found
+                if len(self._compiled) > _KEPT_GRAMMARS:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return found.deep_copy()
 
-    def _start(self, body: str, reasoning: bool) -> str:
-        if not reasoning:
-            return f"start: {body}\n"
-        return f"start: THINK {self._tag('</think>')} /\\n{{0,2}}/ {body}\nTHINK: /(?s:.*)/ & ~/(?s:.*)<\\/think>(?s:.*)/\n"
+    def _calls(self, functions: Sequence[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[str, Any] | None]]:
+        """Names and normalized parameters. None for a function whose calls cannot be held to its schema, which is warned of. Raises
+        RequestError if such a function is strict."""
+        found: dict[str, dict[str, Any] | None] = {}
+        strict = {f["name"] for f in functions if f.get("strict")}
+
+        def leave_free(name: str, why: Exception) -> None:
+            if name in strict:
+                raise RequestError(f"the parameters of {name} cannot be guaranteed, as strict asks: {why}") from None
+            plan.warnings.append(f"calls of {name} are not held to its schema: {why}")
+            found[name] = None
+
+        for function in functions:
+            name = function["name"]
+            try:
+                parameters = normalize(_parameters(function), exact=name in strict)
+            except UnsupportedSchemaError as error:
+                leave_free(name, error)
+                continue
+            if parameters.dropped:
+                plan.warnings.append(f"calls of {name} are held to its schema but for {', '.join(parameters.dropped)}")
+            found[name] = parameters.schema
+        try:
+            self.matcher(self._call_grammar(list(found.items())))
+        except (RequestError, UnsupportedSchemaError):
+            for name, schema in list(found.items()):
+                try:
+                    self.matcher(self._call_grammar([(name, schema)]))
+                except (RequestError, UnsupportedSchemaError) as error:
+                    leave_free(name, error)
+        return list(found.items())
+
+    def _call_grammar(self, calls: Sequence[tuple[str, dict[str, Any] | None]]) -> str:
+        """One call, but for its opening tag: the model has written it."""
+        return "start: NEWLINE? call\n" + self._rules(calls, several=False)
+
+    def _rules(self, calls: Sequence[tuple[str, dict[str, Any] | None]], several: bool) -> str:
+        """Rules, of which `calls` and `call` are two; `call` is without its opening tag."""
+        end, opening = self._tag(CLOSE), self._tag(OPEN)
+        write = xml_call if self._xml else json_call
+        rules = "".join(write(f"call{i}_", name, parameters, "", end) for i, (name, parameters) in enumerate(calls))
+        one = " | ".join(f"call{i}_" for i in range(len(calls)))
+        more = f" (NEWLINE NEWLINE? {opening} NEWLINE call)*" if several else ""
+        shared = XML_SHARED if self._xml else ""
+        return f'calls: {opening} NEWLINE call{more}\ncall: {one}\nNEWLINE: "\\n"\n{rules}{shared}'
+
+    def _format(self, form: OutputFormat, plan: Plan) -> str:
+        """Rules, of which `form` is one."""
+        if form.kind == "regex":
+            return f"form: /{llguidance.regex_to_lark(form.value)}/\n"
+        if form.kind == "choice":
+            if not form.value:
+                raise RequestError("a choice must have at least one text")
+            return f"form: {' | '.join(json.dumps(text, ensure_ascii=False) for text in form.value)}\n"
+        if form.kind == "grammar":
+            return f"form: %lark {{\n{form.value}\n}}\n"
+        try:
+            schema = normalize(form.value, exact=form.strict)
+        except UnsupportedSchemaError as error:
+            hint = " (without strict it is left out)" if form.strict else ""
+            raise RequestError(f"the schema cannot be followed: {error}{hint}") from None
+        if schema.dropped:
+            plan.warnings.append(f"the answer is held to its schema but for {', '.join(schema.dropped)}")
+        return json_rule("form", schema.schema)
 
     def _tag(self, text: str) -> str:
         """A control token, whatever the tokenizer thinks of it; else the text."""
         ids = self.tokenizer.tokenize_str(text, parse_special=True)
-        return f"<[{ids[0]}]>" if len(ids) == 1 else _quoted(text)
-
-    def _call(self, index: int, name: str, schema: dict[str, Any]) -> str:
-        begin, end = self._tag("<tool_call>"), self._tag("</tool_call>")
-        definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        if not self._xml:
-            # References in a schema are to its root, so definitions go to the new one.
-            arguments = {key: value for key, value in schema.items() if key not in definitions}
-            whole = {
-                **definitions,
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": {"type": "object", **arguments}},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            return f'call{index}: {begin} "\\n" {_json(whole)} "\\n" {end}\n'
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        required = schema.get("required")
-        required = required if isinstance(required, list) else []
-        parts, rules = [], []
-        for j, (key, value) in enumerate(properties.items()):
-            rule = f"p{index}_{j}"
-            parts.append(rule if key in required else f"{rule}?")
-            rules.append(f"{rule}: {_quoted(f'<parameter={key}>')} NL {_value(value, definitions)}\n")
-        inner = " ".join(parts)
-        head = f'call{index}: {begin} NL {_quoted(f"<function={name}>")} NL {inner} "</function>" NL {end}\n'
-        # Text ends where it is closed for the first time, so that nobody can read it otherwise.
-        shared = 'NL: "\\n"\nvalue[suffix="\\n</parameter>\\n"]: TEXT\n'
-        shared += "TEXT: /(?s:.*)/ & ~/(?s:.*)<\\/(parameter|function|tool_call)>(?s:.*)/\n"
-        return head + "".join(rules) + (shared if index == 0 else "")
+        return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(text)
 
 
-def _value(schema: Any, definitions: dict[str, Any]) -> str:
-    """A parameter's value with the tag that ends it."""
-    end = '"\\n</parameter>\\n"'
-    if not isinstance(schema, dict):
-        return "value"
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list) and values and all(isinstance(v, str) for v in values):
-        return "(" + " | ".join(map(_quoted, values)) + ") " + end
-    kind = schema.get("type")
-    kinds = kind if isinstance(kind, list) else [kind]
-    if kind is not None and "string" not in kinds:
-        return f"{_json({**definitions, **schema})} {end}"
-    if "$ref" in schema or (isinstance(values, list) and not any(isinstance(v, str) for v in values)):
-        return f"{_json({**definitions, **schema})} {end}"
-    return "value"
+class Guide:
+    """One answer's way through its phases: a sampling Constraint."""
 
-
-def _json(schema: dict[str, Any]) -> str:
-    """JSON as json.dumps() writes it: a model that may put white space anywhere may never stop doing so."""
-    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return f"%json {json.dumps({**_bounded(schema), 'x-guidance': style})}"
-
-
-def _bounded(schema: Any) -> Any:
-    """Whole numbers that have no bounds get those of what a double holds exactly: a model may never stop writing digits."""
-    if isinstance(schema, list):
-        return [_bounded(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {k: v if k in ("enum", "const", "default", "examples") else _bounded(v) for k, v in schema.items()}
-    if schema.get("type") == "integer" and not schema.keys() & {"enum", "const", "multipleOf"}:
-        if not schema.keys() & {"minimum", "exclusiveMinimum"}:
-            found["minimum"] = -(2**53)
-        if not schema.keys() & {"maximum", "exclusiveMaximum"}:
-            found["maximum"] = 2**53
-    return found
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def check_schema(schema: dict[str, Any], where: str) -> dict[str, Any]:
-    """Raises RequestError for one that is larger or deeper than anybody needs."""
-    if len(json.dumps(schema)) > MOST_SCHEMA_BYTES:
-        raise RequestError(f"{where}: a schema is at most {MOST_SCHEMA_BYTES >> 10} KiB")
-    level: list[Any] = [schema]
-    for _ in range(MOST_SCHEMA_DEPTH):
-        level = [v for x in level for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, dict | list)]
-        if not level:
-            return schema
-    raise RequestError(f"{where}: a schema is at most {MOST_SCHEMA_DEPTH} levels deep")
-
-
-class GuidedDecoding:
-    """One answer's way through a grammar: a sampling Constraint."""
-
-    def __init__(self, tokenizer: Any, grammar: str, vocab_size: int) -> None:
-        self._matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
-        error = self._matcher.get_error()
-        if error:
-            raise RequestError(f"the schema cannot be followed: {_short(error)}")
-        self._bits = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
-        self._vocab_size = vocab_size
+    def __init__(self, plan: Plan, reasoning: bool) -> None:
+        """Raises RequestError for a grammar that cannot be followed."""
+        self._grammars = plan.grammars
+        self._tokenizer = plan.grammars.llm.tokenizer
+        self._reasoning = reasoning
+        self._left = plan.budget if reasoning else None
+        self._forced: list[int] = []  # tokens that close the reasoning
+        self._tail = ""
+        self._matcher: Any = None
+        self._whole: Any = None
+        if plan.whole is not None:
+            body, rules = plan.whole
+            lead = r"/\n{0,2}/ " if reasoning else ""  # between the reasoning and the answer
+            self._whole = plan.grammars.matcher(f"start: {lead}{body}\n{rules}")
+        self._call = plan.grammars.matcher(plan.call) if plan.call is not None else None
+        self._bits: Any = None
+        if not reasoning:
+            self._matcher = self._whole
 
     def mask(self, logits: F32) -> F32:
-        """Raises RequestError if the grammar has become too much to follow."""
+        """Logits (vocab,) in which tokens that may not come are -inf; the same array where all may. Raises RequestError if the
+        grammar has become too much to follow."""
+        if self._reasoning:
+            if self._left == 0 and not self._forced:
+                self._forced = self._tokenizer.encode(f"\n{THOUGHT}\n\n").tolist()
+            if self._forced:
+                only = np.full_like(logits, -np.inf)
+                only[self._forced[0]] = logits[self._forced[0]]
+                return only
+            if self._whole is not None:  # the answer is still to come
+                masked = logits.copy()
+                masked[sorted(self._tokenizer.eos_ids)] = -np.inf
+                return masked
+        if self._matcher is None:
+            return logits
+        if self._bits is None:
+            self._bits = llguidance.numpy.allocate_token_bitmask(1, self._grammars.vocab_size)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
         if self._matcher.is_error():
             raise RequestError(f"the schema cannot be followed further: {_short(self._matcher.get_error())}")
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size].astype(bool)
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._grammars.vocab_size].astype(bool)
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> None:
         """Raises RequestError for a token that the mask did not allow."""
-        if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            raise RequestError(f"the schema cannot be followed further: {_short(self._matcher.get_error())}")
+        if self._forced:
+            self._forced.pop(0)
+            if not self._forced:
+                self._end_reasoning("")
+            return
+        if self._left is not None and self._reasoning:
+            self._left -= 1
+        if self._matcher is not None:
+            self._consume([token])
+            if self._matcher.is_stopped() and self._matcher is not self._whole:
+                self._matcher, self._tail = None, ""  # the call has ended; the text is free again
+            return
+        if token in self._tokenizer.eos_ids:
+            return
+        self._tail = (self._tail + self._tokenizer.token_text(token))[-_TAIL:]
+        if self._call is not None and OPEN in self._tail:
+            # Also inside reasoning: small models forget to close it.
+            rest = self._tail.partition(OPEN)[2]
+            self._reasoning, self._matcher = False, self._call.deep_copy()
+            self._feed(rest)
+        elif self._reasoning and THOUGHT in self._tail:
+            self._end_reasoning(self._tail.partition(THOUGHT)[2])
+
+    def _end_reasoning(self, rest: str) -> None:
+        self._reasoning, self._tail = False, ""
+        if self._whole is not None:
+            self._matcher = self._whole
+            self._feed(rest)
+
+    def _feed(self, text: str) -> None:
+        """Text that came in one token with the tag before it."""
+        if text:
+            self._consume(self._grammars.tokenizer.tokenize_str(text))
+
+    def _consume(self, tokens: list[int]) -> None:
+        for token in tokens:
+            if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
+                raise RequestError(f"the schema cannot be followed further: {_short(self._matcher.get_error())}")
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments; one that names none takes none."""
+    schema: dict[str, Any] = function.get("parameters") or {}
+    if schema.get("properties") or schema.keys() & _SAYS_MORE:
+        return schema
+    return {**schema, "type": "object", "additionalProperties": False}
 
 
 def _short(error: str) -> str:

@@ -1,13 +1,16 @@
-"""A line of JSON for each request on standard error, and its count."""
+"""A line of JSON for each request on standard error, its count, and the headers that every answer has."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from collections.abc import Collection
+import uuid
+from collections.abc import Callable, Collection
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
@@ -15,24 +18,37 @@ from .metrics import Metrics
 __all__ = ["AccessLog"]
 
 _log = logging.getLogger("expertstream.access")
+_ID = re.compile(r"[\w.:-]{1,128}")
+_LONGEST = 300  # characters of a value that comes from outside
 
 
 class AccessLog:
-    """Around an ASGI application."""
+    """Around an ASGI application. limits: how many requests may be here at a time, and how many more may come now."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
-        self._app, self.metrics, self._paths = app, metrics, paths
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, paths: Collection[str], limits: Callable[[], tuple[int, int]]
+    ) -> None:
+        self._app, self.metrics, self._paths, self._limits = app, metrics, paths, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         begin, status, sent = time.monotonic(), 499, 0
+        given = Headers(scope=scope)
+        asked = given.get("x-request-id", "")
+        request_id = asked if _ID.fullmatch(asked) else f"req_{uuid.uuid4().hex[:24]}"
+        notes: dict[str, Any] = {}
+        scope["expertstream.log"] = notes  # errors.note() adds to it
 
         async def watch(message: Message) -> None:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id
+                if scope["method"] == "POST":
+                    self._tell_limits(headers)
             elif message["type"] == "http.response.body":
                 sent += len(message.get("body", b""))
             await send(message)
@@ -40,16 +56,30 @@ class AccessLog:
         try:
             await self._app(scope, receive, watch)
         finally:
+            status = notes.pop("status", status)
             # Only paths that there are, so that nobody can make up labels.
             path = scope["path"] if scope["path"] in self._paths else "other"
             self.metrics.requests.labels(path, str(status)).inc()
             line: dict[str, Any] = {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "id": request_id,
                 "client": (scope.get("client") or ("",))[0],
+                "agent": given.get("user-agent", ""),
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": status,
                 "bytes": sent,
                 "seconds": round(time.monotonic() - begin, 3),
+                **notes,
             }
-            _log.info(json.dumps(line))
+            _log.info(json.dumps({k: v[:_LONGEST] if isinstance(v, str) else v for k, v in line.items()}))
+
+    def _tell_limits(self, headers: MutableHeaders) -> None:
+        """Under both APIs' names. A place in the queue is free again as soon as an answer ends."""
+        limit, remaining = self._limits()
+        for name, value in (("limit", str(limit)), ("remaining", str(remaining))):
+            headers[f"x-ratelimit-{name}-requests"] = headers[f"anthropic-ratelimit-requests-{name}"] = value
+        headers["x-ratelimit-reset-requests"] = "1s"
+        headers["anthropic-ratelimit-requests-reset"] = time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 1)
+        )

@@ -1,233 +1,417 @@
-"""OpenAI's wire format: requests, checked. What is not supported is refused, never ignored."""
+"""OpenAI's wire format: requests for chat completions and for completions."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from ..errors import RequestError
-from .asks import Ask
+from .constrain import OutputFormat
+from .conversation import Conversation, not_shown
+from .request import MAX_ANSWERS, GenerationRequest, thinking_variables
+from .wire import Wire, check_part, ignored, refused
 
-__all__ = ["ChatRequest", "CompletionRequest", "Strict", "parse_request"]
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "Content",
+    "Function",
+    "ReasoningSwitch",
+    "Sampling",
+    "choose_tools",
+    "functions_of",
+    "json_format",
+    "text_of",
+]
 
-MOST_ANSWERS = 16
+MAX_PROMPTS = 128
+MAX_STOPS, MAX_STOP_LENGTH = 16, 512
+_ACCOUNTS = "this server keeps no accounts"
+_PREFIXES = "prefixes are always kept"
+_UNSEEN = {
+    "image_url": "image",
+    "input_image": "image",
+    "input_audio": "audio",
+    "video_url": "video",
+    "input_file": "file",
+}
 
 
-class Strict(BaseModel):
-    """Refuses what it does not know."""
+class Part(Wire):
+    """A part of a message's content. What is not text has further fields of its own."""
 
-    model_config = ConfigDict(extra="forbid")
+    type: str = "text"
+    text: str | None = None
+    refusal: str | None = None
+    file: dict[str, Any] | None = None
+    filename: str | None = None
+    cache_control: Any = ignored(_PREFIXES)
+    prompt_cache_breakpoint: Any = ignored(_PREFIXES)
+    annotations: Any = ignored("what earlier answers carried")
+    logprobs: Any = ignored("what earlier answers carried")
+    detail: Any = ignored("named in place of the image")
+    file_data: Any = ignored("named in place of the file")
+    file_id: Any = ignored("named in place of the file")
+    image_url: Any = ignored("named in place of the image")
+    input_audio: Any = ignored("named in place of the recording")
 
 
-Request = TypeVar("Request", bound=Strict)
+Content = str | Annotated[list[Part], Field(max_length=4096, fail_fast=True)]
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class CalledFunction(Strict):
+class CalledFunction(Wire):
     name: str
-    arguments: str
+    arguments: Any = None
+    parsed_arguments: Any = ignored("what a client's library adds")
 
 
-class ToolCall(Strict):
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = None  # as streams have it; some clients send it back
+class ToolCall(Wire):
+    id: str = ""
+    type: str = "function"
+    function: CalledFunction | None = None
+    custom: dict[str, Any] | None = None
+    index: Any = ignored("the calls' order says it")
+    provider_specific_fields: Any = ignored("what a client's library adds")
+    extra_content: Any = ignored("what other servers add")
+    caller: Any = ignored("all calls are the model's own")
 
 
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
-    tool_call_id: str | None = None
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = ""
+    name: str | None = Field(default=None, description="used for a function's result")
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] = []
+    tool_call_id: str = ""
     reasoning_content: str | None = None
-    refusal: None = None
-    annotations: list[Any] | None = Field(default=None, max_length=0)
-    audio: None = None
-    function_call: None = None
+    reasoning: Any = Field(default=None, description="read as reasoning_content if that is absent")
+    function_call: CalledFunction | None = None
+    refusal: Any = ignored("what earlier answers carried")
+    annotations: Any = ignored("what earlier answers carried")
+    audio: Any = ignored("what earlier answers carried")
+    parsed: Any = ignored("what a client's library adds")
+    reasoning_details: Any = ignored("what other servers add")
+    provider_specific_fields: Any = ignored("what a client's library adds")
+    thinking_blocks: Any = ignored("what a client's library adds")
+    cache_control: Any = ignored(_PREFIXES)
 
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
+class Function(Wire):
+    """A function that may be called; parameters is a JSON schema."""
 
-class Function(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[^\s<>\"'`=]{1,256}$")]
     description: str = ""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: bool | None = None
+    parameters: dict[str, Any] = {}
+    strict: bool = False
 
 
-class Tool(Strict):
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Strict):
-    name: str
-
-
-class NamedChoice(Strict):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class StreamOptions(Strict):
+class StreamOptions(Wire):
     include_usage: bool = False
+    include_obfuscation: Any = ignored("streams are not padded")
+    continuous_usage_stats: Any = ignored("usage comes at the end")
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+class NamedSchema(Wire):
+    name: Any = ignored("the schema says it")
+    description: Any = ignored("the schema says it")
+    schema_: dict[str, Any] = Field(default={}, alias="schema")
+    strict: bool = False
 
 
-class JsonFormat(Strict):
-    type: Literal["json_object"]
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class NamedSchema(Strict):
-    name: str = ""
-    description: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
+class StructuredOutputs(Wire):
+    """As vLLM has it; one of these."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
-class SchemaFormat(Strict):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
+class ReasoningSwitch(Wire):
+    """How other servers of this API spell it: DeepSeek's and GLM's `thinking`, OpenRouter's `reasoning`."""
+
+    type: str | None = None
+    enabled: bool | None = None
+    effort: str | None = None
+    budget_tokens: int | None = None
+    max_tokens: int | None = None
+    exclude: Any = ignored("reasoning is sent in a field of its own")
+    summary: Any = ignored("reasoning is sent whole")
 
 
-class TemplateOptions(Strict):
-    enable_thinking: bool = False
+class Sampling(Wire):
+    """What both kinds of request have."""
 
-
-class _Sampling(Strict):
     model: str = ""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None  # says who asks, and changes nothing, as there
+    stop: str | list[str] = []
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    user: Any = ignored(_ACCOUNTS)
+    service_tier: Any = ignored("all requests are served alike")
+    store: Any = ignored("answers are not stored")
+    metadata: Any = ignored("answers are not stored")
+    prompt_cache_key: Any = ignored(_PREFIXES)
+    prompt_cache_retention: Any = ignored(_PREFIXES)
+    prompt_cache_options: Any = ignored(_PREFIXES)
+    safety_identifier: Any = ignored(_ACCOUNTS)
+    moderation: Any = ignored("nothing is moderated")
 
     def sampling(self) -> dict[str, Any]:
-        """Keywords of LLM.sampling_params()."""
+        """Keywords of LLM.sampling_params(). Raises RequestError."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        stops = [stop for stop in stops if stop]
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            raise RequestError(f"stop: at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters")
+        penalty = self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
         return {
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p,
-            "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty, "seed": self.seed,
-            "stop": self.stop or None,
+            "max_tokens": _unless_negative(self.max_tokens), "temperature": self.temperature, "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k, "min_p": self.min_p, "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty, "repetition_penalty": penalty,
+            "logit_bias": self.logit_bias or None, "seed": _unless_negative(self.seed), "stop": stops or None,
         }  # fmt: skip
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def format(self) -> OutputFormat | None:
+        """The form that the answer must have. Raises RequestError."""
+        found = []
+        if self.response_format is not None:
+            found.append(json_format(self.response_format))
+        outputs = self.structured_outputs or StructuredOutputs()
+        for schema in (outputs.json_, self.guided_json):
+            if schema is not None:
+                found.append(OutputFormat.of_schema(schema, strict=True))
+        if outputs.json_object:
+            found.append(OutputFormat("json", {"type": "object"}))
+        for kind, value in (
+            ("regex", outputs.regex), ("choice", outputs.choice), ("grammar", outputs.grammar),
+            ("regex", self.guided_regex), ("choice", self.guided_choice), ("grammar", self.guided_grammar),
+        ):  # fmt: skip
+            if value is not None:
+                found.append(OutputFormat(kind, value, strict=True))
+        given = [form for form in found if form is not None]
+        if len(given) > 1:
+            raise RequestError(
+                "the answer can have one form: give one of response_format, structured_outputs and guided_*"
+            )
+        return given[0] if given else None
 
 
-class ChatRequest(_Sampling):
+class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: int | None = None
-    logprobs: bool | None = None
+    logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=1024, fail_fast=True)] = []
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    enable_thinking: bool | None = None
+    thinking: ReasoningSwitch | None = None
+    reasoning: ReasoningSwitch | None = None
+    thinking_budget: int | None = None
+    modalities: list[str] = []
+    prediction: Any = ignored("it could only change the speed")
+    verbosity: Any = ignored("no template has it")
+    web_search_options: Any = ignored("this server does not search", warn=True)
+    audio: Any = refused("this model writes text only")
+    functions: Any = refused("give tools")
+    function_call: Any = refused("give tool_choice")
 
-    def sampling(self) -> dict[str, Any]:
-        given = super().sampling()
-        if self.max_completion_tokens is not None:
-            given["max_tokens"] = self.max_completion_tokens
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs: only with logprobs set to true")
-        return {**given, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
-
-    def ask(self) -> Ask:
+    def generation_request(self) -> GenerationRequest:
         """Raises RequestError."""
-        thinking = self.reasoning_effort not in (None, "none", "minimal")
-        if self.chat_template_kwargs is not None:
-            thinking = self.chat_template_kwargs.enable_thinking
-        choice = self.tool_choice
-        form = self.response_format
-        return Ask(
+        if any(kind != "text" for kind in self.modalities):
+            raise RequestError(f"modalities: this model writes text only, not {', '.join(self.modalities)}")
+        sampling = self.sampling()
+        if self.max_completion_tokens is not None:
+            sampling["max_tokens"] = _unless_negative(self.max_completion_tokens)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true")
+        sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        functions, warnings = functions_of(self.tools)
+        choice, named = choose_tools(self.tool_choice)
+        template, budget = self._thinking()
+        for name in ("messages", "tools"):
+            if name in self.chat_template_kwargs:
+                raise RequestError(f"chat_template_kwargs: {name} must be given as {name} of the request")
+        return GenerationRequest(
             messages=self._messages(),
-            sampling=self.sampling(),
-            functions=[tool.function.model_dump() for tool in self.tools or ()],
-            choice="named" if isinstance(choice, NamedChoice) else choice or "auto",
-            named=choice.function.name if isinstance(choice, NamedChoice) else "",
-            parallel_calls=self.parallel_tool_calls is not False,
-            thinking=thinking,
-            json_object=isinstance(form, JsonFormat),
-            json_schema=form.json_schema.schema_ if isinstance(form, SchemaFormat) else None,
+            sampling=sampling,
+            functions=functions,
+            choice=choice,
+            named=named,
+            parallel_calls=self.parallel_tool_calls,
+            template=template,
+            reasoning_budget=budget,
+            format=self.format(),
+            warnings=warnings,
         )
 
+    def _thinking(self) -> tuple[dict[str, Any], int | None]:
+        """Variables for the template, and the most tokens of reasoning."""
+        effort, switch, budget = self.reasoning_effort, self.enable_thinking, self.thinking_budget
+        for given in (self.thinking, self.reasoning):
+            if given is None:
+                continue
+            effort = given.effort or effort
+            switch = given.enabled if given.enabled is not None else switch
+            switch = given.type != "disabled" if given.type is not None else switch
+            budget = given.budget_tokens or given.max_tokens or budget
+        return thinking_variables(effort, switch, self.chat_template_kwargs), budget if budget and budget > 0 else None
+
     def _messages(self) -> list[dict[str, Any]]:
-        found = []
+        found = Conversation()
+        newest = max((i for i, m in enumerate(self.messages) if m.role == "user"), default=-1)
+        answered = any(m.role == "assistant" for m in self.messages[newest + 1 :])
         for i, message in enumerate(self.messages):
-            role = "system" if message.role == "developer" else message.role
-            entry: dict[str, Any] = {"role": role, "content": message.text()}
-            if message.reasoning_content is not None:
-                entry["reasoning_content"] = message.reasoning_content
-            if message.tool_calls:
-                entry["tool_calls"] = [
-                    {"type": "function", "function": {"name": c.function.name, "arguments": _arguments(i, c)}}
-                    for c in message.tool_calls
-                ]
-            found.append(entry)
-        return found
+            text = text_of(message.content, f"messages.{i}.content", seen=i != newest or answered)
+            if message.role in ("system", "developer"):
+                found.system(text)
+            elif message.role == "user":
+                found.user(text)
+            elif message.role in ("tool", "function"):
+                found.tool(message.tool_call_id or message.name or "", text)
+            else:
+                reasoning = message.reasoning_content
+                if reasoning is None and isinstance(message.reasoning, str):
+                    reasoning = message.reasoning
+                found.assistant(text or (message.refusal if isinstance(message.refusal, str) else ""), reasoning)
+                for call in message.tool_calls:
+                    if call.function is not None:
+                        found.call(call.id, call.function.name, call.function.arguments)
+                    elif call.custom is not None:
+                        found.call(call.id, str(call.custom.get("name", "")), {"input": call.custom.get("input", "")})
+                if message.function_call is not None:
+                    found.call(message.function_call.name, message.function_call.name, message.function_call.arguments)
+        return found.messages()
 
 
-class CompletionRequest(_Sampling):
-    """POST /v1/completions: a text to go on from, or its tokens."""
+class CompletionRequest(Sampling):
+    """POST /v1/completions: a text to continue, or its tokens, or several of either."""
 
     prompt: (
         str
         | Annotated[list[int], Field(max_length=1 << 20, fail_fast=True)]
-        | Annotated[list[str], Field(min_length=1, max_length=16, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: bool = False
+    best_of: int | None = None
+    suffix: Any = refused("this model cannot fill in the middle of a text")
+
+    def prompts(self) -> list[str | list[int]]:
+        """Raises RequestError."""
+        if self.best_of is not None and self.best_of != self.n:
+            raise RequestError(f"best_of must be equal to n ({self.n}); got {self.best_of}: every answer is returned")
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)
 
     def sampling(self) -> dict[str, Any]:
         given = super().sampling()
-        return {**given, "max_tokens": 16 if self.max_tokens is None else self.max_tokens, "logprobs": self.logprobs}
+        if self.max_tokens is None:
+            given["max_tokens"] = 16
+        elif self.max_tokens == 0:
+            if not self.echo:
+                raise RequestError("max_tokens must be greater than 0, unless echo is true")
+            given["max_tokens"] = 1  # its logits come with the prompt's; it is not sent
+        return {**given, "logprobs": self.logprobs}
 
 
-def _arguments(message: int, call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise RequestError(f"messages.{message}: the arguments of {call.function.name} are not a JSON object")
-    return arguments
+def _unless_negative(value: int | None) -> int | None:
+    """-1 is how several servers spell "not given"."""
+    return None if value == -1 else value
 
 
-def parse_request(kind: type[Request], body: bytes) -> Request:
-    """Raises RequestError that names the field."""
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        # Of what may be one thing or another, the error that lies deepest is the one that was meant.
-        first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
-        what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-        raise RequestError(f"{where or 'body'}: {what}") from None
-    except RecursionError:
-        raise RequestError("body: too deeply nested") from None
+def text_of(content: Content, where: str, seen: bool) -> str:
+    """Content as text. What is no text is named in its place, where the model has `seen` it: earlier in the conversation, or from a
+    tool. Raises RequestError where it is a user's and new."""
+    if isinstance(content, str):
+        return content
+    found = []
+    for i, part in enumerate(content):
+        if part.type in ("text", "input_text", "output_text", "reasoning_text", "summary_text"):
+            if part.text is None:
+                raise RequestError(f"{where}.{i}.text: Field required")
+            found.append(part.text)
+        elif part.type == "refusal":
+            found.append(part.refusal or "")
+        elif not seen:
+            raise RequestError(f"{where}.{i}: this model reads text only, not {part.type}")
+        else:
+            title = part.filename or (part.file or {}).get("filename") or ""
+            found.append(not_shown(_UNSEEN.get(part.type, part.type.replace("_", " ")), str(title)))
+    return "".join(found)
+
+
+def functions_of(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The functions among a request's tools, and warnings of those that are none. Raises RequestError."""
+    found, skipped = [], dict[str, None]()
+    for i, tool in enumerate(tools):
+        if tool.get("type", "function") != "function":
+            skipped[str(tool.get("type"))] = None
+            continue
+        # Chat completions have the function in an object of its own, responses beside the type.
+        nested = isinstance(tool.get("function"), dict)
+        function = check_part(Function, tool["function"] if nested else tool, f"tools.{i}" + ".function" * nested)
+        found.append({k: getattr(function, k) for k in ("name", "description", "parameters", "strict")})
+    return found, [f"tools of type {kind!r} are skipped: they are not functions" for kind in skipped]
+
+
+def choose_tools(given: Any) -> tuple[str, list[str]]:
+    """tool_choice as (none, auto, required or named; which ones). Raises RequestError."""
+    if given is None or given in ("auto", "none", "required"):
+        return given or "auto", []
+    if given == "any":
+        return "required", []
+    if isinstance(given, dict):
+        kind, function = given.get("type"), given.get("function", given)
+        if kind in ("auto", "none", "required", "any"):
+            return choose_tools(kind)
+        if kind == "allowed_tools":
+            allowed = given.get("allowed_tools", given)
+            tools = [t.get("function", t).get("name") for t in allowed.get("tools", ()) if isinstance(t, dict)]
+            return "named" if allowed.get("mode") == "required" else "auto", [t for t in tools if isinstance(t, str)]
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            return "named", [function["name"]]
+    raise RequestError(
+        f"tool_choice must be none, auto, required or a function's name in an object; got {given!r:.100}"
+    )
+
+
+def json_format(given: ResponseFormat) -> OutputFormat | None:
+    """response_format, as OpenAI's API has it and as llama.cpp's server does."""
+    if given.type == "text":
+        return None
+    if given.json_schema is not None:
+        return OutputFormat("json", given.json_schema.schema_, given.json_schema.strict)
+    if given.type == "json_schema" and given.schema_ is None:
+        raise RequestError("response_format.json_schema: Field required")
+    return OutputFormat("json", {"type": "object"} if given.schema_ is None else given.schema_)

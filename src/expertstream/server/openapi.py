@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from .anthropic import CountRequest, MessagesRequest
 from .openai import ChatRequest, CompletionRequest
+from .responses import ResponsesRequest
 
 __all__ = ["document"]
 
@@ -27,7 +28,7 @@ _REFUSALS = {
 
 def document(name: str) -> dict[str, Any]:
     """Of a server whose model is called `name`."""
-    kinds: list[type[BaseModel]] = [ChatRequest, CompletionRequest, MessagesRequest, CountRequest]
+    kinds: list[type[BaseModel]] = [ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountRequest]
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
     )
@@ -53,6 +54,7 @@ def document(name: str) -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": post(ChatRequest, "A chat's answer, as OpenAI's API gives it"),
             "/v1/completions": post(CompletionRequest, "A text's continuation, as OpenAI's API gives it"),
+            "/v1/responses": post(ResponsesRequest, "A response, as OpenAI's newer API gives it, without state"),
             "/v1/messages": post(MessagesRequest, "A message, as Anthropic's API gives it"),
             "/v1/messages/count_tokens": post(CountRequest, "How many tokens a message would be"),
             "/v1/models": get("The models here"),

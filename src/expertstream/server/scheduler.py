@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from ..sampling import Constraint, SamplingParams
 
 __all__ = ["BusyError", "ClosingError", "Job", "Scheduler", "TimeLimitError"]
 
+Steps = Generator[Forward | GenerationResponse, F32 | None, None]
+MAX_SILENCE = 0.5  # seconds between two tokens while a prompt is read; or a layer, if that takes longer
 _log = logging.getLogger("expertstream")
 
 
@@ -81,11 +83,17 @@ class Scheduler:
         return sum(count for at, count in list(self.recent) if now - at <= span) / span
 
     def admit(
-        self, tokens: I64, params: SamplingParams, constraint: Constraint | None = None, after: Job | None = None
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+        after: Job | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Job:
         """Begins as soon as there is room, and where `after` is given, when that one's prompt is read. Raises BusyError, ClosingError,
         and before any work RequestError for what cannot fit."""
-        job = Job(self, tokens, params, constraint, after, time.monotonic() + self._seconds)
+        self.llm.checked(tokens, params)
+        job = Job(self, tokens, params, constraint, after, time.monotonic() + self._seconds, prompt_logprobs)
         with self._wake:
             if self._closing:
                 raise ClosingError("the server is being stopped")
@@ -142,21 +150,48 @@ class Scheduler:
         prompts = [job for job in self._active if job.forward is not None and job.forward.prompt]
         budget = 0.0
         if prompts:
-            begin = time.monotonic()
             job = min(prompts, key=lambda j: j.passes)
             job.passes += 1
-            self._pass([job])
-            budget = time.monotonic() - begin
+            budget = self._prompt_pass(job)
+        self._drop_ended()
         end = time.monotonic() + budget
-        while True:
+        while self._answer():
             self._drop_ended()
-            answering = [job for job in self._active if job.forward is not None and not job.forward.prompt]
-            if not answering:
-                return
-            self._pass(answering)
-            self.recent.append((time.monotonic(), len(answering)))
             if time.monotonic() >= end or (self._pending and len(self._active) < self._parallel):
                 return
+
+    def _prompt_pass(self, job: Job) -> float:
+        """A part of a prompt, which may take many seconds from disk: the sequences that are being answered get tokens between its
+        layers, for at most as long as the prompt's own work. Returns the seconds that are still theirs."""
+        assert job.forward is not None
+        cache = job.forward.cache
+        begin = last = time.monotonic()
+        given, took = 0.0, 0.0
+
+        def pause() -> None:
+            nonlocal last, given, took
+            now = time.monotonic()
+            if now - last < max(MAX_SILENCE, took):
+                return
+            self._answer()
+            last = time.monotonic()
+            took = last - now
+            given += took
+
+        cache.pause = pause
+        try:
+            self._pass([job])
+        finally:
+            cache.pause = None
+        return max(0.0, time.monotonic() - begin - 2 * given)
+
+    def _answer(self) -> bool:
+        """A token for every sequence that is being answered; False if there is none."""
+        answering = [j for j in self._active if j.forward is not None and not j.forward.prompt and not j.gone.is_set()]
+        if answering:
+            self._pass(answering)
+            self.recent.append((time.monotonic(), len(answering)))
+        return bool(answering)
 
     def _pass(self, jobs: list[Job]) -> None:
         """Runs what each of them needs: a part of a prompt, or the tokens of several texts at once."""
@@ -197,14 +232,12 @@ class Job:
         constraint: Constraint | None,
         after: Job | None,
         deadline: float,
+        prompt_logprobs: int | None,
     ) -> None:
         self._scheduler, self.after, self.deadline = scheduler, after, deadline
         self.gone = threading.Event()
-        session = scheduler.llm.session()
-        session.cache.cancelled = self.gone
-        self._steps: Generator[Forward | GenerationResponse, F32 | None, None] = session.steps(
-            tokens, params, control_tokens=True, constraint=constraint
-        )
+        self._begun: Callable[[], Steps] = lambda: self._begin(tokens, params, constraint, prompt_logprobs)
+        self._steps: Steps | None = None
         self.forward: Forward | None = None
         self.ended = False
         self.passes = 0  # over its prompt
@@ -234,9 +267,21 @@ class Job:
 
     # Below, the engine's thread.
 
+    def _begin(
+        self, tokens: I64, params: SamplingParams, constraint: Constraint | None, prompt_logprobs: int | None
+    ) -> Steps:
+        """Only now is a context allocated: the memory budget counts those that are under way, not those that wait."""
+        session = self._scheduler.llm.session()
+        session.cache.cancelled = self.gone
+        return session.steps(
+            tokens, params, control_tokens=True, constraint=constraint, prompt_logprobs=prompt_logprobs
+        )
+
     def go_on(self, answer: F32 | None) -> None:
         """Up to the next pass that it needs, or its end."""
         try:
+            if self._steps is None:
+                self._steps = self._begun()
             step = self._steps.send(answer)
             while not isinstance(step, Forward):
                 self._tell(step)
@@ -252,7 +297,8 @@ class Job:
             return
         self.ended, self.forward = True, None
         try:
-            self._steps.close()
+            if self._steps is not None:
+                self._steps.close()
         except BaseException:  # it ends all the same
             _log.exception("a text did not end well")
         finally:

@@ -1,0 +1,171 @@
+"""What a client wants, whatever API it speaks, and what the engine is given for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..engine import LLM
+from ..errors import RequestError
+from ..ops import I64
+from ..sampling import Constraint, SamplingParams
+from ..text.control import ChatPrompt
+from ..text.output import OutputParser
+from .constrain import Grammars, OutputFormat
+
+__all__ = [
+    "MAX_ANSWERS",
+    "GenerationRequest",
+    "Prepared",
+    "PromptOptions",
+    "prepare",
+    "prepare_text",
+    "thinking_variables",
+]
+
+MAX_ANSWERS = 128
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How the server renders prompts. parse_control_tokens: text of messages may contain control tokens."""
+
+    parse_control_tokens: bool = False
+
+
+@dataclass
+class GenerationRequest:
+    """messages: as chat templates take them. sampling: keywords of LLM.sampling_params(). functions: {"name", "description",
+    "parameters", "strict"}. choice: none, auto, required, or named, and then `named` lists which. template: variables for the chat
+    template, only those that were asked for. reasoning_budget: tokens after which reasoning is closed. prefill: the beginning of the
+    answer, which the model continues without reasoning first."""
+
+    messages: list[dict[str, Any]]
+    sampling: dict[str, Any]
+    functions: list[dict[str, Any]] = field(default_factory=list)
+    choice: str = "auto"
+    named: list[str] = field(default_factory=list)
+    parallel_calls: bool = True
+    template: dict[str, Any] = field(default_factory=dict)
+    reasoning_budget: int | None = None
+    format: OutputFormat | None = None
+    prefill: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Prepared:
+    """A request as the engine takes it. constraints: one for each answer. one_call: the answer ends after its first call. held: calls
+    follow a grammar. prompt_logprobs: how many alternatives to report with each token of the prompt."""
+
+    tokens: I64
+    params: SamplingParams
+    constraints: Sequence[Constraint | None]
+    tools: Sequence[dict[str, Any]] = ()
+    reasoning: bool = False
+    one_call: bool = False
+    held: bool = False
+    warnings: Sequence[str] = ()
+    prompt_logprobs: int | None = None
+
+    def parser(self) -> OutputParser:
+        return OutputParser(self.tools, self.reasoning, self.held)
+
+
+def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: int, options: PromptOptions) -> Prepared:
+    """Renders, tokenizes, and finds the grammar. Slow for long texts: not for the event loop. Raises RequestError, UsageError."""
+    functions = _distinct(request.functions)
+    names = [f["name"] for f in functions]
+    for name in request.named:
+        if name not in names:
+            raise RequestError(f"tool_choice names {name!r}, which is not among the tools")
+    if request.choice == "required" and not names:
+        raise RequestError("tool_choice is required, but there are no tools")
+    offered = functions if request.choice != "none" else []
+    tools = [{"type": "function", "function": {k: v for k, v in f.items() if k != "strict"}} for f in offered]
+    prompt = llm.tokenizer.chat_prompt(
+        request.messages, parse_control_tokens=options.parse_control_tokens, tools=tools or None, **request.template
+    )
+    reasoning = prompt.text.rstrip().endswith("<think>")
+    if request.prefill:
+        if reasoning:
+            prompt, reasoning = prompt + ChatPrompt(("\n</think>\n\n",)), False
+        prompt += llm.tokenizer.content(request.prefill, options.parse_control_tokens)
+    tokens = llm.tokenizer.encode(prompt)
+    sampling = {**request.sampling}
+    if offered:  # a penalty for what was read before would be one for the names that a call has to repeat
+        sampling.setdefault("repetition_penalty", 1.0)
+        if sampling["repetition_penalty"] is None:
+            sampling["repetition_penalty"] = 1.0
+    if sampling.get("max_tokens") is None:
+        sampling["max_tokens"] = llm.context_length
+    params = llm.sampling_params(**sampling)
+    if not answers:
+        return Prepared(tokens, params, ())
+    callable_ = [f for f in offered if not request.named or f["name"] in request.named]
+    plan = grammars.plan(
+        callable_,
+        request.choice in ("required", "named"),
+        request.parallel_calls,
+        request.format,
+        request.reasoning_budget,
+    )
+    constraints = [plan.guide(reasoning) for _ in range(answers)]
+    return Prepared(
+        tokens,
+        params,
+        constraints,
+        tools,
+        reasoning,
+        not request.parallel_calls,
+        plan.holds_calls,
+        [*request.warnings, *plan.warnings],
+    )
+
+
+def prepare_text(
+    llm: LLM,
+    grammars: Grammars,
+    prompt: str | list[int],
+    sampling: dict[str, Any],
+    answers: int,
+    format_: OutputFormat | None = None,
+    prompt_logprobs: int | None = None,
+) -> Prepared:
+    """A text to continue, or its tokens. Raises RequestError, UsageError."""
+    if isinstance(prompt, str):
+        tokens = llm.tokenizer.encode(prompt)
+    elif all(0 <= t < llm.model_config.vocab_size for t in prompt):
+        tokens = np.array(prompt, np.int64)
+    else:
+        raise RequestError(f"prompt: tokens must be between 0 and {llm.model_config.vocab_size - 1}")
+    plan = grammars.plan([], False, True, format_, None)
+    constraints = [plan.guide(False) for _ in range(answers)]
+    return Prepared(
+        tokens, llm.sampling_params(**sampling), constraints, warnings=plan.warnings, prompt_logprobs=prompt_logprobs
+    )
+
+
+def thinking_variables(
+    effort: str | None = None, switch: bool | None = None, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Template variables of what a client asked for, and no others: a template has a default of its own, and some refuse a switch
+    that others need. effort: none and minimal switch reasoning off. switch: an explicit choice. more: chat_template_kwargs."""
+    found: dict[str, Any] = {}
+    if effort is not None:
+        found = {"enable_thinking": effort not in ("none", "minimal"), "reasoning_effort": effort}
+    if switch is not None:
+        found["enable_thinking"] = switch
+    return found | (more or {})
+
+
+def _distinct(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without repetitions. Raises RequestError if two functions of one name differ."""
+    found: dict[str, dict[str, Any]] = {}
+    for function in functions:
+        if found.setdefault(function["name"], function) != function:
+            raise RequestError(f"tools: two different functions are called {function['name']!r}")
+    return list(found.values())

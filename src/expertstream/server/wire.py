@@ -1,0 +1,93 @@
+"""What request bodies of all APIs have in common: null is absence, and every field is honoured, ignored or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import RequestError
+
+__all__ = ["Wire", "check_part", "ignored", "parse_request", "refused"]
+
+_HARMLESS: tuple[Any, ...] = ([], {}, "", False, 0)
+
+
+class Wire(BaseModel):
+    """A JSON object. Fields that are not declared are kept aside: parse_request() reports them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+def ignored(why: str, warn: bool = False) -> Any:
+    """A field that is accepted and changes nothing; `why` completes the table in docs/serving.md. warn: a client that sends it wants
+    something that it does not get."""
+    effect = "ignored, with a warning in the log" if warn else "ignored"
+    return Field(default=None, json_schema_extra={"x-effect": effect, "x-why": why})
+
+
+def refused(why: str) -> Any:
+    """A field that is refused unless it is empty or false."""
+    return Field(default=None, json_schema_extra={"x-effect": "refused", "x-why": why})
+
+
+Request = TypeVar("Request", bound=Wire)
+
+
+def parse_request(kind: type[Request], body: bytes) -> tuple[Request, list[str], list[str]]:
+    """The request, which fields in it are not known, such as "messages.mood", and warnings about others. Raises RequestError that
+    names the field."""
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestError(_message(error, "")) from None
+    except RecursionError:
+        raise RequestError("body: too deeply nested") from None
+    unknown, warnings = dict[str, None](), dict[str, None]()
+    for path, name, value, effect, why in _fields(request, ""):
+        # Without numbers, so that the same field is named once however often it comes.
+        plain = ".".join(part for part in f"{path}{name}".split(".") if not part.isdigit())
+        if effect == "refused" and value not in _HARMLESS:
+            raise RequestError(f"{path}{name} is not supported: {why}")
+        if effect == "unknown":
+            unknown[plain] = None
+        elif effect.endswith("log") and value not in _HARMLESS:
+            warnings[f"{plain} is ignored: {why}"] = None
+    return request, list(unknown), list(warnings)
+
+
+def check_part(kind: type[Request], value: Any, where: str) -> Request:
+    """A part of a request that is checked apart from the rest. Raises RequestError that names the field."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise RequestError(_message(error, where)) from None
+
+
+def _message(error: ValidationError, where: str) -> str:
+    # Of what may be one thing or another, the error that lies deepest is the one that was meant.
+    first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "constrained-"))]
+    return f"{'.'.join([*([where] if where else []), *names]) or 'body'}: {first['msg']}"
+
+
+def _fields(model: Wire, path: str) -> Iterator[tuple[str, str, Any, str, str]]:
+    """(path of the object, name, value, effect, why) of the fields that are not simply honoured, at every depth."""
+    for name in model.model_fields_set:
+        info = type(model).model_fields.get(name)
+        if info is None:
+            yield path, name, None, "unknown", ""
+            continue
+        value = getattr(model, name)
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and "x-effect" in extra:
+            yield path, info.alias or name, value, str(extra["x-effect"]), str(extra["x-why"])
+        for i, part in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(part, Wire):
+                yield from _fields(part, f"{path}{info.alias or name}." + ("" if i is None else f"{i}."))

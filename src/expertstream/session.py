@@ -1,0 +1,245 @@
+"""Session: one sequence on a model, with the state of what it has read and written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RequestError
+from .generate import Forward, Step, drive, stream_generate
+from .kv_cache import AttentionState, DeltaState
+from .ops import F32, I64
+from .prefix_cache import GRAIN, PrefixCache, snapshot_positions
+from .responses import ExpertSpans, GenerationResponse, GenerationStats, StopStrings, TokenLogprob
+from .sampling import Choice, Constraint, Sampler, SamplingParams, scored
+from .state_file import StateFile, StateFileError, write_state
+from .tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from .engine import LLM
+
+__all__ = ["Session"]
+
+_log = logging.getLogger("expertstream")
+KEEP_EVERY = 4096  # tokens of a long prompt, beside the beginnings of messages
+
+
+class Session:
+    """One text on a model: what has been read and written so far, and the state that goes with it."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._unread: list[int] = []  # the last token of an answer: written, but not yet in the cache
+        self.cache = llm.model_config.make_cache(llm.context_length, llm.config.kv_dtype)
+
+    def generate(
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        progress: Callable[[int], None] | None = None,
+        control_tokens: bool = False,
+        constraint: Constraint | None = None,
+    ) -> Iterator[GenerationResponse]:
+        """Appends tokens (T,) to the text and continues it. `progress` is told how many tokens of the prompt are read. With
+        `control_tokens`, what a model writes between <think> or <tool_call> tokens comes with them. `constraint` says which tokens
+        may come next. Raises RequestError before any work if the tokens cannot fit."""
+        return drive(self.llm.model, self.steps(tokens, params, progress, control_tokens, constraint))
+
+    def steps(
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        progress: Callable[[int], None] | None = None,
+        control_tokens: bool = False,
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
+        """generate(), for callers that run the passes: it is sent the logits of each Forward that it yields. prompt_logprobs: the first
+        response has the log-probabilities of the prompt's tokens, with so many alternatives each; the whole prompt is computed."""
+        if not self.cache.valid:
+            raise RequestError("this session stopped in the middle of a token; reset() it")
+        tokens = self.llm.checked(tokens, params, self.cache.position, self._unread)
+        room = self.cache.capacity - self.cache.position
+        # The last token's own state is never needed, so an answer may be one longer than the room.
+        limited = replace(params, max_tokens=min(params.max_tokens, room - tokens.shape[0] + 1))
+        return self._pieces(tokens, limited, progress, control_tokens, constraint, prompt_logprobs)
+
+    def reset(self) -> None:
+        """Forgets the text."""
+        self.cache.reset()
+        self._unread = []
+
+    def save(self, path: Path) -> None:
+        """Writes the text's state to a file, from which load() goes on without reading the text again. Raises OSError."""
+        if not self.cache.valid:
+            raise RequestError("this session stopped in the middle of a token; reset() it")
+        arrays: list[Any] = []
+        for layer in self.cache.layers:
+            arrays += layer.rows(0, self.cache.position) if isinstance(layer, AttentionState) else layer.copies()
+        header = {"of": self.llm.state_fingerprint(), "position": self.cache.position, "unread": self._unread}
+        write_state(path, header, arrays)
+
+    def load(self, path: Path) -> None:
+        """The state that save() wrote. Raises RequestError for a file that is damaged, too long for this context, or of another model;
+        the session is empty then."""
+        self.reset()
+        try:
+            file = StateFile.open(path)
+            if file.header["of"] != self.llm.state_fingerprint():
+                raise StateFileError(f"{path}: of another model, or computed in another way")
+            position = int(file.header["position"])
+            if not 0 <= position < self.cache.capacity:
+                raise StateFileError(f"{path}: a text of {position} tokens does not fit this context")
+            at = 0
+            for layer in self.cache.layers:
+                rows = isinstance(layer, AttentionState)
+                mine = layer.arrays if isinstance(layer, AttentionState) else layer.copies()
+                expected = [(a.dtype.name, (a.shape[0], position, *a.shape[2:]) if rows else a.shape) for a in mine]
+                found = file.read(at, at + len(mine), expected)
+                at += len(mine)
+                if isinstance(layer, AttentionState):
+                    layer.put(0, found)
+                else:
+                    layer.put(found)
+            unread = [int(t) for t in file.header["unread"]]
+            if not all(0 <= t < self.llm.model_config.vocab_size for t in unread):
+                raise StateFileError(f"{path}: tokens that the model does not know")
+            self._unread = unread
+            self.cache.position = position
+        except (StateFileError, OSError, KeyError, TypeError, ValueError) as error:
+            self.reset()
+            raise RequestError(f"the session's state cannot be used: {error}") from None
+
+    def _pieces(
+        self,
+        tokens: I64,
+        params: SamplingParams,
+        progress: Callable[[int], None] | None,
+        control_tokens: bool,
+        constraint: Constraint | None,
+        prompt_logprobs: int | None,
+    ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
+        llm = self.llm
+        scores: list[TokenLogprob] | None = None
+        if prompt_logprobs is not None:
+            scores = [self._logprob(Choice(int(tokens[0]), None, ()))]
+            self.cache.each_logits = self._scorer(tokens, scores, prompt_logprobs)
+        sampler = Sampler(params, tokens.tolist(), constraint)
+        experts = ExpertSpans(llm.experts.stats)
+        stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
+        detokenizer, stops = Detokenizer(llm.tokenizer, not control_tokens), StopStrings(params.stop)
+        # What goes on from an answer is not a prompt's beginning that another text could have.
+        prefixes = llm.prefixes if self.cache.position == 0 and scores is None else None
+        if prefixes is not None:
+            stats.cached_tokens = prefixes.restore(tokens, self.cache)
+            if prefixes.holds(self.cache):
+                starts = llm.tokenizer.message_starts(tokens)
+                self.cache.keep = snapshot_positions(len(tokens), starts, KEEP_EVERY)
+        steps = stream_generate(
+            self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+        )
+        answer: F32 | None = None
+        try:
+            while True:
+                try:
+                    step = steps.send(answer)
+                except StopIteration:
+                    return
+                if isinstance(step, Forward):
+                    if not step.prompt:
+                        self.cache.each_logits = None
+                    begun = self._states() if step.prompt and prefixes is not None else None
+                    try:
+                        answer = yield step
+                    except GeneratorExit:
+                        if step.prompt and prefixes is not None and prefixes.holds(self.cache):
+                            self._keep_abandoned(prefixes, tokens, begun)
+                        raise
+                    if step.prompt and prefixes is not None:
+                        try:
+                            prefixes.insert(tokens, self.cache)
+                        except Exception:  # out of memory, perhaps: the answer does not depend on it
+                            _log.exception("a prefix cannot be kept")
+                    continue
+                answer = None
+                piece = self._piece(step, params, stats, detokenizer, stops)
+                if scores is not None:
+                    piece, scores = replace(piece, prompt_logprobs=tuple(scores)), None
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            steps.close()
+
+    def _scorer(self, tokens: I64, scores: list[TokenLogprob], count: int) -> Callable[[F32], None]:
+        """Takes the logits of all tokens, a few rows at a time, and appends the log-probabilities of their successors."""
+
+        def score(logits: F32) -> None:
+            for row in logits:
+                if len(scores) < tokens.shape[0]:
+                    scores.append(self._logprob(scored(int(tokens[len(scores)]), row, count)))
+
+        return score
+
+    def _logprob(self, choice: Choice) -> TokenLogprob:
+        text, raw = self.llm.tokenizer.token_text, self.llm.tokenizer.token_bytes
+        return TokenLogprob(
+            text(choice.token),
+            choice.logprob,
+            tuple((text(t), p) for t, p in choice.top_logprobs),
+            raw(choice.token),
+            tuple(raw(t) for t, _ in choice.top_logprobs),
+        )
+
+    def _states(self) -> tuple[int, list[list[F32]]] | None:
+        """Copies of the states that a pass over a part of the prompt changes and that cannot be rewound, and after how many tokens they
+        are; None where a prompt cannot be resumed."""
+        if not self.cache.position or self.cache.position % GRAIN:
+            return None
+        return self.cache.position, [layer.copies() for layer in self.cache.layers if isinstance(layer, DeltaState)]
+
+    def _keep_abandoned(self, prefixes: PrefixCache, tokens: I64, begun: tuple[int, list[list[F32]]] | None) -> None:
+        """Keeps what was computed of a prompt that is cancelled, without the pass that was under way: begun is from before it."""
+        found = (self._states() if self.cache.valid else None) or begun
+        if found is None:
+            return
+        position, states = found
+        layers = [layer for layer in self.cache.layers if isinstance(layer, DeltaState)]
+        for layer, copies in zip(layers, states, strict=True):
+            layer.kept[position] = copies
+        self.cache.keep |= {position}
+        try:
+            prefixes.insert(tokens, self.cache)
+        except Exception:  # out of memory, perhaps; the request is over
+            _log.exception("a prefix cannot be kept")
+
+    def _piece(
+        self, step: Step, params: SamplingParams, stats: GenerationStats, detokenizer: Detokenizer, stops: StopStrings
+    ) -> GenerationResponse:
+        """What one more token makes of the answer."""
+        llm, token = self.llm, step.choice.token
+        stats.generated_tokens += 1
+        if stats.generated_tokens == 1:
+            stats.ttft_seconds = step.seconds
+            stats.experts.end_prefill()
+        else:
+            stats.decode_seconds += step.seconds
+        logprob, reason = None, None
+        self._unread = [token]
+        if step.choice.logprob is not None:
+            logprob = self._logprob(step.choice)
+        ended = token in llm.tokenizer.eos_ids
+        piece = stops.add("" if ended else detokenizer.add(token))
+        if ended or stats.generated_tokens == params.max_tokens:
+            reason = "stop" if ended else "length"
+            if not stops.found:
+                piece += stops.add(detokenizer.flush())
+            piece += stops.rest()
+        if stops.found:
+            reason, stats.stop_string = "stop", stops.found
+        if reason is not None:
+            stats.experts.end()
+        return GenerationResponse(piece, token, logprob, reason, stats)
