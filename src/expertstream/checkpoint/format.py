@@ -26,7 +26,7 @@ ALIGNMENT = 4096  # O_DIRECT's unit: offsets, lengths and destinations of reads
 PIECE_ALIGNMENT = 64  # of the parts of a record: a cache line
 MANIFEST = "expertstream.json"
 PACK_FORMAT = "expertstream-pack"
-PACK_VERSION = 2  # 2: experts in tiles
+PACK_VERSION = 3  # 2: experts in tiles; 3: with room for the padding of the last one
 
 
 def align(value: int, to: int = ALIGNMENT) -> int:
@@ -84,6 +84,13 @@ class ExpertLayout:
         return not self.tiled and any(m.quantized for m in self.format.matrices)
 
     @property
+    def room(self) -> tuple[int, ...]:
+        """(R,) bytes that each range takes in memory: tiles may be larger than what was read."""
+        sizes = [size for matrix in self.format.matrices for size in matrix.tiled_bytes]
+        ends = [(r, at + size) for (r, at), size in zip(self.pieces, sizes, strict=True)]
+        return tuple(max(length, *(end for r, end in ends if r == i)) for i, length in enumerate(self.lengths))
+
+    @property
     def bytes_per_expert(self) -> int:
         return sum(self.lengths)
 
@@ -92,7 +99,7 @@ def record_pieces(format: ExpertFormat) -> tuple[list[int], int]:
     """Offsets of the nine parts in a pack's record, and the record's length, a multiple of 4,096."""
     offsets, at = [], 0
     for matrix in format.matrices:
-        for size in matrix.part_bytes:
+        for size in matrix.tiled_bytes:
             offsets.append(at)
             at = align(at + size, PIECE_ALIGNMENT)
     return offsets, align(at)

@@ -30,9 +30,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != PACK_FORMAT:
         raise CheckpointError(f"{file}: not the manifest of a pack")
-    if type(manifest.get("version")) is not int or manifest["version"] != PACK_VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] not in (2, PACK_VERSION):
         raise CheckpointError(
-            f"{file}: pack version {manifest.get('version')!r}; this program reads version {PACK_VERSION}"
+            f"{file}: pack version {manifest.get('version')!r}; this program reads versions 2 and {PACK_VERSION}"
         )
     if manifest.get("convention") not in ("hf", "mlx"):
         raise CheckpointError(f"{file}: convention is hf or mlx, not {manifest.get('convention')!r}")
@@ -76,6 +76,10 @@ def expert_layout(
     for m, (rows, cols) in zip(matrices, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
         _check_matrix(where, m, rows, cols)
     format = ExpertFormat(*matrices)
+    if manifest["version"] == 2 and any(m.part_bytes != m.tiled_bytes for m in matrices):
+        raise CheckpointError(
+            f"{where}: version 2 packs of matrices with {inner} or {hidden} rows are damaged; convert the checkpoint again"
+        )
     pieces, expected = record_pieces(format)
     if (
         (type(data_offset), type(record_bytes)) != (int, int)

@@ -33,21 +33,21 @@ def plan_read(layout: ExpertLayout, expert: int) -> ReadPlan:
     """The reads that bring one expert into a slot. Ranges that do not begin at a multiple of 4,096 are read from the one
     before, so that any file can be read with O_DIRECT; their parts then lie at odd offsets in the slot."""
     reads, starts, dest = [], [], 0
-    for r, length in enumerate(layout.lengths):
+    for r, (length, room) in enumerate(zip(layout.lengths, layout.room, strict=True)):
         offset = int(layout.offsets[expert, r])
         begin = offset // ALIGNMENT * ALIGNMENT
         needed = offset - begin + length
         reads.append(SlotRead(int(layout.file_index[expert, r]), begin, align(needed), needed, dest))
         starts.append(dest + offset - begin)
-        dest += align(needed)
+        dest += align(offset - begin + room)
     return ReadPlan(tuple(reads), tuple(starts[r] + at for r, at in layout.pieces))
 
 
 def slot_bytes(layout: ExpertLayout) -> int:
     """Room for any expert of a layer."""
     total = 0
-    for r, length in enumerate(layout.lengths):
-        total += align(length) + (0 if not (layout.offsets[:, r] % ALIGNMENT).any() else ALIGNMENT)
+    for r, room in enumerate(layout.room):
+        total += align(room) + (0 if not (layout.offsets[:, r] % ALIGNMENT).any() else ALIGNMENT)
     return total
 
 

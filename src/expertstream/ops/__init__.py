@@ -33,6 +33,9 @@ I64 = NDArray[np.int64]
 DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
+TILE_ROWS = 16
+
+
 @dataclass(frozen=True)
 class MatrixFormat:
     """What the bytes of one matrix mean: (rows, cols), out by in.
@@ -68,6 +71,15 @@ class MatrixFormat:
     def part_bytes(self) -> tuple[int, int, int]:
         """Bytes of the values, the scales and the biases, as checkpoints store them."""
         return self.data_bytes, self.scale_bytes, self.bias_bytes
+
+    @property
+    def tiled_bytes(self) -> tuple[int, int, int]:
+        """Bytes of the parts as kernels read them: a quantized matrix's rows in tiles of 16, the last one padded."""
+        if not self.quantized:
+            return self.part_bytes
+        data, scales, biases = self.part_bytes
+        rows = -(-self.rows // TILE_ROWS) * TILE_ROWS
+        return data // self.rows * rows, scales // self.rows * rows, biases // self.rows * rows
 
     @property
     def nbytes(self) -> int:

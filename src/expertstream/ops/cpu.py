@@ -79,7 +79,11 @@ class CpuOps:
             if m.quantized:
                 starts = offsets[3 * i : 3 * i + 3]
                 parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
-                self.engine.tile(_format(m), *parts, *parts)
+                if m.part_bytes == m.tiled_bytes:
+                    self.engine.tile(_format(m), *parts, *parts)
+                    continue
+                for at, part in zip(starts, self.tiled(m, *(part.copy() for part in parts)), strict=True):
+                    memory[at : at + part.shape[0]] = part
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
         y = np.empty((tokens.shape[0], weight.format.cols), np.float32)

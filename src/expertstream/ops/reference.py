@@ -42,12 +42,17 @@ def dequantize(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> F32
 
 
 def tile(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> tuple[Any, Any, Any]:
-    """A quantized matrix's flat bytes, row after row as checkpoints store them, in the tiles that kernels read; rows fill tiles.
+    """A quantized matrix's flat bytes, row after row as checkpoints store them, in the tiles that kernels read; the last one is padded.
 
     A tile is 16 rows in vectors of 64 bytes, four bytes a row; bits [p·bits, (p+1)·bits) of byte b of vector v are column
     v·32/bits + 4p + b. Scales and biases are (tiles, groups, 16)."""
     m, shifts = format, np.arange(0, 8, format.bits, dtype=np.uint8)
-    columns = (np.ascontiguousarray(data)[:, None] >> shifts) & ((1 << m.bits) - 1)
+    padded = [
+        np.concatenate([np.ascontiguousarray(part).ravel(), np.zeros(size - part.size, np.uint8)])
+        for part, size in zip((data, scales, biases), m.tiled_bytes, strict=True)
+    ]
+    data, scales, biases = padded
+    columns = (data[:, None] >> shifts) & ((1 << m.bits) - 1)
     columns = columns.reshape(-1, 16, m.cols * m.bits // 32, 8 // m.bits, 4)  # tile, row, vector, plane, byte
     packed = np.bitwise_or.reduce(columns << shifts[:, None], axis=3).astype(np.uint8)  # tile, row, vector, byte
 
@@ -105,8 +110,8 @@ class ReferenceOps:
             if m.quantized:
                 starts = offsets[3 * i : 3 * i + 3]
                 parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
-                for part, tiled in zip(parts, tile(m, *(part.copy() for part in parts)), strict=True):
-                    part[:] = tiled
+                for at, part in zip(starts, tile(m, *(part.copy() for part in parts)), strict=True):
+                    memory[at : at + part.shape[0]] = part
 
     def project(self, x: F32, weights: list[Weight]) -> list[F32]:
         return [x @ w.handle.T for w in weights]
@@ -176,7 +181,7 @@ class ReferenceOps:
             matrices = []
             for i, m in enumerate(block.format.matrices):
                 starts = offsets[3 * i : 3 * i + 3]
-                parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
+                parts = [memory[at : at + size] for at, size in zip(starts, m.tiled_bytes, strict=True)]
                 matrices.append(dequantize(m, *(untile(m, *parts) if m.quantized else parts)))
             gate, up, down = matrices
             pairs = slice(pair_start[e], pair_start[e + 1])
