@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -20,25 +22,31 @@ inline void relax() {
 }
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : process_(getpid()) {
   try {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < threads; ++i) workers_->threads.emplace_back([this, i] { work(i); });
   } catch (...) {
     stop();
     throw;
   }
 }
 
-ThreadPool::~ThreadPool() { stop(); }
+ThreadPool::~ThreadPool() {
+  // In a forked child there is nobody to join, and a mutex or condition variable that was in use would never be free.
+  if (getpid() != process_)
+    static_cast<void>(workers_.release());
+  else
+    stop();
+}
 
 void ThreadPool::stop() {
   {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(workers_->mutex);
     stop_ = true;
   }
-  wake_.notify_all();
-  for (auto& worker : workers_) worker.join();
-  workers_.clear();
+  workers_->wake.notify_all();
+  for (auto& worker : workers_->threads) worker.join();
+  workers_->threads.clear();
 }
 
 void ThreadPool::take(int thread) {
@@ -52,7 +60,7 @@ void ThreadPool::take(int thread) {
 void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body) {
   if (count <= 0) return;
   if (grain < 1) grain = 1;
-  if (workers_.empty() || count <= grain) {
+  if (workers_->threads.empty() || count <= grain) {
     for (int64_t begin = 0; begin < count; begin += grain)
       body(begin, begin + grain < count ? begin + grain : count, 0);
     return;
@@ -63,10 +71,10 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<
   next_ = 0;
   open_ = true;
   {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(workers_->mutex);
     generation_.fetch_add(1);
   }
-  wake_.notify_all();
+  workers_->wake.notify_all();
   take(0);
   // All work is taken. Workers that are inside may still be doing theirs; one that wakes up only now finds the loop
   // closed and stays out, so nobody waits for a thread that the machine has no processor for.
@@ -84,8 +92,8 @@ void ThreadPool::work(int thread) {
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_.load() == seen && !stop_; ++spins) relax();
     if (generation_.load() == seen && !stop_) {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load() != seen || stop_; });
+      std::unique_lock lock(workers_->mutex);
+      workers_->wake.wait(lock, [&] { return generation_.load() != seen || stop_; });
     }
     if (stop_) return;
     seen = generation_.load();

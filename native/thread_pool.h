@@ -1,10 +1,13 @@
 // A pool of threads that share one loop at a time. Which thread runs which part never changes a value.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -19,7 +22,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(workers_->threads.size()) + 1; }
   // Runs body(begin, end, thread) over [0, count) in pieces of at most `grain`; returns when all is done. The body must
   // not throw. Not re-entrant: one caller at a time.
   void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body);
@@ -29,9 +32,13 @@ class ThreadPool {
   void take(int thread);
   void stop();
 
-  std::vector<std::thread> workers_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  struct Workers {
+    std::vector<std::thread> threads;
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+  std::unique_ptr<Workers> workers_ = std::make_unique<Workers>();
+  const pid_t process_;  // the threads are this one's; a child that it forks has none of them
   std::atomic<uint64_t> generation_{0};
   std::atomic<bool> open_{false};  // the loop's variables are set and its work is not all taken
   std::atomic<int> inside_{0};     // workers that may be looking at them

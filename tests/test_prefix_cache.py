@@ -176,7 +176,7 @@ def test_what_other_models_left_makes_room(tmp_path: Path) -> None:
             cache.position, cache.keep = 128, frozenset({128})
             prefixes.insert(prompt_of(200, seed), cache)
         prefixes.close()
-    stale = tmp_path / ("b" * 32) / ".x.state.99"
+    stale = tmp_path / ("b" * 32) / f".{'c' * 40}.state.99"
     stale.write_text("x")
     os.utime(stale, (0, 0))
     PrefixCache("b" * 40, 1 << 20, tmp_path, 150_000).close()
@@ -331,3 +331,22 @@ def test_what_is_compared_is_what_the_model_computes_in_one_piece(llm: LLM) -> N
     tokens = prompt_of(300)
     whole = llm.model(tokens, llm.session().cache, prompt=True)
     assert np.array_equal(whole[-1], without(llm, tokens)[0])
+
+
+def test_files_of_other_programs_are_never_deleted(tmp_path: Path) -> None:
+    """Whatever they are called, however old they are, and however little room there is."""
+    other = tmp_path / ("a" * 32)
+    folders = [tmp_path / "notes", other, tmp_path / ("A" * 32), tmp_path / ("b" * 32)]
+    foreign = []
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        for name in ("game.state", ".game.state.12", "x.state", f"{'d' * 40}.state", ".hidden", "terraform.state"):
+            (folder / name).write_bytes(b"somebody's" * 1000)
+            os.utime(folder / name, (0, 0))
+            foreign.append(folder / name)
+    outside = tmp_path.parent / "outside"
+    outside.mkdir()
+    (outside / f"{'e' * 40}.state").write_bytes(b"ESSTATE1" + b"x" * 10000)
+    (tmp_path / ("f" * 32)).symlink_to(outside)
+    PrefixCache("b" * 40, 1 << 20, tmp_path, 10).close()
+    assert all(path.exists() for path in foreign) and (outside / f"{'e' * 40}.state").exists()

@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -15,9 +16,9 @@ namespace {
 
 class PreadReader final : public Reader {
  public:
-  PreadReader(int queue_depth, int64_t split_bytes) : Reader(queue_depth, split_bytes) {
+  PreadReader(int queue_depth, int64_t split_bytes) : Reader(queue_depth, split_bytes), process_(getpid()) {
     try {
-      for (int i = 0; i < queue_depth; ++i) threads_.emplace_back([this] { work(); });
+      for (int i = 0; i < queue_depth; ++i) shared_->threads.emplace_back([this] { work(); });
     } catch (...) {
       stop();
       throw;
@@ -25,6 +26,10 @@ class PreadReader final : public Reader {
   }
 
   ~PreadReader() override {
+    if (getpid() != process_) {  // a forked child has none of the threads, and their locks may never be free
+      static_cast<void>(shared_.release());
+      return;
+    }
     while (pending() != 0) wait(pending());
     stop();
   }
@@ -32,26 +37,26 @@ class PreadReader final : public Reader {
  protected:
   void start(const Piece& piece) override {
     {
-      std::lock_guard lock(mutex_);
-      queue_.push_back(piece);
+      std::lock_guard lock(shared_->mutex);
+      shared_->queue.push_back(piece);
     }
-    work_ready_.notify_one();
+    shared_->work_ready.notify_one();
   }
 
   void collect(std::vector<Finished>& out) override {
-    std::unique_lock lock(mutex_);
-    results_ready_.wait(lock, [&] { return !results_.empty(); });
-    out.swap(results_);
+    std::unique_lock lock(shared_->mutex);
+    shared_->results_ready.wait(lock, [&] { return !shared_->results.empty(); });
+    out.swap(shared_->results);
   }
 
  private:
   void stop() {
     {
-      std::lock_guard lock(mutex_);
-      stop_ = true;
+      std::lock_guard lock(shared_->mutex);
+      shared_->stop = true;
     }
-    work_ready_.notify_all();
-    for (auto& thread : threads_) thread.join();
+    shared_->work_ready.notify_all();
+    for (auto& thread : shared_->threads) thread.join();
   }
 
   static int64_t read(const Piece& piece) {
@@ -70,27 +75,31 @@ class PreadReader final : public Reader {
     for (;;) {
       Piece piece;
       {
-        std::unique_lock lock(mutex_);
-        work_ready_.wait(lock, [&] { return stop_ || !queue_.empty(); });
-        if (stop_) return;
-        piece = queue_.front();
-        queue_.pop_front();
+        std::unique_lock lock(shared_->mutex);
+        shared_->work_ready.wait(lock, [&] { return shared_->stop || !shared_->queue.empty(); });
+        if (shared_->stop) return;
+        piece = shared_->queue.front();
+        shared_->queue.pop_front();
       }
       const int64_t result = read(piece);
       {
-        std::lock_guard lock(mutex_);
-        results_.push_back({piece, result});
+        std::lock_guard lock(shared_->mutex);
+        shared_->results.push_back({piece, result});
       }
-      results_ready_.notify_one();
+      shared_->results_ready.notify_one();
     }
   }
 
-  std::vector<std::thread> threads_;
-  std::mutex mutex_;
-  std::condition_variable work_ready_, results_ready_;
-  std::deque<Piece> queue_;
-  std::vector<Finished> results_;
-  bool stop_ = false;
+  struct Shared {
+    std::vector<std::thread> threads;
+    std::mutex mutex;
+    std::condition_variable work_ready, results_ready;
+    std::deque<Piece> queue;
+    std::vector<Finished> results;
+    bool stop = false;
+  };
+  std::unique_ptr<Shared> shared_ = std::make_unique<Shared>();
+  const pid_t process_;
 };
 
 }  // namespace

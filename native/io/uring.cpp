@@ -56,7 +56,7 @@ class Mapping {
 class UringReader final : public Reader {
  public:
   UringReader(int queue_depth, int64_t split_bytes)
-      : Reader(queue_depth, split_bytes), pieces_(static_cast<size_t>(queue_depth)) {
+      : Reader(queue_depth, split_bytes), pieces_(static_cast<size_t>(queue_depth)), process_(getpid()) {
     io_uring_params params{};
     fd_ = io_uring_setup(static_cast<unsigned>(queue_depth), &params);
     if (fd_ < 0) throw std::system_error(errno, std::generic_category(), "io_uring_setup");
@@ -79,8 +79,9 @@ class UringReader final : public Reader {
   }
 
   ~UringReader() override {
-    // The kernel may still write into slots: nothing may be freed before it has finished.
-    while (pending() != 0) wait(pending());
+    // The kernel may still write into slots: nothing may be freed before it has finished. A forked child's copy of the
+    // ring is the parent's to read.
+    while (getpid() == process_ && pending() != 0) wait(pending());
     close(fd_);
   }
 
@@ -161,6 +162,7 @@ class UringReader final : public Reader {
   unsigned sq_mask_, cq_mask_, unsubmitted_ = 0;
   io_uring_cqe* cqes_;
   std::vector<Piece> pieces_;  // by user_data
+  const pid_t process_;
   std::vector<int> free_;
   std::vector<iovec> buffers_;
 };

@@ -39,6 +39,7 @@ from .tokenizer import Tokenizer
 
 __all__ = ["convert"]
 
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # blocks of each file that are looked at
 _JOURNAL = "journal.json"
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
@@ -133,11 +134,14 @@ class _Conversion:
 
     def run(self) -> None:
         with self._errors_with_advice(), self._own_folder():
+            self._signatures = self._stats()
             journal = self._open_journal()
             self._check_space(journal)
             self._save(self.work / _JOURNAL, journal)
             if "trunk" not in journal:
-                journal["trunk"] = self._write_trunk()
+                checksums = self._write_trunk()
+                self._check_source()
+                journal["trunk"] = checksums
                 journal["files"][TRUNK] = (self.work / TRUNK).stat().st_size
                 self._save(self.work / _JOURNAL, journal)
             else:
@@ -147,10 +151,28 @@ class _Conversion:
                 if key in journal["layers"]:
                     self._advance(layout.num_experts * record_pieces(format)[1])
                     continue
-                entry = journal["layers"][key] = self._write_layer(layout, format)
+                entry = self._write_layer(layout, format)
+                self._check_source()
+                journal["layers"][key] = entry
                 journal["files"][entry["file"]] = (self.work / entry["file"]).stat().st_size
                 self._save(self.work / _JOURNAL, journal)
+            if self._fingerprint() != journal["settings"]["source"]:
+                raise self._changed()
             self._finish(journal)
+
+    def _stats(self) -> list[tuple[Path, int, int, int]]:
+        files = sorted({info.file for info in self.checkpoint.tensors.values()})
+        return [(file, s.st_ino, s.st_size, s.st_mtime_ns) for file in files for s in (file.stat(),)]
+
+    def _check_source(self) -> None:
+        """After a part has been written, before it counts. Raises ConvertError."""
+        if self._stats() != self._signatures:
+            raise self._changed()
+
+    def _changed(self) -> ConvertError:
+        return ConvertError(
+            f"{self.checkpoint.path}: the source changed while it was converted; remove {self.work} and run the command again"
+        )
 
     @contextmanager
     def _errors_with_advice(self) -> Iterator[None]:
@@ -166,6 +188,11 @@ class _Conversion:
     def _own_folder(self) -> Iterator[None]:
         """The working folder, made if need be, for this process alone; gone again if nothing came to be in it."""
         self.work.mkdir(exist_ok=True)
+        strangers = [path.name for path in self.work.iterdir() if path.name.removesuffix(".tmp") not in self._names()]
+        if strangers:
+            raise ConvertError(
+                f"{self.work}: holds {strangers[0]!r}, which no conversion writes; move it away or choose another destination"
+            )
         folder = os.open(self.work, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,13 +206,23 @@ class _Conversion:
                 self.work.rmdir()
             os.close(folder)
 
+    def _names(self) -> set[str]:
+        """Of the files that a conversion writes."""
+        layers = (experts_file(layout.layer) for layout in self.layouts)
+        return {_JOURNAL, TRUNK, MANIFEST, "config.json", *_COPIED, *layers}
+
     def _fingerprint(self) -> str:
-        """Of the source's contents as far as headers and sizes tell, and of the settings."""
+        """Of the source's contents as far as its headers, sizes, times and a few blocks of each file tell."""
         digest = xxhash.xxh3_64(json.dumps(self.checkpoint.config, sort_keys=True).encode())
         for name, info in sorted(self.checkpoint.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape} {info.offset} {info.file.name}".encode())
         for file in sorted({info.file for info in self.checkpoint.tensors.values()}):
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} {file.stat().st_mtime_ns}".encode())
+            with file.open("rb") as opened:
+                for i in range(_SAMPLES):
+                    opened.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                    digest.update(opened.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
     def _open_journal(self) -> dict[str, Any]:

@@ -197,6 +197,7 @@ class LLM:
     def checked(self, tokens: I64, params: SamplingParams, position: int = 0, unread: Sequence[int] = ()) -> I64:
         """The tokens (T,) as a sequence takes them that has read `position` tokens and still has to read `unread`. Raises RequestError
         or UsageError for what cannot be run, before anything is allocated."""
+        self.experts.store.check_process()
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise UsageError("tokens are a one-dimensional array of whole numbers, as tokenizer.encode() gives")
         if tokens.shape[0] == 0:
@@ -225,7 +226,8 @@ class LLM:
         return tokens
 
     def session(self) -> Session:
-        """A new, empty text."""
+        """A new, empty sequence."""
+        self.experts.store.check_process()
         return Session(self)
 
     def sampling_params(self, **given: Any) -> SamplingParams:
@@ -250,6 +252,9 @@ class LLM:
         return self.generate(self.tokenizer.chat_prompt(messages), params, **given)
 
     def close(self) -> None:
+        """Frees the memory and closes the files. In a forked process it does nothing: they are the parent's."""
+        if not self.experts.store.mine:
+            return
         if self.prefixes is not None:
             self.prefixes.close()
         self.experts.close()

@@ -11,22 +11,27 @@ import hashlib
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 
 from .kv_cache import AttentionState, DeltaState, KVCache
 from .ops import I64
-from .state_file import StateFile, StateFileError, write_state
+from .state_file import StateFile, StateFileError, is_state_file, write_state
 
 __all__ = ["GRAIN", "PrefixCache", "snapshot_positions"]
 
 GRAIN = 64  # tokens; a prompt's chunks
+# What this cache writes; nothing else in its directory is ever deleted.
+_FOLDER, _FILE = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{40}\.state")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.state\.\d+")
 _log = logging.getLogger("expertstream")
 
 
@@ -323,11 +328,13 @@ class PrefixCache:
         """The limit is for all models together: what was kept for others goes first, and what a write left that was cut short."""
         others = []
         for path in mine.parent.glob("*/*"):
+            if not _FOLDER.fullmatch(path.parent.name) or path.parent.is_symlink():
+                continue
             try:
-                stat = path.stat()
-                if path.name.startswith(".") and ".state." in path.name and time.time() - stat.st_mtime > 3600:
+                stat = path.lstat()
+                if _UNFINISHED.fullmatch(path.name) and S_ISREG(stat.st_mode) and time.time() - stat.st_mtime > 3600:
                     path.unlink()
-                elif path.suffix == ".state" and path.parent != mine:
+                elif path.parent != mine and _FILE.fullmatch(path.name) and is_state_file(path):
                     others.append((stat.st_mtime, stat.st_size, path))
             except OSError:
                 continue  # another process was faster
@@ -342,6 +349,8 @@ class PrefixCache:
         """Puts what an earlier start left into the tree, parents first. What is damaged is warned of and left alone."""
         found: dict[str, tuple[StateFile, I64, str]] = {}
         for path in sorted(directory.glob("*.state")):
+            if not _FILE.fullmatch(path.name):
+                continue
             try:
                 file = StateFile.open(path)
                 entry = file.header["arrays"][-1]

@@ -13,12 +13,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 import xxhash
 
-__all__ = ["StateFile", "StateFileError", "write_state"]
+__all__ = ["StateFile", "StateFileError", "is_state_file", "write_state"]
 
 _MAGIC = b"ESSTATE1"
 _DTYPES = ("float32", "uint16", "int64", "uint8", "int8")
@@ -48,6 +49,15 @@ def write_state(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray]
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     return size
+
+
+def is_state_file(path: Path) -> bool:
+    """Whether it is a regular file that begins as one of ours, whole or damaged. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return S_ISREG(os.fstat(file).st_mode) and os.read(file, len(_MAGIC)) == _MAGIC
+    finally:
+        os.close(file)
 
 
 @dataclass(frozen=True)

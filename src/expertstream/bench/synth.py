@@ -40,6 +40,8 @@ _POOL = 32 << 20
 
 Progress = Callable[[int, int], None]
 
+_MARK = ".synth"  # in a folder that is being written
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -211,8 +213,12 @@ def write_synthetic(
     if free < total * (2 if gguf is not None else 1):
         raise UsageError(f"{folder}: {format_bytes(total)} are needed, {format_bytes(free)} are free")
     work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        if not (work / _MARK).is_file():
+            raise UsageError(f"{work}: exists and was not made by synth; move it away")
+        shutil.rmtree(work)
     work.mkdir()
+    (work / _MARK).touch()
     twin = None
     if gguf is not None:
         from .gguf_twin import GGUFTwin
@@ -246,6 +252,7 @@ def write_synthetic(
     (work / MANIFEST).write_text(json.dumps(manifest))
     if twin is not None:
         twin.close()
+    (work / _MARK).unlink()
     work.rename(folder)
     return sum(file.stat().st_size for file in folder.iterdir())
 

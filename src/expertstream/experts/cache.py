@@ -115,6 +115,7 @@ class ExpertCache:
     def fetch(self, layer: int, experts: list[int], prompt: bool = False) -> Fetch:
         """Begins to bring the experts (ascending, distinct) of one layer; use as a context manager and iterate. `prompt`: touches
         nearly every expert once, so it must not flush what decoding keeps."""
+        self.store.check_process()
         if self.store.closed:
             raise RequestError("this model is closed")
         if self._busy:
@@ -158,7 +159,9 @@ class ExpertCache:
         return [min(share + (i < extra), layout.num_experts) for i, layout in enumerate(self.store.layouts)]
 
     def adapt(self) -> None:
-        """Looks, ten times a second at most, whether the machine needs memory back or has some again. Between two forward passes."""
+        """Looks, ten times a second at most, whether the machine needs memory back or has some again. Between two forward passes.
+        Raises RequestError in a forked process."""
+        self.store.check_process()
         now = time.monotonic()
         if now < self._next_look or self._busy or self.residency != "slots":
             return
@@ -197,7 +200,9 @@ class ExpertCache:
         self.arena.release(slot * self.store.slot_bytes, self.store.slot_bytes)
 
     def close(self) -> None:
-        """Closes the files; a second time does nothing."""
+        """Closes the files; a second time does nothing, nor does it in a forked process."""
+        if not self.store.mine:
+            return
         self.drain()
         self.store.close()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.format import ALIGNMENT, ExpertLayout, align
-from ..errors import ReadError
+from ..errors import ReadError, RequestError
 
 __all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read", "slot_bytes"]
 
@@ -70,6 +70,7 @@ class ExpertStore:
 
     def __init__(self, layouts: list[ExpertLayout], direct: bool) -> None:
         self.layouts = layouts
+        self._process = os.getpid()
         self.slot_bytes = max(slot_bytes(layout) for layout in layouts)
         self._files: dict[Path, OpenFile] = {}
         self._plans: list[dict[int, ReadPlan]] = [{} for _ in layouts]
@@ -106,6 +107,19 @@ class ExpertStore:
                 raise ReadError(f"{path}: layer {layer}: removed while open; load the model again") from None
             if now != self._files[path].signature:
                 raise ReadError(f"{path}: layer {layer}: replaced or changed while open; load the model again")
+
+    @property
+    def mine(self) -> bool:
+        """Whether this is the process that opened the files, not a fork of it: reads, threads and slots are not shared with that."""
+        return os.getpid() == self._process
+
+    def check_process(self) -> None:
+        """Raises RequestError in a forked process."""
+        if not self.mine:
+            raise RequestError(
+                f"this model was opened by process {self._process} and cannot be used in its fork {os.getpid()}; open it here, or start "
+                "processes with multiprocessing.get_context('spawn')"
+            )
 
     @property
     def closed(self) -> bool:
