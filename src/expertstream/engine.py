@@ -243,7 +243,7 @@ class LLM:
         if not isinstance(prompt, str | ChatPrompt):
             raise UsageError(f"a prompt is a text, not {type(prompt).__name__}")
         params = params or self.sampling_params(**given)
-        return self.session().generate(self.tokenizer.encode(prompt), params)
+        return self.session().generate(self.tokenizer.encode(prompt, self.context_length - 1), params)
 
     def chat(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **given: Any

@@ -10,13 +10,15 @@ import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 
 from .checkpoint.reader import read_json
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, ContextLengthError, RequestError
 from .ops import I64
 from .template import render_template
 from .text.control import ChatPrompt, ControlText
 from .text.messages import standard_messages
 
 __all__ = ["Detokenizer", "Tokenizer"]
+
+PIECE = 32 << 10  # characters that are tokenized together to see how long a text is
 
 
 class Tokenizer:
@@ -57,16 +59,44 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else ""
 
-    def encode(self, text: str | ChatPrompt) -> I64:
-        """(T,) tokens. Raises RequestError for text that is not Unicode."""
-        ids: list[int] = []
-        for part in text.parts if isinstance(text, ChatPrompt) else (text,):
+    def encode(self, text: str | ChatPrompt, limit: int | None = None) -> I64:
+        """(T,) tokens. limit: how many fit; a text that has many more is not tokenized to its end, since that takes some hundred bytes
+        of memory for each of its characters. Raises ContextLengthError for such a text, RequestError for one that is not Unicode."""
+        parts = text.parts if isinstance(text, ChatPrompt) else (text,)
+        for part in parts:
             try:
                 part.encode("utf-8")
             except UnicodeEncodeError:
                 raise RequestError("the prompt is not valid UTF-8") from None
-            ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+        if limit is not None and sum(map(len, parts)) > max(limit, PIECE):
+            self._check_length(parts, limit)
+        ids: list[int] = []
+        for part in parts:
+            ids += self._ids(part)
         return np.array(ids, np.int64)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:  # the library panics on some texts, and a panic is no Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise RequestError(f"the tokenizer failed on this text: {type(error).__name__}") from None
+            raise
+
+    def _check_length(self, parts: Sequence[str], limit: int) -> None:
+        """Counts the tokens of pieces. Each cut adds a few tokens at most, so that only what is clearly too long is refused here."""
+        count, cuts = 0, 0
+        for part in parts:
+            for begin in range(0, len(part), PIECE):
+                count += len(self._ids(part[begin : begin + PIECE]))
+                cuts += 1
+                if count - 16 * cuts > limit:
+                    raise ContextLengthError(
+                        f"the prompt has at least {count - 16 * cuts} tokens, but the context has room for {limit}",
+                        count - 16 * cuts,
+                        limit,
+                        0,
+                    )
 
     def message_starts(self, tokens: I64) -> list[int]:
         """Where messages begin in a prompt of this family's chat templates; none for others."""

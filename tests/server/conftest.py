@@ -16,6 +16,7 @@ import uvicorn
 
 from expertstream.engine import LLM
 from expertstream.server.app import ServerSettings, create_app
+from expertstream.server.protocol import Protocol
 
 # What openai's and anthropic's clients return is typed by unions that tests would have to take apart.
 TOOL: Any = {
@@ -37,7 +38,9 @@ class Server:
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         app = create_app(llm, ServerSettings("small", **options))
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10, http=Protocol)
+        )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         while not self.server.started:

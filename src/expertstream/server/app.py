@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -44,6 +44,7 @@ MAX_BODY = 8 << 20
 MAX_BUFFERED = 64 << 20  # of all bodies that are being received
 BODY_SECONDS = 30.0  # from the first byte to the last
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+PREPARED_TOGETHER = 2
 _KEPT_WARNINGS = 1000
 _log = logging.getLogger("expertstream")
 
@@ -85,7 +86,9 @@ class _Server:
         self.buffered = 0
         self._warned: set[str] = set()
         # Templates, tokenizing and grammars of long requests, while the loop goes on answering others.
-        self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self.workers = ThreadPoolExecutor(PREPARED_TOGETHER, thread_name_prefix="prepare")
+        self.preparing = asyncio.Semaphore(PREPARED_TOGETHER)
+        self.unprepared = 0
 
     def check(self, request: Request) -> None:
         """Raises RefusedError if the request is not authorized."""
@@ -138,7 +141,7 @@ class _Server:
         except TimeoutError:
             raise RefusedError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
         else:
-            asked, unknown, warnings = await self.aside(lambda: parse_request(kind, bytes(found)))
+            asked, unknown, warnings = await asyncio.to_thread(parse_request, kind, bytes(found))
         finally:
             self.buffered -= len(found)  # until it is parsed, it is held
         model = str(getattr(asked, "model", ""))
@@ -156,13 +159,24 @@ class _Server:
                 self._warned.add(line)
                 _log.warning("%s", line.encode("ascii", "backslashreplace").decode()[:400])
 
-    async def aside(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.workers, work)
+    async def in_turn(self, request: Request, work: Callable[[], Result]) -> Result:
+        """Work that takes time and memory for long texts, for a client that still waits when it begins. Raises BusyError,
+        ClientDisconnect."""
+        if self.unprepared >= self.settings.parallel + self.settings.most_waiting:
+            raise BusyError
+        self.unprepared += 1
+        try:
+            async with self.preparing:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                return await asyncio.get_running_loop().run_in_executor(self.workers, work)
+        finally:
+            self.unprepared -= 1
 
     async def prepare(self, request: Request, asked: Any, answers: int) -> Prepared:
         """answers: how many are wanted; 0 to look at the prompt only."""
-        prepared = await self.aside(
-            lambda: prepare(self.llm, self.grammars, asked.generation_request(), answers, self.options)
+        prepared = await self.in_turn(
+            request, lambda: prepare(self.llm, self.grammars, asked.generation_request(), answers, self.options)
         )
         self.warn(request, prepared.warnings)
         return prepared
@@ -219,7 +233,7 @@ class _Server:
             sampling, form = asked.sampling(), asked.format()
             return [prepare_text(self.llm, self.grammars, p, sampling, asked.n, form, scores) for p in prompts]
 
-        prepared = await self.aside(every)
+        prepared = await self.in_turn(request, every)
         for each in prepared:
             self.warn(request, each.warnings)
         echoes = (

@@ -142,6 +142,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
         import uvicorn
 
         from .app import ServerSettings, create_app
+        from .protocol import Protocol, raise_file_limit
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("expertstream"):
             raise
@@ -189,6 +190,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
         address, port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         print(f"{settings.name} answers at http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+        Protocol.max_connections = raise_file_limit()
         config = uvicorn.Config(
             create_app(llm, settings),
             host=options.host,
@@ -197,7 +199,8 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
             access_log=False,
             timeout_graceful_shutdown=int(settings.shutdown_seconds),
             server_header=False,
-            limit_concurrency=1024,
+            http=Protocol,
+            backlog=128,
             timeout_keep_alive=30,
             h11_max_incomplete_event_size=64 << 10,
         )

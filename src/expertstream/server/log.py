@@ -46,6 +46,8 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
+                if "content-length" in given and "transfer-encoding" in given:
+                    headers["connection"] = "close"  # where the body ended, another reader may see otherwise
                 headers["x-request-id"] = headers["request-id"] = request_id
                 if scope["method"] == "POST":
                     self._tell_limits(headers)

@@ -94,7 +94,7 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
         if reasoning:
             prompt, reasoning = prompt + ChatPrompt(("\n</think>\n\n",)), False
         prompt += llm.tokenizer.content(request.prefill, options.parse_control_tokens)
-    tokens = llm.tokenizer.encode(prompt)
+    tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
     sampling = {**request.sampling}
     if offered:  # a penalty for what was read before would be one for the names that a call has to repeat
         sampling.setdefault("repetition_penalty", 1.0)
@@ -137,7 +137,7 @@ def prepare_text(
 ) -> Prepared:
     """A text to continue, or its tokens. Raises RequestError, UsageError."""
     if isinstance(prompt, str):
-        tokens = llm.tokenizer.encode(prompt)
+        tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
     elif all(0 <= t < llm.model_config.vocab_size for t in prompt):
         tokens = np.array(prompt, np.int64)
     else:
