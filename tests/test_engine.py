@@ -256,3 +256,43 @@ def test_a_context_that_memory_holds(pack_folder: Path) -> None:
         with LLM(pack_folder, memory=memory, context_part=8, sequences=4) as llm:
             lengths.append(llm.context_length)
     assert lengths[0] == 32768 > lengths[1] >= 8192
+
+
+def test_a_session_goes_on_after_sampling_failed(llm: LLM) -> None:
+    """The token before was read: it must not be read twice."""
+
+    class Failing:
+        calls = 0
+
+        def mask(self, logits: np.ndarray) -> np.ndarray:
+            self.calls += 1
+            if self.calls == 3:
+                raise RequestError("enough")
+            return logits
+
+        def accept(self, token: int) -> None:
+            pass
+
+    params = llm.sampling_params(max_tokens=8, temperature=0.0)
+    session, tokens = llm.session(), llm.tokenizer.encode("Once upon a time")
+    said = []
+    with pytest.raises(RequestError, match="enough"):
+        for piece in session.generate(tokens, params, constraint=Failing()):
+            said.append(piece.token)
+    more = llm.tokenizer.encode(" and then")
+    found = [p.token for p in session.generate(more, params)]
+    whole = np.concatenate([tokens, np.array(said), more])
+    assert len(said) == 2 and session.cache.position == len(whole) + 7
+    step = llm.session()
+    llm.model(tokens, step.cache, prompt=True)
+    for token in said:
+        llm.model(np.array([token]), step.cache)
+    assert found == [p.token for p in step.generate(more, params)]
+
+
+def test_a_state_does_not_depend_on_the_instruction_set() -> None:
+    prints = set()
+    for isa in ("scalar", ""):
+        with LLM(memory="64MiB", context_length=256, isa=isa) as llm:
+            prints.add(llm.state_fingerprint())
+    assert len(prints) == 1

@@ -154,6 +154,7 @@ class Session:
                     begun = self._states() if step.prompt and prefixes is not None else None
                     try:
                         answer = yield step
+                        self._unread = []
                     except GeneratorExit:
                         if step.prompt and prefixes is not None and prefixes.holds(self.cache):
                             self._keep_abandoned(prefixes, tokens, begun)

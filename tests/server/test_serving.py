@@ -243,7 +243,8 @@ def test_requests_in_another_name_do_not_reach_a_local_server(llm: LLM) -> None:
     try:
         url = f"{server.url}/v1/models"
         assert httpx.get(url).status_code == 200
-        assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
+        for path in ("v1/models", "health", "status", "metrics", "openapi.json", ""):
+            assert httpx.get(f"{server.url}/{path}", headers={"host": "evil.example"}).status_code == 403, path
         plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
         assert plain.status_code == 415  # what a web page may send without asking
         body = {"messages": HELLO, "max_tokens": 1}
@@ -263,6 +264,17 @@ def test_a_key_is_asked_for(llm: LLM) -> None:
                 request(server.openai("wrong"))
         for path in ("metrics", "status"):
             assert httpx.get(f"{server.url}/{path}").status_code == 401
+        for given, status in (
+            ("bearer secret", 200),
+            ("BEARER  secret", 200),
+            ("secret", 200),
+            ("Bearer s\xe9cret", 401),
+            ("Basic secret", 401),
+        ):
+            assert (
+                httpx.get(f"{server.url}/metrics", headers={"authorization": given.encode("latin-1")}).status_code
+                == status
+            ), given
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert server.anthropic("secret").messages.count_tokens(model="small", messages=HELLO).input_tokens > 0
     finally:

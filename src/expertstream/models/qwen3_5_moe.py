@@ -278,7 +278,7 @@ class GatedDeltaNet:
             end = at - position
             if end > begin:
                 outputs.append(self._mix([part[begin:end] for part in inputs], state, chunked))
-            if at in keep:
+            if at in keep and at not in state.kept:
                 state.kept[at] = state.copies()
             begin = end
         return self.out_proj(np.concatenate(outputs))

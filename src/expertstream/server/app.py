@@ -92,6 +92,16 @@ class _Server:
 
     def check(self, request: Request) -> None:
         """Raises RefusedError if the request is not authorized."""
+        self.check_host(request)
+        key = self.settings.key
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else scheme)
+        # Headers are read as Latin-1; what was sent are the key's own bytes.
+        if key and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+            raise RefusedError(401, "the API key is missing or wrong", "authentication_error", "invalid_api_key")
+
+    def check_host(self, request: Request) -> None:
+        """Raises RefusedError if the request is meant for another name, or comes from a page that may not ask."""
         if self.settings.only_local:
             names = (*LOCAL_HOSTS, self.settings.host)
             host = re.sub(r":\d+$", "", request.headers.get("host", ""))
@@ -102,10 +112,6 @@ class _Server:
                 raise RefusedError(
                     403, "this server answers requests to this machine's own name only; --cors-origin allows a page's"
                 )
-        key = self.settings.key
-        given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
-            raise RefusedError(401, "the API key is missing or wrong", "authentication_error", "invalid_api_key")
 
     def model_name(self, asked: str) -> str:
         """What the model is called in the answer. Raises RefusedError."""
@@ -296,7 +302,8 @@ class _Server:
             "lossy": self.llm.lossy,
         }  # fmt: skip
 
-    async def health(self, _: Request) -> Response:
+    async def health(self, request: Request) -> Response:
+        self.check_host(request)
         body = {"model": self.settings.name, "active": self.scheduler.active, "waiting": self.scheduler.waiting}
         if not self.scheduler.alive:
             return JSONResponse({"status": "failed", **body}, 503)
@@ -310,11 +317,13 @@ class _Server:
         self.check(request)
         return JSONResponse(self.metrics.status() | ({"heat": self.metrics.heat()} if "heat" in request.query_params else {}))  # fmt: skip
 
-    async def page(self, _: Request) -> Response:
+    async def page(self, request: Request) -> Response:
+        self.check_host(request)
         policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
         return HTMLResponse(_page(), headers={"content-security-policy": policy})
 
-    async def openapi(self, _: Request) -> Response:
+    async def openapi(self, request: Request) -> Response:
+        self.check_host(request)
         return JSONResponse(document(self.settings.name))
 
 

@@ -172,6 +172,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     with contextlib.closing(_bound(options.host, options.port)) as listener, LLM(options.model, **given) as llm:
         if options.cache_dir is not None:
             llm.keep_prefixes(options.cache_dir, disk)
+        llm.sampling_params()  # a generation_config.json that cannot be used is told now
         settings = ServerSettings(
             name=options.name or llm.path.resolve().name,
             aliases=tuple(dict.fromkeys(options.alias or ())),

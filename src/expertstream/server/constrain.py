@@ -91,10 +91,13 @@ class Grammars:
         """llguidance's, made when it is first needed: that takes a while for a large vocabulary."""
         with self._lock:
             if self._tokenizer is None:
+                ends = [token for token in sorted(self.llm.tokenizer.eos_ids) if token < self.vocab_size]
+                if not ends:
+                    raise RequestError("this model has no end token, without which no answer can be constrained")
                 self._tokenizer = llguidance.LLTokenizer(
                     str(self.llm.path / "tokenizer.json"),
                     n_vocab=self.vocab_size,
-                    eos_token=sorted(self.llm.tokenizer.eos_ids),
+                    eos_token=ends,
                 )
             return self._tokenizer
 
@@ -240,7 +243,7 @@ class Guide:
                 return only
             if self._whole is not None:  # the answer is still to come
                 masked = logits.copy()
-                masked[sorted(self._tokenizer.eos_ids)] = -np.inf
+                masked[[token for token in self._tokenizer.eos_ids if token < len(masked)]] = -np.inf
                 return masked
         if self._matcher is None:
             return logits
