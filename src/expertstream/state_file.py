@@ -13,11 +13,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 import xxhash
+
+from .files import open_regular
 
 __all__ = ["StateFile", "StateFileError", "is_state_file", "write_state"]
 
@@ -53,11 +54,10 @@ def write_state(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray]
 
 def is_state_file(path: Path) -> bool:
     """Whether it is a regular file that begins as one of ours, whole or damaged. Raises OSError."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return S_ISREG(os.fstat(file).st_mode) and os.read(file, len(_MAGIC)) == _MAGIC
-    finally:
-        os.close(file)
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open_regular(path) as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class StateFile:
     @classmethod
     def open(cls, path: Path) -> StateFile:
         """Raises StateFileError, OSError."""
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(12)
             length = int.from_bytes(head[8:], "little")
             if head[:8] != _MAGIC or not 2 <= length <= _MOST_HEADER:

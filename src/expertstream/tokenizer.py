@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from .checkpoint.reader import read_json
 from .errors import CheckpointError, ContextLengthError, RequestError
+from .files import read_text
 from .ops import I64
 from .template import render_template
 from .text.control import ChatPrompt, ControlText
@@ -18,6 +19,7 @@ from .text.messages import standard_messages
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
+MAX_TEMPLATE = 4 << 20  # bytes
 PIECE = 32 << 10  # characters that are tokenized together to see how long a text is
 
 
@@ -29,8 +31,10 @@ class Tokenizer:
         if not file.exists():
             raise CheckpointError(f"{path}: missing tokenizer: no tokenizer.json")
         try:
-            self._tokenizer = _Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
+            self._tokenizer = _Tokenizer.from_str(read_text(file))
+        except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
+            if not _is_failure(error):
+                raise
             raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
         # Some files carry settings of their training; a prompt is neither cut nor padded.
         self._tokenizer.no_truncation()
@@ -79,7 +83,7 @@ class Tokenizer:
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except BaseException as error:  # the library panics on some texts, and a panic is no Exception
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            if _is_failure(error):
                 raise RequestError(f"the tokenizer failed on this text: {type(error).__name__}") from None
             raise
 
@@ -164,7 +168,7 @@ class Tokenizer:
         file = self.path / "chat_template.jinja"
         if file.exists():
             try:
-                return file.read_text(encoding="utf-8")
+                return read_text(file, MAX_TEMPLATE)
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{file}: cannot be read: {error}") from None
         template = self._config.get("chat_template")
@@ -174,6 +178,10 @@ class Tokenizer:
         if not isinstance(template, str):
             raise RequestError(f"{self.path}: missing chat template; give a raw prompt, without --chat")
         return template
+
+
+def _is_failure(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 class _TokenBytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +214,33 @@ def test_any_manifest_is_read_or_refused(pack_folder: Path, tmp_path: Path, path
     else:
         # What is accepted is what was written, or another well-formed value of the same kind.
         assert type(value) is type(original)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"]
+)  # fmt: skip
+def test_what_is_no_file_neither_hangs_nor_fills_memory(hf_folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    folder = Path(shutil.copytree(hf_folder, tmp_path / "m"))
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "device":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).mkdir()
+    with (
+        pytest.raises(CheckpointError, match=rf"{name}.*not a regular file"),
+        LLM(folder, memory="64MiB", context_length=256) as llm,
+    ):
+        llm.tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_headers_have_bounds(tmp_path: Path) -> None:
+    for shape in ([1] * 9, [1 << 60, 1 << 60]):
+        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="wrong shape"):
+            open_checkpoint(tmp_path)

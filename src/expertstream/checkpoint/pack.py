@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from ..files import read_text
 from ..ops import ExpertFormat, MatrixFormat
 from .format import ALIGNMENT, MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, TensorInfo, record_pieces
 from .safetensors import header_bytes
@@ -25,7 +26,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a pack folder, its top level checked. Raises CheckpointError."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != PACK_FORMAT:

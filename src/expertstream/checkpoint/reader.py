@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import read_text
 from ..ops import F32, ExpertFormat, MatrixFormat, Weight, to_f32
 from . import pack
 from .format import MANIFEST, ExpertLayout, TensorInfo, WeightSpec
@@ -44,7 +45,7 @@ def canonical(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name}; a checkpoint folder has one") from None
     except OSError as error:

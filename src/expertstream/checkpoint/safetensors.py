@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from ..files import open_regular
 from ..ops import aligned_empty
 from .format import ALIGNMENT, TensorInfo, align
 
@@ -31,7 +32,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of one file. Raises CheckpointError for whatever is not as it should be."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: truncated: {size} bytes is less than a safetensors header")
@@ -67,8 +68,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorIn
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise wrong(f"unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise wrong(f"wrong shape {shape!r}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n <= 1 << 48 for n in shape):
+        raise wrong(f"wrong shape {shape!r:.100}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise wrong(f"wrong data_offsets {offsets!r}")
     begin, end = offsets

@@ -18,6 +18,7 @@ from typing import Any
 from ..config import API_KEY, api_key, parse_bytes
 from ..errors import UsageError
 from ..experts.budget import for_conversations
+from ..files import read_text
 from ..machine import available_bytes
 
 __all__ = ["add_serve"]
@@ -98,7 +99,7 @@ def _key(options: argparse.Namespace) -> str:
     if options.api_key_file is None:
         return api_key()
     try:
-        key = options.api_key_file.read_text(encoding="utf-8").strip()
+        key = read_text(options.api_key_file, 64 << 10).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{options.api_key_file}: cannot be read: {error}") from None
     if not key:

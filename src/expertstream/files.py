@@ -1,0 +1,34 @@
+"""Opening files whose names come from elsewhere: a pipe or a device in a file's place must not hang the reader, or fill its memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from stat import S_ISREG
+from typing import BinaryIO
+
+__all__ = ["MAX_TEXT", "open_regular", "read_text"]
+
+MAX_TEXT = 256 << 20  # bytes; the largest tokenizers have some dozens of MiB
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError, also for everything that is none."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(file, "rb")
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """The text of a regular file. Raises OSError for one of more than `limit` bytes, UnicodeDecodeError."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
+    return data.decode("utf-8")
