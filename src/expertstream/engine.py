@@ -48,7 +48,8 @@ class LLM:
 
     Options are the fields of EngineConfig, and `memory`, a size such as "8GiB". `instrument` may put something around the ops, such as
     bench.profile's clock. One generation at a time: what is inside uses all
-    threads for one text. Raises the errors of expertstream.errors.
+    threads for one text. A process that is forked from this one cannot use it; start processes with multiprocessing's "spawn". Raises the
+    errors of expertstream.errors.
     """
 
     def __init__(
