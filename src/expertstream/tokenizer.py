@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .text.messages import standard_messages
 __all__ = ["Detokenizer", "Tokenizer"]
 
 MAX_TEMPLATE = 4 << 20  # bytes
+MAX_COUNTED = 1 << 20  # characters of a text that is far too long
 PIECE = 32 << 10  # characters that are tokenized together to see how long a text is
 
 
@@ -64,8 +65,9 @@ class Tokenizer:
         return token if isinstance(token, str) else ""
 
     def encode(self, text: str | ChatPrompt, limit: int | None = None) -> I64:
-        """(T,) tokens. limit: how many fit; a text that has many more is not tokenized to its end, since that takes some hundred bytes
-        of memory for each of its characters. Raises ContextLengthError for such a text, RequestError for one that is not Unicode."""
+        """(T,) tokens. limit: how many fit; a text that has clearly more is only counted, piece by piece, since tokenizing it whole takes
+        some hundred bytes of memory for each of its characters. Raises ContextLengthError for such a text, RequestError for one that is
+        not Unicode."""
         parts = text.parts if isinstance(text, ChatPrompt) else (text,)
         for part in parts:
             try:
@@ -88,19 +90,23 @@ class Tokenizer:
             raise
 
     def _check_length(self, parts: Sequence[str], limit: int) -> None:
-        """Counts the tokens of pieces. Each cut adds a few tokens at most, so that only what is clearly too long is refused here."""
-        count, cuts = 0, 0
+        count, cuts = self.count(parts)
+        if count - 16 * cuts > limit:  # each cut adds a few tokens at most
+            raise ContextLengthError(
+                f"the prompt has about {count} tokens, but the context has room for {limit}", count, limit, 0
+            )
+
+    def count(self, parts: Sequence[str]) -> tuple[int, int]:
+        """About how many tokens a text has, counted in pieces, and in how many; of a very long text the rest is extrapolated."""
+        count, cuts, seen = 0, 0, 0
         for part in parts:
             for begin in range(0, len(part), PIECE):
-                count += len(self._ids(part[begin : begin + PIECE]))
-                cuts += 1
-                if count - 16 * cuts > limit:
-                    raise ContextLengthError(
-                        f"the prompt has at least {count - 16 * cuts} tokens, but the context has room for {limit}",
-                        count - 16 * cuts,
-                        limit,
-                        0,
-                    )
+                if seen > MAX_COUNTED:
+                    return count * sum(map(len, parts)) // seen, cuts
+                piece = part[begin : begin + PIECE]
+                count += len(self._ids(piece))
+                cuts, seen = cuts + 1, seen + len(piece)
+        return count, cuts
 
     def message_starts(self, tokens: I64) -> list[int]:
         """Where messages begin in a prompt of this family's chat templates; none for others."""
@@ -125,14 +131,19 @@ class Tokenizer:
         return self.chat_prompt(messages, **variables).text
 
     def chat_prompt(
-        self, messages: Sequence[dict[str, Any]], *, parse_control_tokens: bool = False, **variables: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        parse_control_tokens: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> ChatPrompt:
         """The messages ({"role", "content"}) as one prompt that asks for an answer, brought into the form of text.messages first. Control
         tokens come from the template alone: what looks like one in a message, a tool or another variable is plain text, unless
         `parse_control_tokens`. The template runs in a sandbox with bounds on time and memory. Raises RequestError if there is no
         template or it refuses the messages."""
         template = self._template()
-        given: dict[str, Any] = {"tools": None, **variables}
+        given: dict[str, Any] = {"tools": None, **(template_variables or {}), **variables}
         tokens = () if parse_control_tokens else self.control_tokens(template)
         messages = standard_messages(messages)
         control = ControlText(tokens, (messages, given))
@@ -143,7 +154,7 @@ class Tokenizer:
             return control.cut(render_template(template, values))
         except Exception as error:  # a template is a program of somebody's, and may fail as any other
             reason = str(error) or type(error).__name__
-            raise RequestError(f"{self.path}: the chat template failed: {reason}") from None
+            raise RequestError(f"the chat template failed: {reason}") from None
 
     def content(self, text: str, parse_control_tokens: bool = False) -> ChatPrompt:
         """Text that is not the template's own, as part of a prompt."""
@@ -151,6 +162,10 @@ class Tokenizer:
             return ChatPrompt((text,))
         control = ControlText(self.control_tokens(self._template()), text)
         return control.cut(control.mark(text))
+
+    def added_tokens(self) -> list[str]:
+        """Texts that the tokenizer always reads as tokens of their own."""
+        return [token.content for token in self._added.values() if token.content.strip()]
 
     def control_tokens(self, template: str = "") -> list[str]:
         """Texts that the tokenizer reads as tokens of their own and that steer a model: special tokens, and those that a template

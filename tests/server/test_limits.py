@@ -110,9 +110,9 @@ def test_a_text_far_too_long_is_not_tokenized_to_its_end(llm: LLM, monkeypatch: 
         return original(self, text)
 
     monkeypatch.setattr(Tokenizer, "_ids", counted)
-    with pytest.raises(ContextLengthError, match=r"at least \d+ tokens"):
+    with pytest.raises(ContextLengthError, match=r"about \d+ tokens"):
         llm.tokenizer.encode("a b " * 2_000_000, 2047)
-    assert sum(done) < 200_000
+    assert sum(done) < 1_200_000
     done.clear()
     text = "Once upon a time. " * 400
     assert llm.tokenizer.encode(text, 100_000).tolist() == llm.tokenizer.encode(text).tolist()

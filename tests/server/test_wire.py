@@ -143,8 +143,8 @@ def test_what_is_asked_for_and_not_done_is_warned_of() -> None:
         MessagesRequest, body(MessagesRequest, mcp_servers=[{"name": "x"}], container="c", citations=None)
     )
     assert warnings == [
-        "mcp_servers is ignored: a service of the hosted API",
         "container is ignored: a service of the hosted API",
+        "mcp_servers is ignored: a service of the hosted API",
     ]
     _, _, warnings = parse_request(MessagesRequest, body(MessagesRequest, mcp_servers=[], container=None))
     assert warnings == []

@@ -84,7 +84,7 @@ def test_reasoning_in_earlier_content_is_left_out_as_the_template_wants_it(qwen:
 def test_what_is_not_asked_for_is_not_handed_over() -> None:
     assert thinking_variables() == {}
     assert thinking_variables("high") == {"enable_thinking": True, "reasoning_effort": "high"}
-    assert thinking_variables("none") == {"enable_thinking": False, "reasoning_effort": "none"}
+    assert thinking_variables("none") == {"enable_thinking": False}
     assert thinking_variables(None, False, {"preserve_thinking": True}) == {
         "enable_thinking": False,
         "preserve_thinking": True,

@@ -201,3 +201,26 @@ def test_numbers_keep_their_bounds(data: st.DataObject) -> None:
         if accepts(guide, text):
             jsonschema.validate(number, schema)
     assert not guide.is_error()
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 0.001}, ["0.0005"], ["0", "0.0", "-0", "0.001"]),
+        ({"exclusiveMinimum": 0, "maximum": 0.1}, ["0.05", "0.1"], ["0", "0.0", "-0"]),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, ["-0.1", "-0.5"], ["0", "-0", "-0.0"]),
+        ({"exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, ["1.2"], ["1", "1.0", "1.5"]),
+        ({"exclusiveMinimum": 2, "exclusiveMaximum": 2.001}, ["2.0005"], ["2", "2.001"]),
+        ({"exclusiveMinimum": 0}, ["0.5", "3"], ["0", "0.0", "-0"]),
+        ({"type": "integer", "multipleOf": 0.5}, ["2", "-3"], ["0.5", "2.5"]),
+    ],
+)
+def test_open_bounds_stay_open(schema: dict[str, Any], valid: list[str], invalid: list[str]) -> None:
+    guide = matcher(normalize({"type": "number", **schema}, exact=True).schema)
+    assert [text for text in valid if not accepts(guide, text)] == []
+    assert [text for text in invalid if accepts(guide, text)] == []
+
+
+@pytest.mark.parametrize("form", [["date"], {}, [None], 3, None, "no such format"])
+def test_a_format_of_any_kind_is_only_an_annotation(form: Any) -> None:
+    assert accepts(matcher(normalize({"type": "string", "format": form}, exact=True).schema), '"x"')

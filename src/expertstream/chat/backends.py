@@ -75,7 +75,7 @@ class LocalBackend:
     ) -> Iterator[Event]:
         llm = self._llm
         switch = {} if thinking is None else {"enable_thinking": thinking}
-        prompt = llm.tokenizer.chat_prompt(messages, tools=tools or None, **switch)
+        prompt = llm.tokenizer.chat_prompt(messages, template_variables=switch, tools=tools or None)
         tokens = llm.tokenizer.encode(prompt)
         given = {"max_tokens": llm.context_length, **{k: v for k, v in self._sampling.items() if v is not None}}
         if tools:  # a penalty for what was read before would be one for the names that a call has to repeat

@@ -41,6 +41,7 @@ class Block(Wire):
     context: str | None = None
     source: Any = None
     tool_name: str = ""
+    server_name: str = ""
     cache_control: Any = ignored(_PREFIXES)
     citations: Any = ignored("documents are given as text")
     signature: Any = ignored("reasoning is not signed")
@@ -54,7 +55,7 @@ Content = str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
 
 class Message(Wire):
     role: Literal["user", "assistant", "system"]
-    content: Content
+    content: Content = ""
     cache_control: Any = ignored(_PREFIXES)
 
 
@@ -143,7 +144,7 @@ class CountRequest(Wire):
         thinking = self.thinking
         switch = None if thinking is None else thinking.type != "disabled"
         budget = thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
-        if thinking is not None and thinking.type == "enabled" and budget is not None and budget < 1:
+        if budget is not None and budget < 1:
             raise RequestError(f"thinking.budget_tokens must be greater than 0; got {budget}")
         template = thinking_variables(None, switch)
         if config.effort is not None and switch is not False:
@@ -199,6 +200,7 @@ class CountRequest(Wire):
         if system:
             found.system(system)
         newest = max((i for i, m in enumerate(self.messages) if m.role == "user"), default=-1)
+        answered = any(m.role == "assistant" for m in self.messages[newest + 1 :])
         for i, message in enumerate(self.messages):
             where = f"messages.{i}.content"
             blocks = message.content
@@ -207,7 +209,7 @@ class CountRequest(Wire):
             if message.role == "system":
                 found.system(_join(blocks, where))
             elif message.role == "user":
-                _add_user(found, blocks, where, seen=i != newest)
+                _add_user(found, blocks, where, seen=i != newest or answered)
             else:
                 found.assistant("")
                 for j, block in enumerate(blocks):

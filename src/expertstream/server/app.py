@@ -122,8 +122,8 @@ class _Server:
             return asked
         raise RefusedError(
             404,
-            f"there is no model {asked!r} here, only {settings.name!r}; start the server with --alias NAME or --any-model "
-            "to have it answer to other names",
+            f"there is no model {asked!r} here; there is {', '.join(map(repr, (settings.name, *settings.aliases)))}; start the server "
+            "with --alias NAME or --any-model to have it answer to other names",
             "not_found_error",
             "model_not_found",
         )
@@ -147,6 +147,8 @@ class _Server:
         except TimeoutError:
             raise RefusedError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
         else:
+            named = re.search(rb'"model"\s*:\s*"([^"\\]{1,200})"', found)  # also of a body that is refused
+            note(request, model=named[1].decode("utf-8", "replace") if named else "")
             asked, unknown, warnings = await asyncio.to_thread(parse_request, kind, bytes(found))
         finally:
             self.buffered -= len(found)  # until it is parsed, it is held

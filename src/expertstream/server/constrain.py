@@ -63,6 +63,7 @@ class Plan:
     call: str | None = None  # a grammar for what follows the opening tag of a call
     budget: int | None = None  # tokens of reasoning
     warnings: list[str] = field(default_factory=list)
+    typed: frozenset[str] = frozenset()  # functions whose calls follow their schemas
 
     @property
     def holds_calls(self) -> bool:
@@ -84,6 +85,7 @@ class Grammars:
         self._tokenizer: Any = None
         self._lock = threading.RLock()
         self._xml = llm.tokenizer.writes_xml_calls()
+        self._control = llm.tokenizer.added_tokens()
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
     @property
@@ -115,6 +117,7 @@ class Grammars:
         calls = self._calls(functions, plan) if functions else []
         if calls:
             plan.call = self._call_grammar(calls)
+            plan.typed = frozenset(name for name, schema in calls if schema is not None)
         form = self._format(format_, plan) if format_ is not None else ""
         if required:
             plan.whole = ("calls", self._rules(calls, several))
@@ -154,6 +157,7 @@ class Grammars:
             name = function["name"]
             try:
                 parameters = normalize(_parameters(function), exact=name in strict)
+                self._check_words(parameters.schema)
             except UnsupportedSchemaError as error:
                 leave_free(name, error)
                 continue
@@ -162,11 +166,11 @@ class Grammars:
             found[name] = parameters.schema
         try:
             self.matcher(self._call_grammar(list(found.items())))
-        except (RequestError, UnsupportedSchemaError):
+        except (RequestError, ValueError):
             for name, schema in list(found.items()):
                 try:
                     self.matcher(self._call_grammar([(name, schema)]))
-                except (RequestError, UnsupportedSchemaError) as error:
+                except (RequestError, ValueError) as error:
                     leave_free(name, error)
         return list(found.items())
 
@@ -196,12 +200,31 @@ class Grammars:
             return f"form: %lark {{\n{form.value}\n}}\n"
         try:
             schema = normalize(form.value, exact=form.strict)
+            self._check_words(schema.schema)
         except UnsupportedSchemaError as error:
             hint = " (without strict it is left out)" if form.strict else ""
             raise RequestError(f"the schema cannot be followed: {error}{hint}") from None
         if schema.dropped:
             plan.warnings.append(f"the answer is held to its schema but for {', '.join(schema.dropped)}")
         return json_rule("form", schema.schema)
+
+    def _check_words(self, schema: Any) -> None:
+        """Raises UnsupportedSchemaError for a schema with words that cannot be written without control tokens: as text they would be
+        forced, and what is forced is written with the fewest tokens."""
+        open_ = [schema]
+        while open_:
+            here = open_.pop()
+            words = (
+                [here.get("const"), *(here.get("enum") or ()), *(here.get("properties") or ())]
+                if isinstance(here, dict)
+                else []
+            )
+            for word in words:
+                text = word if isinstance(word, str) else json.dumps(word)
+                control = next((token for token in self._control if token in text), None)
+                if control is not None:
+                    raise UnsupportedSchemaError(f"{text!r:.100} contains the control token {control}")
+            open_ += here.values() if isinstance(here, dict) else here if isinstance(here, list) else ()
 
     def _tag(self, text: str) -> str:
         """A control token, whatever the tokenizer thinks of it; else the text."""

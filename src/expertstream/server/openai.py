@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -22,6 +23,7 @@ __all__ = [
     "choose_tools",
     "functions_of",
     "json_format",
+    "read_thinking",
     "text_of",
 ]
 
@@ -159,7 +161,7 @@ class Sampling(Wire):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     repeat_penalty: float | None = None
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float | None] = {}
     seed: int | None = None
     stop: str | list[str] = []
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
@@ -187,12 +189,13 @@ class Sampling(Wire):
         stops = [stop for stop in stops if stop]
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
             raise RequestError(f"stop: at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters")
+        biases = {token: bias for token, bias in self.logit_bias.items() if bias is not None}
         penalty = self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
         return {
             "max_tokens": _unless_negative(self.max_tokens), "temperature": self.temperature, "top_p": self.top_p,
             "top_k": 0 if self.top_k == -1 else self.top_k, "min_p": self.min_p, "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty, "repetition_penalty": penalty,
-            "logit_bias": self.logit_bias or None, "seed": _unless_negative(self.seed), "stop": stops or None,
+            "logit_bias": biases or None, "seed": _unless_negative(self.seed), "stop": stops or None,
         }  # fmt: skip
 
     def format(self) -> OutputFormat | None:
@@ -257,9 +260,6 @@ class ChatRequest(Sampling):
         functions, warnings = functions_of(self.tools)
         choice, named = choose_tools(self.tool_choice)
         template, budget = self._thinking()
-        for name in ("messages", "tools"):
-            if name in self.chat_template_kwargs:
-                raise RequestError(f"chat_template_kwargs: {name} must be given as {name} of the request")
         return GenerationRequest(
             messages=self._messages(),
             sampling=sampling,
@@ -274,16 +274,13 @@ class ChatRequest(Sampling):
         )
 
     def _thinking(self) -> tuple[dict[str, Any], int | None]:
-        """Variables for the template, and the most tokens of reasoning."""
-        effort, switch, budget = self.reasoning_effort, self.enable_thinking, self.thinking_budget
-        for given in (self.thinking, self.reasoning):
-            if given is None:
-                continue
-            effort = given.effort or effort
-            switch = given.enabled if given.enabled is not None else switch
-            switch = given.type != "disabled" if given.type is not None else switch
-            budget = given.budget_tokens or given.max_tokens or budget
-        return thinking_variables(effort, switch, self.chat_template_kwargs), budget if budget and budget > 0 else None
+        return read_thinking(
+            (self.thinking, self.reasoning),
+            self.reasoning_effort,
+            self.enable_thinking,
+            self.thinking_budget,
+            self.chat_template_kwargs,
+        )
 
     def _messages(self) -> list[dict[str, Any]]:
         found = Conversation()
@@ -375,7 +372,7 @@ def functions_of(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
     """The functions among a request's tools, and warnings of those that are none. Raises RequestError."""
     found, skipped = [], dict[str, None]()
     for i, tool in enumerate(tools):
-        if tool.get("type", "function") != "function":
+        if (tool.get("type") or "function") != "function":
             skipped[str(tool.get("type"))] = None
             continue
         # Chat completions have the function in an object of its own, responses beside the type.
@@ -383,6 +380,28 @@ def functions_of(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
         function = check_part(Function, tool["function"] if nested else tool, f"tools.{i}" + ".function" * nested)
         found.append({k: getattr(function, k) for k in ("name", "description", "parameters", "strict")})
     return found, [f"tools of type {kind!r} are skipped: they are not functions" for kind in skipped]
+
+
+def read_thinking(
+    switches: Iterable[ReasoningSwitch | None],
+    effort: str | None = None,
+    switch: bool | None = None,
+    budget: int | None = None,
+    variables: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], int | None]:
+    """Variables for the template, and the most tokens of reasoning. Raises RequestError."""
+    for name in ("messages", "tools"):
+        if name in (variables or {}):
+            raise RequestError(f"chat_template_kwargs: {name} must be given as {name} of the request")
+    for given in switches:
+        if given is None:
+            continue
+        effort = given.effort or effort
+        switch = given.enabled if given.enabled is not None else switch
+        switch = given.type != "disabled" if given.type is not None else switch
+        for found in (given.max_tokens, given.budget_tokens):
+            budget = found if found is not None else budget
+    return thinking_variables(effort, switch, variables), budget if budget is not None and budget >= 0 else None
 
 
 def choose_tools(given: Any) -> tuple[str, list[str]]:
@@ -397,8 +416,12 @@ def choose_tools(given: Any) -> tuple[str, list[str]]:
             return choose_tools(kind)
         if kind == "allowed_tools":
             allowed = given.get("allowed_tools", given)
-            tools = [t.get("function", t).get("name") for t in allowed.get("tools", ()) if isinstance(t, dict)]
-            return "named" if allowed.get("mode") == "required" else "auto", [t for t in tools if isinstance(t, str)]
+            listed = allowed.get("tools") if isinstance(allowed, dict) else None
+            if not isinstance(listed, list):
+                raise RequestError("tool_choice.tools: must be a list of tools")
+            functions = [t.get("function", t) for t in listed if isinstance(t, dict)]
+            names = [f.get("name") for f in functions if isinstance(f, dict)]
+            return "named" if allowed.get("mode") == "required" else "auto", [n for n in names if isinstance(n, str)]
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             return "named", [function["name"]]
     raise RequestError(

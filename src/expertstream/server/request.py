@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..ops import I64
 from ..sampling import Constraint, SamplingParams
 from ..text.control import ChatPrompt
 from ..text.output import OutputParser
+from ..tokenizer import MAX_COUNTED
 from .constrain import Grammars, OutputFormat
 
 __all__ = [
@@ -59,7 +60,8 @@ class GenerationRequest:
 @dataclass
 class Prepared:
     """A request as the engine takes it. constraints: one for each answer. one_call: the answer ends after its first call. held: calls
-    follow a grammar. prompt_logprobs: how many alternatives to report with each token of the prompt."""
+    follow a grammar; typed: those of these functions their schemas too. prompt_logprobs: how many alternatives to report with each
+    token of the prompt."""
 
     tokens: I64
     params: SamplingParams
@@ -68,11 +70,12 @@ class Prepared:
     reasoning: bool = False
     one_call: bool = False
     held: bool = False
+    typed: Collection[str] = ()
     warnings: Sequence[str] = ()
     prompt_logprobs: int | None = None
 
     def parser(self) -> OutputParser:
-        return OutputParser(self.tools, self.reasoning, self.held)
+        return OutputParser(self.tools, self.reasoning, self.held, self.typed)
 
 
 def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: int, options: PromptOptions) -> Prepared:
@@ -86,15 +89,15 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
         raise RequestError("tool_choice is required, but there are no tools")
     offered = functions if request.choice != "none" else []
     tools = [{"type": "function", "function": {k: v for k, v in f.items() if k != "strict"}} for f in offered]
-    prompt = llm.tokenizer.chat_prompt(
-        request.messages, parse_control_tokens=options.parse_control_tokens, tools=tools or None, **request.template
-    )
+    prompt, warnings = _render(llm, request, tools, options)
     reasoning = prompt.text.rstrip().endswith("<think>")
     if request.prefill:
         if reasoning:
             prompt, reasoning = prompt + ChatPrompt(("\n</think>\n\n",)), False
         prompt += llm.tokenizer.content(request.prefill, options.parse_control_tokens)
-    tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
+    if not answers and sum(map(len, prompt.parts)) > MAX_COUNTED:
+        return Prepared(np.zeros(llm.tokenizer.count(prompt.parts)[0], np.int64), llm.sampling_params(), ())
+    tokens = llm.tokenizer.encode(prompt, llm.context_length - 1 if answers else None)
     sampling = {**request.sampling}
     if offered:  # a penalty for what was read before would be one for the names that a call has to repeat
         sampling.setdefault("repetition_penalty", 1.0)
@@ -122,8 +125,32 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
         reasoning,
         not request.parallel_calls,
         plan.holds_calls,
-        [*request.warnings, *plan.warnings],
+        plan.typed,
+        [*request.warnings, *warnings, *plan.warnings],
     )
+
+
+def _render(
+    llm: LLM, request: GenerationRequest, tools: list[dict[str, Any]], options: PromptOptions
+) -> tuple[ChatPrompt, list[str]]:
+    """The prompt. A template that refuses the effort that was asked for, in its own words, is asked without it."""
+
+    def render(variables: dict[str, Any]) -> ChatPrompt:
+        return llm.tokenizer.chat_prompt(
+            request.messages,
+            parse_control_tokens=options.parse_control_tokens,
+            template_variables=variables,
+            tools=tools or None,
+        )
+
+    try:
+        return render(request.template), []
+    except RequestError as error:
+        if "reasoning_effort" not in request.template:
+            raise
+        effort = request.template["reasoning_effort"]
+        rest = {k: v for k, v in request.template.items() if k != "reasoning_effort"}
+        return render(rest), [f"reasoning_effort {effort!r} is ignored: {error}"]
 
 
 def prepare_text(
@@ -155,8 +182,10 @@ def thinking_variables(
     """Template variables of what a client asked for, and no others: a template has a default of its own, and some refuse a switch
     that others need. effort: none and minimal switch reasoning off. switch: an explicit choice. more: chat_template_kwargs."""
     found: dict[str, Any] = {}
-    if effort is not None:
-        found = {"enable_thinking": effort not in ("none", "minimal"), "reasoning_effort": effort}
+    if effort in ("none", "minimal"):
+        found = {"enable_thinking": False}
+    elif effort is not None:
+        found = {"enable_thinking": True, "reasoning_effort": effort}
     if switch is not None:
         found["enable_thinking"] = switch
     return found | (more or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -15,9 +16,9 @@ from .answer import Answer
 from .completion import chat_logprob
 from .constrain import OutputFormat
 from .conversation import Conversation, not_shown
-from .openai import Content, ReasoningSwitch, Sampling, choose_tools, functions_of, text_of
-from .request import GenerationRequest, thinking_variables
-from .wire import Wire, ignored, refused
+from .openai import Content, ReasoningSwitch, Sampling, choose_tools, functions_of, read_thinking, text_of
+from .request import GenerationRequest
+from .wire import Wire, check_part, ignored, refused
 
 __all__ = ["ResponseAnswer", "ResponsesRequest"]
 
@@ -26,6 +27,7 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 class ReasoningText(Wire):
+    type: str = "summary_text"
     text: str = ""
 
 
@@ -102,7 +104,7 @@ class ResponsesRequest(Sampling):
         choice, named = choose_tools(self.tool_choice)
         if not functions and choice == "required":
             raise RequestError("tool_choice is required, but there are no functions among the tools")
-        given = self.reasoning or ReasoningSwitch()
+        template, budget = read_thinking((self.reasoning,), variables=self.chat_template_kwargs)
         return GenerationRequest(
             messages=self._messages(),
             sampling=sampling,
@@ -110,8 +112,8 @@ class ResponsesRequest(Sampling):
             choice=choice,
             named=named,
             parallel_calls=self.parallel_tool_calls,
-            template=thinking_variables(given.effort, given.enabled, self.chat_template_kwargs),
-            reasoning_budget=given.max_tokens,
+            template=template,
+            reasoning_budget=budget,
             format=self._format() or self.format(),
             warnings=warnings,
         )
@@ -142,9 +144,9 @@ class ResponsesRequest(Sampling):
 
 def _add(found: Conversation, item: Item, where: str, seen: bool) -> None:
     if item.type == "message":
-        if item.role is None or item.content is None:
+        if item.role is None or (item.content is None and item.role != "assistant"):
             raise RequestError(f"{where}: a message must have a role and content")
-        text = text_of(item.content, f"{where}.content", seen or item.role != "user")
+        text = text_of(item.content or "", f"{where}.content", seen or item.role != "user")
         if item.role in ("system", "developer"):
             found.system(text)
         elif item.role == "assistant":
@@ -161,16 +163,18 @@ def _add(found: Conversation, item: Item, where: str, seen: bool) -> None:
     elif item.type in ("function_call", "custom_tool_call", "local_shell_call", "shell_call", "apply_patch_call"):
         arguments = item.arguments if item.type == "function_call" else {"input": item.input or item.action}
         found.call(item.call_id, item.name or item.type.removesuffix("_call"), arguments)
-    elif item.type.endswith("_output") and item.call_id:
+    elif item.type.endswith("_output"):
         output = item.output
         if isinstance(output, list):
-            parts = Item.model_validate({"content": output}).content
+            parts = check_part(Item, {"content": output}, where).content
             output = text_of(parts or "", f"{where}.output", seen=True)
-        found.tool(item.call_id, output if isinstance(output, str) else "" if output is None else str(output))
+        found.tool(item.call_id, output if isinstance(output, str) else json.dumps(output, ensure_ascii=False))
     elif item.type == "item_reference":
         raise RequestError(f"{where}: item_reference is not supported: {_STATELESS}")
     elif item.type.endswith("_call"):  # of a tool that the hosted API runs
         found.extend(not_shown(item.type.replace("_", " ")))
+    else:
+        raise RequestError(f"{where}: items of type {item.type!r} are not supported")
 
 
 class ResponseAnswer(Answer):

@@ -42,8 +42,7 @@ class Dialect:
 
     def lines(self, events: Events) -> str:
         return "".join(
-            (f"event: {event['type']}\n" if self.named else "") + f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-            for event in events
+            (f"event: {event['type']}\n" if self.named else "") + f"data: {_line(event)}\n\n" for event in events
         )
 
 
@@ -84,6 +83,12 @@ async def run_to_end(request: Request, jobs: Sequence[Job], answers: Sequence[An
         task.result()
     finally:
         task.cancel()
+
+
+def _line(event: dict[str, Any]) -> str:
+    """JSON without the characters at which some clients end lines, though the protocol does not."""
+    text = json.dumps(event, ensure_ascii=False)
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
 class _EventStream(StreamingResponse):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -44,7 +45,12 @@ def parse_request(kind: type[Request], body: bytes) -> tuple[Request, list[str],
     """The request, which fields in it are not known, such as "messages.mood", and warnings about others. Raises RequestError that
     names the field."""
     try:
-        request = kind.model_validate_json(body)
+        try:
+            request = kind.model_validate_json(body)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid" or b"\\u" not in body:
+                raise
+            request = kind.model_validate(_without_halves(body))
     except ValidationError as error:
         raise RequestError(_message(error, "")) from None
     except RecursionError:
@@ -60,6 +66,16 @@ def parse_request(kind: type[Request], body: bytes) -> tuple[Request, list[str],
         elif effect.endswith("log") and value not in _HARMLESS:
             warnings[f"{plain} is ignored: {why}"] = None
     return request, list(unknown), list(warnings)
+
+
+def _without_halves(body: bytes) -> Any:
+    """JSON in which halves of surrogate pairs, as clients leave them that cut a text inside of a character, are U+FFFD. Raises
+    RequestError."""
+    try:
+        text = json.dumps(json.loads(body), ensure_ascii=False)
+    except ValueError as error:
+        raise RequestError(f"body: Invalid JSON: {error}") from None
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def check_part(kind: type[Request], value: Any, where: str) -> Request:
@@ -79,7 +95,7 @@ def _message(error: ValidationError, where: str) -> str:
 
 def _fields(model: Wire, path: str) -> Iterator[tuple[str, str, Any, str, str]]:
     """(path of the object, name, value, effect, why) of the fields that are not simply honoured, at every depth."""
-    for name in model.model_fields_set:
+    for name in sorted(model.model_fields_set):
         info = type(model).model_fields.get(name)
         if info is None:
             yield path, name, None, "unknown", ""

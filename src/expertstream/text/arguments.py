@@ -60,6 +60,13 @@ class ArgumentSchemas:
         """What one argument has to fit; None if nothing is said."""
         return _property(self.ways[0], name)
 
+    def kinds(self, name: str) -> set[str]:
+        """The types that one argument may have; none where that is not known."""
+        try:
+            return set(_allowed(self.of_one(name), self.root, 0).kinds)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError, NotImplementedError):
+            return set()
+
     def typed(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """All arguments of a call, in the first way that they fit. Never raises: see typed_argument."""
         found = [

@@ -7,7 +7,7 @@ alone, never on how it was cut into pieces: where it is what follows that decide
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -28,10 +28,18 @@ class _State(Enum):
 
 class OutputParser(XmlReader, JsonReader):
     """`tools`: the request's schemas, by which arguments are typed. `reasoning`: the prompt ends inside <think>. `held`: a grammar holds
-    the model to well-formed calls, so that they can be streamed while they are written."""
+    the model to well-formed calls, so that they can be streamed while they are written. `typed`: the functions whose values it holds to
+    their schemas too: what is no string is JSON, and streamed as well."""
 
-    def __init__(self, tools: Sequence[dict[str, Any]] = (), reasoning: bool = False, held: bool = False) -> None:
+    def __init__(
+        self,
+        tools: Sequence[dict[str, Any]] = (),
+        reasoning: bool = False,
+        held: bool = False,
+        typed: Collection[str] = (),
+    ) -> None:
         super().__init__()
+        self._typed = typed
         functions = [tool.get("function", tool) for tool in tools]
         self._schemas = {f["name"]: as_object(f.get("parameters")) for f in functions}
         self._openers = tuple(f"<function={name}>" for name in self._schemas)

@@ -82,6 +82,8 @@ class CallReader(ABC):
         self._index, self._name, self._arguments, self._sent = 0, "", dict[str, Any](), 0
         self._key, self._schema = "", None  # of the value that is being read
         self._is_string = False  # whatever it is
+        self._is_json = False  # it is streamed as it is written
+        self._late = False  # arguments are told at the end of the call, since only all together say how each is read
         self._value: list[str] = []
         self._value_size = 0
         self._exit: int | None = None  # where in it the call may have ended, should no better end come
@@ -140,8 +142,10 @@ class CallReader(ABC):
     def _add(self, piece: str) -> None:
         self._value.append(piece)
         self._value_size += len(piece)
-        if self._streaming and self._is_string:
+        if self._live and self._is_string:
             self._delta(json.dumps(piece, ensure_ascii=False)[1:-1])
+        elif self._live and self._is_json:
+            self._delta((self._head() if len(self._value) == 1 else "") + piece)
 
     def _go_back(self, size: int) -> None:
         """The value ends after so many characters: the others are to be read again."""
@@ -158,16 +162,28 @@ class CallReader(ABC):
 
     # Calls
 
-    def _begin_call(self, name: str, streaming: bool) -> None:
-        self._name, self._arguments, self._sent, self._streaming = name, {}, 0, streaming
+    def _begin_call(self, name: str, streaming: bool, late: bool = False) -> None:
+        self._name, self._arguments, self._sent, self._streaming, self._late = name, {}, 0, streaming, late
         if streaming:
             self._events.append(CallStart(self._index, name))
 
-    def _begin_value(self, key: str = "", schema: Any = None, is_string: bool = False) -> None:
-        self._key, self._schema, self._is_string = key, schema, is_string
+    def _begin_value(self, key: str = "", schema: Any = None, is_string: bool = False, is_json: bool = False) -> None:
+        """is_json: a grammar holds it to JSON, so that it can be streamed as it is written."""
+        self._key, self._schema, self._is_string, self._is_json = key, schema, is_string, is_json
         self._value, self._value_size, self._exit = [], 0, None
-        if self._streaming and is_string:
+        if self._live and is_string:
             self._delta(self._head() + '"')
+
+    @property
+    def _live(self) -> bool:
+        """Arguments are told as they are written."""
+        return self._streaming and not self._late
+
+    def _becomes_string(self) -> None:
+        """What was written of the value is a string, and can be nothing else any more."""
+        written = "".join(self._value)
+        self._is_string = True
+        self._delta(self._head() + json.dumps(written, ensure_ascii=False)[:-1])
 
     def _head(self) -> str:
         """The arguments' text between the value before and this one."""
@@ -180,11 +196,13 @@ class CallReader(ABC):
 
     def _give(self, value: Any) -> None:
         """The value is whole."""
-        if self._streaming:
+        if self._live and not self._is_json:
             self._delta('"' if self._is_string else self._head() + json.dumps(value, ensure_ascii=False))
-        else:
+        elif not self._streaming:
             self._raw += self._value
         self._arguments[self._key] = value
+        if self._live and self._is_json:  # it may be spelled in another way than ours
+            self._sent = len(json.dumps(self._arguments, ensure_ascii=False)) - 1
         self._begin_value()
 
     def _end_call(self, complete: bool = True, in_string: bool = False) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -38,6 +38,8 @@ class XmlReader(CallReader):
         self._wanted = ArgumentSchemas.of(None)  # of the function that is being called
         self._texts: dict[str, str] = {}  # of its arguments
         self._read_value: Callable[[], bool] = self._free_value
+        self._typed: Collection[str] = ()  # functions whose calls follow their schemas
+        self._may_be_null = False  # the value is a string or null
         self._in_lines = False  # the value begins on a line of its own
         self._closed_before = False  # it contains a </parameter>
         self._searched = 0  # up to there a better end than _exit has been looked for
@@ -51,7 +53,7 @@ class XmlReader(CallReader):
         self._take(self._at + len(f"<function={name}>"))
         known = self._held and self._block and name in self._schemas
         self._wanted, self._texts = ArgumentSchemas.of(self._schemas.get(name.strip())), {}
-        self._begin_call(name.strip(), known and not self._wanted.several)
+        self._begin_call(name.strip(), known, late=self._wanted.several)
         self._read_value = self._held_value if known else self._free_value
         self._step = self._between
         return True
@@ -88,7 +90,9 @@ class XmlReader(CallReader):
         in_lines = self._text.startswith("\n", end)
         self._take(end + in_lines)
         schema = self._wanted.of_one(key)
-        self._begin_value(key, schema, _is_string(schema))
+        kinds = self._wanted.kinds(key) if self._live and self._name in self._typed else set()
+        self._may_be_null = kinds == {"string", "null"}
+        self._begin_value(key, schema, _is_string(schema), bool(kinds) and "string" not in kinds)
         self._in_lines, self._closed_before = in_lines, False
         self._step = self._read_value
         return True
@@ -103,6 +107,9 @@ class XmlReader(CallReader):
 
     def _give_part(self, text: str) -> bool:
         """A value that was not ended, and the call with it."""
+        if not self._is_string and not text.strip():  # it has only been named
+            self._at = len(self._text)
+            return self._end_call(False)
         value: Any = text
         if not self._is_string:
             value = typed_argument(text, self._schema, self._wanted.root)
@@ -111,6 +118,9 @@ class XmlReader(CallReader):
                 value = value if isinstance(closed, str) else closed
         self._arguments[self._key] = value
         self._at = len(self._text)
+        if self._live and self._is_json:  # as far as it came, or closed
+            self._delta("" if self._cut else _closers(text))
+            self._sent = len(json.dumps(self._arguments, ensure_ascii=False)) - 1
         return self._end_call(False, self._is_string)
 
     def _held_value(self) -> bool:
@@ -125,6 +135,10 @@ class XmlReader(CallReader):
         last = range(max(self._at, size - len(_HELD_ENDS[0])), size)
         ends = (i for i in last if any(end.startswith(self._text[i:]) for end in _HELD_ENDS))
         self._grow(next(ends, size))
+        if self._may_be_null and not self._is_string:
+            begun = "".join(self._value).lstrip()
+            if begun and begun[0] not in "\"'" and not "null".startswith(begun):
+                self._becomes_string()
         if not self._final:
             return False
         if self._text.startswith("\n</parameter>", self._at):
@@ -211,6 +225,21 @@ class XmlReader(CallReader):
             return self._give_part("".join(self._value).removesuffix("\n"))
         self._grow(len(self._text))
         return self._fail() if self._exit is None else self._end_value_early()
+
+
+def _closers(text: str) -> str:
+    """What closes JSON that was not ended: its string, its lists and objects."""
+    closers, in_string, escaped = list[str](), False, False
+    for char in text:
+        if in_string:
+            in_string, escaped = escaped or char != '"', char == "\\" and not escaped
+        elif char == '"':
+            in_string = True
+        elif char in "[{":
+            closers.append("]" if char == "[" else "}")
+        elif char in "]}" and closers:
+            closers.pop()
+    return '"' * in_string + "".join(reversed(closers))
 
 
 def _is_string(schema: Any) -> bool:

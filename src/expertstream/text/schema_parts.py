@@ -281,7 +281,11 @@ class Parts:
                 self._array(node, alt)
             elif kind == "string":
                 alt |= {key: int(node[key]) for key in ("minLength", "maxLength") if key in node}
-                alt |= {"format": node["format"]} if node.get("format") in FORMATS else {}
+                alt |= (
+                    {"format": node["format"]}
+                    if isinstance(node.get("format"), str) and node["format"] in FORMATS
+                    else {}
+                )
                 patterns = [self._pattern(node, node["pattern"])] if "pattern" in node else []
                 patterns += [other_than(banned)] if banned else []
                 alt |= {"patterns": patterns} if any(patterns) else {}

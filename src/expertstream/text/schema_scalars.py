@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil, floor, log10
 from typing import Any
 
 from .instances import with_short_numbers
@@ -67,12 +67,19 @@ def write_number(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any
         )
         low = high = None
     low, high = None if low is None else max(low, -limit), None if high is None else min(high, limit)
-    if alt.get("integer") and not step:
+    if alt.get("integer") and step in (0, 1):
         low, high = -limit if low is None else low, limit if high is None else high
     if low is not None and high is not None:
         first = ceil(Fraction(str(low)) / step) * step if step else low
         if first > high or (first == high and high_open):
             return []
+    if low is not None and high is not None and not alt.get("integer") and (low_open or high_open):
+        near = _between(low, low_open, high, high_open)
+        if near is not None:
+            if not step and high - low >= 9e-4:
+                return [near]
+            keyword = "exclusiveMinimum" if low_open else "exclusiveMaximum"
+            document.lose(origin(conj, *NUMBER), keyword, "a bound this near to the other")
     found: dict[str, Any] = {"type": "integer" if alt.get("integer") else "number"}
     found |= {} if low is None else {"exclusiveMinimum" if low_open else "minimum": with_short_numbers(low)}
     found |= {} if high is None else {"exclusiveMaximum" if high_open else "maximum": with_short_numbers(high)}
@@ -83,6 +90,17 @@ def write_number(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any
         else:
             found["multipleOf"] = factor
     return [found]
+
+
+def _between(low: float, low_open: bool, high: float, high_open: bool) -> dict[str, Any] | None:
+    """The schema of numbers between bounds in one unit, of which an open whole one is left out: llguidance lets it through. A thousandth
+    of the numbers between them goes with it. None where that is not so."""
+    if not ((low_open and low == floor(low)) or (high_open and high == floor(high))) or high - low > 1:
+        return None
+    step = 10.0 ** floor(log10((high - low) / 100))
+    least = round(low + step, 12) if low_open else low
+    most = round(high - step, 12) if high_open else high
+    return {"type": "number", "minimum": with_short_numbers(least), "maximum": with_short_numbers(most)}
 
 
 def _exact_step(step: Fraction) -> float | None:

@@ -271,7 +271,7 @@ def _merged(parts: list[dict[str, Any]], count: int) -> dict[str, Any] | None:
         if "enum" in part:
             one: dict[str, Any] = {"enum": list(values.values())}
         elif part["type"] in plain or (part["type"] == "integer" and "number" in plain):
-            one = {"type": "number" if part["type"] == "integer" else part["type"]}
+            one = {"type": "number" if "number" in plain and part["type"] == "integer" else part["type"]}
         else:
             one = part
         if one not in found and one.get("enum") != []:
