@@ -70,3 +70,27 @@ def test_an_argument_that_was_only_named_is_left_out() -> None:
             "<tool_call>\n<function=f>\n<parameter=s>\nx\n</parameter>\n<parameter=n>\n"
         ) + parser.finish(cut=True)
         assert found[-1] == CallEnd(0, "f", {"s": "x"}, False)
+
+
+@pytest.mark.parametrize("value", [["a", 'b"]', {"c": [1, 2]}], {"a": {"b": "}"}}, 12.5, True, None, "text", []])
+def test_values_of_calls_in_json_are_streamed_too(value: Any) -> None:
+    tools = [{"name": "f", "parameters": {"type": "object", "properties": {"v": {}, "w": {"type": "string"}}}}]
+    arguments = {"v": value, "w": "x"}
+    whole = f'<tool_call>\n{{"name": "f", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+    parser = OutputParser(tools, held=True, typed=["f"])
+    written, seen = "", []
+    for char in whole:
+        for event in parser.feed(char):
+            written += event.json if isinstance(event, CallDelta) else ""
+            if isinstance(event, CallEnd):
+                assert event == CallEnd(0, "f", arguments, True)
+        seen.append(len(written))
+    assert json.loads(written) == arguments and parser.finish() == []
+    if isinstance(value, list | dict) and value:
+        text = json.dumps(value)
+        assert seen[whole.index(text) + len(text) // 2] > len('{"v": ')
+    for at in range(whole.index('"v"') + 5, len(whole)):
+        parser = OutputParser(tools, held=True, typed=["f"])
+        found = parser.feed(whole[:at]) + parser.finish(cut=True)
+        said = "".join(e.json for e in found if isinstance(e, CallDelta))
+        assert written.startswith(said) or json.loads(said + "}"), (at, said)

@@ -78,6 +78,7 @@ class CallReader(ABC):
         self._final = self._cut = False
 
         self._raw: list[str] = []  # of what may turn out to be no call: its text, without _value
+        self._typed: Collection[str] = ()  # functions whose calls follow their schemas
         self._streaming = False  # the call's events are out already
         self._index, self._name, self._arguments, self._sent = 0, "", dict[str, Any](), 0
         self._key, self._schema = "", None  # of the value that is being read
@@ -205,6 +206,12 @@ class CallReader(ABC):
             self._sent = len(json.dumps(self._arguments, ensure_ascii=False)) - 1
         self._begin_value()
 
+    def _end_part(self, text: str) -> None:
+        """JSON that was streamed has not been ended: it stays as far as it came, or is closed."""
+        if self._live and self._is_json:
+            self._delta("" if self._cut else _closers(text))
+            self._sent = len(json.dumps(self._arguments, ensure_ascii=False)) - 1
+
     def _end_call(self, complete: bool = True, in_string: bool = False) -> bool:
         """in_string: the last argument is a string that was not ended."""
         text = json.dumps(self._arguments, ensure_ascii=False)
@@ -239,3 +246,18 @@ class CallReader(ABC):
     def _leave(self) -> None:
         self._raw, self._step = [], self._prose
         self._begin_value()
+
+
+def _closers(text: str) -> str:
+    """What closes JSON that was not ended: its string, its lists and objects."""
+    closers, in_string, escaped = list[str](), False, False
+    for char in text:
+        if in_string:
+            in_string, escaped = escaped or char != '"', char == "\\" and not escaped
+        elif char == '"':
+            in_string = True
+        elif char in "[{":
+            closers.append("]" if char == "[" else "}")
+        elif char in "]}" and closers:
+            closers.pop()
+    return '"' * in_string + "".join(reversed(closers))

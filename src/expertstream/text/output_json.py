@@ -164,7 +164,7 @@ class JsonReader(CallReader):
             return self._end_call(False)
         is_string = self._text[match.end()] == '"'
         self._at = match.end() + is_string
-        self._begin_value(key, None, is_string)
+        self._begin_value(key, None, is_string, not is_string and self._name in self._typed)
         self._step, self._quote, self._depth = self._json_string if is_string else self._json, "", 0
         return True
 
@@ -193,6 +193,7 @@ class JsonReader(CallReader):
         except (ValueError, RecursionError):
             with suppress(ValueError, RecursionError):
                 self._arguments[self._key] = complete_json(text)
+                self._end_part(text)
             return self._end_call(False)
         self._give(value)
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -38,7 +38,6 @@ class XmlReader(CallReader):
         self._wanted = ArgumentSchemas.of(None)  # of the function that is being called
         self._texts: dict[str, str] = {}  # of its arguments
         self._read_value: Callable[[], bool] = self._free_value
-        self._typed: Collection[str] = ()  # functions whose calls follow their schemas
         self._may_be_null = False  # the value is a string or null
         self._in_lines = False  # the value begins on a line of its own
         self._closed_before = False  # it contains a </parameter>
@@ -118,9 +117,7 @@ class XmlReader(CallReader):
                 value = value if isinstance(closed, str) else closed
         self._arguments[self._key] = value
         self._at = len(self._text)
-        if self._live and self._is_json:  # as far as it came, or closed
-            self._delta("" if self._cut else _closers(text))
-            self._sent = len(json.dumps(self._arguments, ensure_ascii=False)) - 1
+        self._end_part(text)
         return self._end_call(False, self._is_string)
 
     def _held_value(self) -> bool:
@@ -225,21 +222,6 @@ class XmlReader(CallReader):
             return self._give_part("".join(self._value).removesuffix("\n"))
         self._grow(len(self._text))
         return self._fail() if self._exit is None else self._end_value_early()
-
-
-def _closers(text: str) -> str:
-    """What closes JSON that was not ended: its string, its lists and objects."""
-    closers, in_string, escaped = list[str](), False, False
-    for char in text:
-        if in_string:
-            in_string, escaped = escaped or char != '"', char == "\\" and not escaped
-        elif char == '"':
-            in_string = True
-        elif char in "[{":
-            closers.append("]" if char == "[" else "}")
-        elif char in "]}" and closers:
-            closers.pop()
-    return '"' * in_string + "".join(reversed(closers))
 
 
 def _is_string(schema: Any) -> bool:
