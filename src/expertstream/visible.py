@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
-__all__ = ["visible"]
+__all__ = ["excerpt", "spelled_out", "visible"]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # printable by their category, and yet nothing is seen
+_MARKS = frozenset("⟨⟩⏎")  # those that spelled_out() itself writes
 
 
 def visible(text: str) -> str:
     """Tabs and line ends stay; every other control character is written as U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def spelled_out(text: str) -> str:
+    """For text that a person has to judge: two that differ never look the same. A character that is not seen, or changes how its
+    neighbours look, is written as its code point, ⟨U+202E⟩, and so is one that this function writes itself; a line that another one
+    follows ends in ⏎, so that a wrapped line is told from two."""
+    return "".join(map(_spelled, text))
+
+
+def _spelled(char: str) -> str:
+    if char == "\n":
+        return "⏎\n"
+    if (
+        char.isprintable()
+        and char not in _BLANK
+        and char not in _MARKS
+        and not unicodedata.category(char).startswith("M")
+    ):
+        return char
+    return f"⟨U+{ord(char):04X}⟩"
+
+
+def excerpt(text: str, columns: int, rows: int) -> str:
+    """Text whole if it takes no more than that many rows of a terminal, each line wrapped at its width; otherwise its beginning and its
+    end, with the number of lines and characters that are left out between them."""
+    columns, rows = max(columns, 8), max(rows, 5)
+    # A wide character may take two columns: half as many in a row is always enough.
+    width = columns if text.isascii() else columns // 2
+    wrapped = [line[i : i + width] for line in text.split("\n") for i in range(0, max(len(line), 1), width)]
+    if len(wrapped) <= rows:
+        return text
+    head, tail = wrapped[: rows // 2], wrapped[-(rows - rows // 2 - 1) :]
+    left_out = sum(map(len, wrapped[len(head) : -len(tail)]))
+    lines = text.count("\n") + 1
+    note = f"[… {left_out:,} characters are not shown here, of {len(text):,} in {lines:,} {'line' if lines == 1 else 'lines'} …]"
+    return "\n".join([*head, note, *tail])

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..engine import LLM
 from ..errors import ExpertStreamError, RequestError, UsageError
@@ -14,7 +14,9 @@ from ..text.output import CallDelta, CallEnd, Content, OutputParser, Reasoning
 
 __all__ = ["Answered", "Backend", "FunctionCall", "LocalBackend", "RemoteBackend", "ServerError"]
 
+T = TypeVar("T")
 Message = dict[str, Any]
+MOST_BYTES = 16 << 20  # of one line or one answer of a server
 Progress = Callable[[int, int], None]
 
 
@@ -127,18 +129,22 @@ class RemoteBackend:
     model: str = ""
     about: str = ""
     _client: Any = field(init=False, default=None)
+    _failures: tuple[type[Exception], ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         try:
             import httpx
         except ImportError:
             raise UsageError("--url needs the package httpx: pip install 'expertstream[chat]'") from None
-        self._httpx = httpx
+        self._failures = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError, RecursionError)
         self.url = self.url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
             raise UsageError(f"--url is an address such as http://127.0.0.1:8080, not {self.url!r}")
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
+        try:
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
+        except (httpx.InvalidURL, ValueError) as error:
+            raise UsageError(f"--url: {self.url!r} is no address: {error}") from None
         try:
             models = self._get("/v1/models")
             names = [str(model["id"]) for model in models["data"]]
@@ -162,21 +168,25 @@ class RemoteBackend:
         self._client.close()
 
     def _get(self, path: str) -> Any:
+        import httpx
+
         try:
-            response = self._client.get(path)
-            _check(response)
-            return response.json()
-        except self._httpx.ConnectError:
+            # An answer to this is short and comes at once; only a chat is waited for.
+            with self._client.stream("GET", path, timeout=30) as response:
+                body = _bounded(response.iter_bytes())
+                _check(response, body)
+            return json.loads(body)
+        except httpx.ConnectError:
             raise ServerError(f"no server answers at {self.url}; is `expertstream serve` running there?") from None
-        except (self._httpx.HTTPError, ValueError) as error:
-            raise ServerError(f"{self.url}: {error or type(error).__name__}") from None
+        except self._failures as error:
+            raise ServerError(f"{self.url}{path}: {error or type(error).__name__}") from None
 
     def _experts(self) -> tuple[int, int] | None:
         """Hits and misses so far, where the server is ours."""
         try:
             status = self._get("/status")
             return int(status["hits"]), int(status["misses"])
-        except (ServerError, KeyError, TypeError):
+        except (ExpertStreamError, KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def reply(
@@ -193,31 +203,28 @@ class RemoteBackend:
             body["chat_template_kwargs"] = {"enable_thinking": thinking}
         before, begin, first = self._experts(), time.perf_counter(), 0.0
         calls: dict[int, _Call] = {}
-        answered, usage = Answered(), dict[str, Any]()
+        answered = Answered()
         for chunk in self._chunks(body):
-            usage = chunk.get("usage") or usage
-            for choice in chunk.get("choices", ())[:1]:
-                delta = choice.get("delta", {})
-                first = first or (time.perf_counter() if len(delta) and "role" not in delta else 0.0)
-                if delta.get("reasoning_content"):
-                    yield Reasoning(delta["reasoning_content"])
-                if delta.get("content"):
-                    yield Content(delta["content"])
-                for part in delta.get("tool_calls") or ():
-                    call = calls.setdefault(part.get("index", 0), _Call())
-                    call.name += part["function"].get("name") or ""
-                    call.arguments += part["function"].get("arguments") or ""
-                answered.ended = choice.get("finish_reason") or answered.ended
+            if first == 0.0 and (chunk.reasoning or chunk.content or chunk.calls):
+                first = time.perf_counter()
+            if chunk.reasoning:
+                yield Reasoning(chunk.reasoning)
+            if chunk.content:
+                yield Content(chunk.content)
+            for index, name, arguments in chunk.calls:
+                call = calls.setdefault(index, _Call())
+                call.name += name
+                call.arguments += arguments
+            answered.ended = chunk.ended or answered.ended
+            if chunk.usage is not None:
+                answered.prompt_tokens, answered.generated_tokens, answered.cached_tokens = chunk.usage
         for call in calls.values():
-            arguments = _object(call.arguments or "{}")
-            if arguments is None:  # it was cut, or is none
+            given = _object(call.arguments or "{}")
+            if given is None:  # it was cut, or is none
                 yield Content(f"{call.name} {call.arguments}")
             else:
-                yield FunctionCall(call.name, arguments)
+                yield FunctionCall(call.name, given)
         end = time.perf_counter()
-        answered.prompt_tokens = usage.get("prompt_tokens", 0)
-        answered.generated_tokens = usage.get("completion_tokens", 0)
-        answered.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         answered.ttft_seconds = (first or end) - begin
         if answered.generated_tokens > 1 and end > first > 0:
             answered.decode_tps = (answered.generated_tokens - 1) / (end - first)
@@ -226,31 +233,101 @@ class RemoteBackend:
             answered.hit_rate = (after[0] - before[0]) / (sum(after) - sum(before))
         yield answered
 
-    def _chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _chunks(self, body: dict[str, Any]) -> Iterator[_Chunk]:
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
-                    response.read()
-                    _check(response)
+                    _check(response, _bounded(response.iter_bytes()))
                 for line in _lines(response.iter_bytes()):
-                    if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                        continue
-                    chunk = json.loads(line[6:])
-                    error = chunk.get("error")
-                    if error is not None:
-                        raise ServerError(str(error.get("message", error) if isinstance(error, dict) else error))
-                    yield chunk
-        except (self._httpx.HTTPError, ValueError) as error:
+                    if line.startswith(b"data:") and line[5:].strip() not in (b"", b"[DONE]"):
+                        yield _chunk(json.loads(line[5:]))
+        except self._failures as error:
             raise ServerError(f"{self.url}: {error or type(error).__name__}") from None
 
 
-def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Ended by line feeds, and by nothing else that Unicode knows as a line's end."""
-    held = b""
+@dataclass(frozen=True)
+class _Chunk:
+    """What one event of a stream adds."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: tuple[tuple[int, str, str], ...] = ()  # which call, its name, a part of its arguments
+    ended: str = ""
+    usage: tuple[int, int, int] | None = (
+        None  # tokens of the prompt, of the answer, and of the prompt those that were known
+    )
+
+
+def _chunk(given: Any) -> _Chunk:
+    """Raises ServerError for an error that was sent, ValueError for what is no event of OpenAI's API."""
+    if (error := _part(given, "error", object)) is not None:
+        raise ServerError(str(error.get("message", error) if isinstance(error, dict) else error))
+    usage = None
+    if (counts := _part(given, "usage", dict)) is not None:
+        known = _part(_part(counts, "prompt_tokens_details", dict) or {}, "cached_tokens", int)
+        usage = (_part(counts, "prompt_tokens", int) or 0, _part(counts, "completion_tokens", int) or 0, known or 0)
+    choices = _part(given, "choices", list)
+    if not choices:
+        return _Chunk(usage=usage)
+    delta = _part(choices[0], "delta", dict) or {}
+    calls = []
+    for part in _part(delta, "tool_calls", list) or ():
+        function = _part(part, "function", dict) or {}
+        calls.append(
+            (
+                _part(part, "index", int) or 0,
+                _part(function, "name", str) or "",
+                _part(function, "arguments", str) or "",
+            )
+        )
+    return _Chunk(
+        _part(delta, "reasoning_content", str) or "",
+        _part(delta, "content", str) or "",
+        tuple(calls),
+        _part(choices[0], "finish_reason", str) or "",
+        usage,
+    )
+
+
+def _part(given: Any, name: str, kind: type[T]) -> T | None:
+    """None if it is not there or null. Raises ValueError if it is of another type."""
+    if not isinstance(given, dict):
+        raise ValueError(f"the server sent {_short(given)} where OpenAI's API has an object")
+    found = given.get(name)
+    if found is not None and not isinstance(found, kind):
+        raise ValueError(f"the server sent {_short(found)} as {name!r}, which is no {kind.__name__}")
+    return found
+
+
+def _short(given: Any) -> str:
+    text = json.dumps(given)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _bounded(parts: Iterable[bytes]) -> bytes:
+    """All of them. Raises ValueError if that is too much."""
+    whole = bytearray()
     for part in parts:
-        *lines, held = (held + part).split(b"\n")
-        yield from lines
-    yield held
+        whole += part
+        if len(whole) > MOST_BYTES:
+            raise ValueError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
+    return bytes(whole)
+
+
+def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Ended by line feeds, and by nothing else that Unicode knows as a line's end. Raises ValueError for one that does not end."""
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        first, *more = part.split(b"\n")
+        held.append(first)
+        size += len(first)
+        if size > MOST_BYTES:
+            raise ValueError(f"the server sent a line of more than {MOST_BYTES >> 20} MiB")
+        for line in more:
+            yield b"".join(held)
+            held, size = [line], len(line)
+    yield b"".join(held)
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -273,13 +350,13 @@ def _wire(message: Message) -> Message:
     return {**message, "tool_calls": wired}
 
 
-def _check(response: Any) -> None:
+def _check(response: Any, body: bytes) -> None:
     if response.status_code == 200:
         return
     try:
-        said = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        said = response.text[:200] or response.reason_phrase
+        said = str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said = body[:200].decode("utf-8", "replace") or response.reason_phrase
     if response.status_code == 400:
         raise RequestError(said)
     raise ServerError(f"the server says {response.status_code}: {said}")

@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.text import Text
 
-from ..visible import visible
+from ..visible import excerpt, spelled_out, visible
 
 __all__ = ["PlainView", "TerminalView"]
 
@@ -46,17 +46,20 @@ class TerminalView:
                 shown.finish()
 
     def consent(self, what: str) -> bool:
-        # Every character that is shown as another, or not at all, is written out.
-        shown = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in what)
-        self.console.print(Text(shown, style="bold yellow"))
+        whole = spelled_out(what)
+        shown = excerpt(whole, self.console.width, self.console.height - 4)
+        self.console.print(Text(shown, style="bold yellow"), soft_wrap=True)
+        choices = "y/n" if shown == whole else "y/n, a shows all of it"
         with contextlib.suppress(termios.error, OSError, ValueError):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before is no answer to this
         while True:
             try:
-                said = self.console.input("[yellow]run this? \\[y/n][/] ").strip().lower()
+                said = self.console.input(f"[yellow]run this? \\[{choices}][/] ").strip().lower()
             except EOFError:
                 return False
-            if said in ("y", "yes", "n", "no", ""):
+            if said in ("a", "all"):
+                self.console.print(Text(whole, style="bold yellow"), soft_wrap=True)
+            elif said in ("y", "yes", "n", "no", ""):
                 return said.startswith("y")
 
     def output(self, text: str) -> None:
@@ -172,7 +175,7 @@ class PlainView:
             print(flush=True)
 
     def consent(self, what: str) -> bool:
-        self.note(f"{what}\nnot done: nobody can be asked here; --yes allows it")
+        self.note(f"{spelled_out(what)}\nnot done: nobody can be asked here; --yes allows it")
         return False
 
     def output(self, text: str) -> None:
