@@ -56,6 +56,8 @@ def test_the_embedded_template_is_unchanged_by_the_bounds() -> None:
         "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(9) %}{% set ns.x = ns.x | replace('x', ns.x) %}{% endfor %}",
         "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(9) %}{% set ns.x = ns.x.replace('x', ns.x) %}{% endfor %}",
+        "{{ [] | slice(1000000000) | list }}", "{{ [1] | batch(1000000000, 0) | list }}", "{{ [1] | batch(linecount=2 ** 40, fill_with=0) | list }}",
+        "{{ ('a' * 1000000) | wordwrap(1) }}", "{{ lipsum(n=10000000) }}",
         "{{ 'x'.center(10000000000) }}", "{{ 'x' | center(10000000000) }}", "{{ 'x'.zfill(10000000000) }}",
         "{{ '%99999999999d' % 3 }}", "{{ '{:>99999999999}'.format('x') }}", "{{ messages | tojson(indent=100000000) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}{% endfor %}",

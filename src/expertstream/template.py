@@ -21,6 +21,7 @@ MOST_STEPS = 2_000_000  # turns of loops and calls of macros
 MOST_SECONDS = 20.0
 MOST_CHARACTERS = 64 << 20  # of any text that is made on the way
 MOST_VALUES = 1 << 20  # inside one that becomes text
+MOST_WRAPPED = 1 << 16  # characters that are wrapped into lines, which takes long
 _STEP, _JOIN = "_expertstream_step", "_expertstream_join"
 # Filters that look into a list without making text of it.
 _LOOKING = frozenset(
@@ -118,8 +119,12 @@ class _Bounded(ImmutableSandboxedEnvironment):
             _STEP: self._step,
             _JOIN: _joined,
         }
+        del self.globals["lipsum"]  # text of any length, and none that a chat needs
         self.filters["tojson"] = _tojson
-        checks = {"replace": _replaced, "center": _padded, "indent": _padded, "format": _formatted}
+        checks = {
+            "replace": _replaced, "center": _padded, "indent": _padded, "format": _formatted,
+            "slice": _counted, "batch": _counted, "wordwrap": _wrapped,
+        }  # fmt: skip
         for name, function in list(self.filters.items()):
             self.filters[name] = self._checked(name, function, checks.get(name))
 
@@ -193,6 +198,16 @@ def _padded(text: Any, *widths: Any) -> None:
     for width in widths:
         if isinstance(width, int):
             _small(width * (1 + str(text).count("\n")))
+
+
+def _counted(_: Any, *numbers: Any) -> None:
+    if any(isinstance(number, int) and number > MOST_VALUES for number in numbers):
+        raise SecurityError(f"the template makes a list with more than {MOST_VALUES:,} parts")
+
+
+def _wrapped(text: Any, *_: Any) -> None:
+    if len(str(text)) > MOST_WRAPPED:
+        raise SecurityError(f"the template wraps a text of more than {MOST_WRAPPED:,} characters")
 
 
 def _formatted(text: Any, *_: Any) -> None:

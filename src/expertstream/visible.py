@@ -7,13 +7,13 @@ import unicodedata
 
 __all__ = ["excerpt", "spelled_out", "visible"]
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # printable by their category, and yet nothing is seen
 _MARKS = frozenset("⟨⟩⏎")  # those that spelled_out() itself writes
 
 
 def visible(text: str) -> str:
-    """Tabs and line ends stay; every other control character is written as U+FFFD."""
+    """Tabs and line ends stay; every other control character, and half of a surrogate pair, is written as U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 

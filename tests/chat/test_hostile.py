@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from rich.console import Console
 
 from expertstream.chat import backends
 from expertstream.chat.backends import RemoteBackend, ServerError
+from expertstream.chat.sessions import Conversation, SessionStore
 from expertstream.chat.terminal import TerminalView
 from expertstream.errors import ExpertStreamError, RequestError, UsageError
-from expertstream.visible import excerpt, spelled_out
+from expertstream.visible import excerpt, spelled_out, visible
 
 MODELS = b'{"data": [{"id": "m"}]}'
 
@@ -195,3 +197,50 @@ def test_a_long_command_cannot_hide_its_end() -> None:
 def test_a_command_in_one_line_is_no_other() -> None:
     consent, shown = asked("$ echo " + " " * 41 + "$ ls\x1b[2J\r\u202e", "")
     assert not consent and "⟨U+001B⟩[2J⟨U+000D⟩⟨U+202E⟩" in shown and "\x1b[2J" not in shown and "⏎" not in shown
+
+
+def test_two_chats_on_one_session_lose_nothing(tmp_path: Path) -> None:
+    first, second = SessionStore(tmp_path), SessionStore(tmp_path)
+    begun = Conversation("talk", messages=[{"role": "user", "content": "0"}])
+    assert first.save(begun) is None and first.save(begun) is None
+    one, other = first.load("talk"), second.load("talk")
+    one.messages.append({"role": "user", "content": "one"})
+    other.messages.append({"role": "user", "content": "other"})
+    assert first.save(one) is None
+    assert second.listing() == ["talk\t2 messages\t0"]  # to list it is not to have gone on from it
+    assert second.save(other) == "talk" and other.name == "talk 2"
+    assert second.save(other) is None  # its own by now
+    assert first.save(one) is None
+    third = SessionStore(tmp_path)
+    assert third.save(Conversation("talk", messages=[{"role": "user", "content": "third"}])) == "talk"
+    said = {name: [m["content"] for m in third.load(name).messages] for name in third.names()}
+    assert said == {"talk": ["0", "one"], "talk 2": ["0", "other"], "talk 3": ["third"]}
+
+
+def test_a_rename_takes_no_other_chats_session_along(tmp_path: Path) -> None:
+    first, second = SessionStore(tmp_path), SessionStore(tmp_path)
+    first.save(Conversation("talk", messages=[{"role": "user", "content": "0"}]))
+    one, other = first.load("talk"), second.load("talk")
+    first.save(one)
+    second.rename(other, "mine")
+    assert sorted(first.names()) == ["mine", "talk"] and second.load("mine").messages == other.messages
+    first.rename(one, "ours")
+    assert sorted(first.names()) == ["mine", "ours"]
+    with pytest.raises(RequestError, match="already"):
+        first.rename(one, "mine")
+
+
+def test_half_a_surrogate_pair_is_kept_and_shown_as_none(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    store.save(Conversation("talk", messages=[{"role": "user", "content": "\ud83d x \U0001f600"}]))
+    assert store.load("talk").messages[0]["content"] == "\ud83d x \U0001f600"
+    assert visible("\ud83d\U0001f600") == "\ufffd\U0001f600"
+    assert backends._chunk(json.loads('{"choices": [{"delta": {"content": "\\ud83d x"}}]}')).content == "\ufffd x"
+
+
+def test_a_session_that_is_none(tmp_path: Path) -> None:
+    for text in ("", "[]", "[" * 100_000, '{"name": "x", "messages": 3}', '{"name": "x", "messages": [3]}', '{"a": 1}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(RequestError, match="not a session"):
+            SessionStore(tmp_path).load("bad")
+        assert SessionStore(tmp_path).listing() == ["bad\tcannot be read"]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from ..engine import LLM
 from ..errors import ExpertStreamError, RequestError, UsageError
@@ -296,6 +296,8 @@ def _part(given: Any, name: str, kind: type[T]) -> T | None:
     found = given.get(name)
     if found is not None and not isinstance(found, kind):
         raise ValueError(f"the server sent {_short(found)} as {name!r}, which is no {kind.__name__}")
+    if isinstance(found, str):  # half of a surrogate pair can be neither written nor sent
+        return cast(T, found.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return found
 
 

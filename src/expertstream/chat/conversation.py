@@ -184,7 +184,11 @@ class Chat:
             return
         self.conversation.model = self.backend.name
         try:
-            self.store.save(self.conversation)
+            taken = self.store.save(self.conversation)
+            if taken is not None:
+                self.view.note(
+                    f"another chat went on with the session {taken!r}; this one is now {self.conversation.name!r}"
+                )
         except RequestError as error:
             self.view.note(f"✗ {error}")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -54,10 +57,11 @@ class Conversation:
 
 
 class SessionStore:
-    """A folder of conversations."""
+    """A folder of conversations. Several programs may use it: what one saved, another never overwrites unseen."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._seen: dict[str, tuple[int, int]] = {}  # sessions as this store read or wrote them last
 
     def path(self, name: str) -> Path:
         """Raises RequestError for a name that is no file's."""
@@ -67,20 +71,49 @@ class SessionStore:
             )
         return self.folder / f"{name}.json"
 
-    def save(self, conversation: Conversation) -> None:
-        """Raises RequestError."""
-        path = self.path(conversation.name)
+    def save(self, conversation: Conversation) -> str | None:
+        """Returns the name that it had before, if another program went on with the session of that name: then that one stays as it is, and
+        this one has a new name. Raises RequestError."""
+        before = conversation.name
         conversation.changed = time.time()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        path = self.path(before)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary.write_text(json.dumps(asdict(conversation), ensure_ascii=False, indent=1), encoding="utf-8")
-            temporary.replace(path)
+            with self._locked():
+                for number in range(2, 1000):
+                    path = self.path(conversation.name)
+                    if (found := _signature(path)) is None or found == self._seen.get(conversation.name):
+                        break
+                    conversation.name = f"{before[:75]} {number}"
+                temporary = path.with_name(f".{path.name}.{os.getpid()}")
+                # Half of a surrogate pair becomes \udxxx, which is what JSON has for it.
+                text = json.dumps(asdict(conversation), ensure_ascii=False, indent=1)
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+                temporary.replace(path)
+                self._note(conversation.name)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
+        return before if conversation.name != before else None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _note(self, name: str) -> None:
+        if (found := _signature(self.path(name))) is not None:
+            self._seen[name] = found
 
     def load(self, name: str) -> Conversation:
         """Raises RequestError."""
+        self._note(name)  # before it is read: what is written meanwhile has not been seen
+        return self._read(name)
+
+    def _read(self, name: str) -> Conversation:
         path = self.path(name)
         try:
             found = Conversation(**json.loads(path.read_text(encoding="utf-8")))
@@ -90,7 +123,7 @@ class SessionStore:
             return found
         except FileNotFoundError:
             raise RequestError(f"there is no session {name!r}; /sessions lists them") from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RequestError(f"{path}: not a session: {error}") from None
 
     def names(self) -> list[str]:
@@ -103,7 +136,7 @@ class SessionStore:
         lines = []
         for name in self.names():
             try:
-                messages = self.load(name).messages
+                messages = self._read(name).messages
             except RequestError:
                 lines.append(f"{name}\tcannot be read")
                 continue
@@ -114,11 +147,17 @@ class SessionStore:
     def rename(self, conversation: Conversation, name: str) -> None:
         """Raises RequestError if there is one of that name already."""
         target, old = self.path(name), self.path(conversation.name)
-        if target.exists():
-            raise RequestError(f"there is a session {name!r} already")
+        try:
+            with self._locked():
+                if target.exists():
+                    raise RequestError(f"there is a session {name!r} already")
+                ours = self._seen.pop(conversation.name, None)
+                if ours is not None and _signature(old) == ours:  # otherwise it is another program's by now
+                    old.replace(target)
+                    self._note(name)
+        except OSError as error:
+            raise RequestError(f"{target}: cannot be written: {error.strerror}") from None
         conversation.name = name
-        if old.exists():
-            old.replace(target)
         self.save(conversation)
 
     def delete(self, name: str) -> None:
@@ -127,3 +166,12 @@ class SessionStore:
             self.path(name).unlink()
         except FileNotFoundError:
             raise RequestError(f"there is no session {name!r}; /sessions lists them") from None
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    """Of a file as it was written; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
