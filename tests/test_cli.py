@@ -133,6 +133,7 @@ def test_lossy_runs_say_so() -> None:
             "top_k is a whole number",
         ),  # told before a model is looked for
         (["inspect", "--", "x"], 2, "unrecognized arguments: x"),
+        (["run", "--budget", "1MiB", "x"], 2, "unrecognized arguments: --budget (see expertstream run --help)"),
         (["inspect", "x" * 300], 3, "File name too long"),
         (["convert", "/no/such/model", "x" * 300], 7, "File name too long"),
         (["convert", "/no/such/model", "/tmp/never"], 3, "/no/such/model: no such folder"),

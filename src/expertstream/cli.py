@@ -260,11 +260,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if "--" in arguments:
         at = arguments.index("--")
         arguments, rest = arguments[:at], arguments[at + 1 :]
-    options = build_parser().parse_args(arguments)
-    if rest:
-        if options.command != "run":
-            raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see expertstream --help)")
+    options, unknown = build_parser().parse_known_args(arguments)
+    if options.command == "run":
         options.arguments += rest
+    else:
+        unknown += rest
+    if unknown:
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} (see expertstream {options.command} --help)")
     return options
 
 

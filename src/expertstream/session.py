@@ -131,7 +131,7 @@ class Session:
         experts = ExpertSpans(llm.experts.stats)
         stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
         detokenizer, stops = Detokenizer(llm.tokenizer, not control_tokens), StopStrings(params.stop)
-        # What goes on from an answer is not a prompt's beginning that another text could have.
+        # Only a text from its first token on can share a prefix with others; and log-probabilities need every pass.
         prefixes = llm.prefixes if self.cache.position == 0 and scores is None else None
         if prefixes is not None:
             stats.cached_tokens = prefixes.restore(tokens, self.cache)

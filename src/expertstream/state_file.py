@@ -53,7 +53,7 @@ def write_state(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray]
 
 
 def is_state_file(path: Path) -> bool:
-    """Whether it is a regular file that begins as one of ours, whole or damaged. Raises OSError."""
+    """Whether the path is a regular file with the magic number of a state file; its contents may be damaged. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with open_regular(path) as file:

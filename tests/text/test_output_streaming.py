@@ -21,19 +21,25 @@ VALUES: list[tuple[Any, str, Any]] = [
 ]
 
 
+def fed_by_character(tools: Any, whole: str, arguments: dict[str, Any]) -> tuple[str, list[int]]:
+    """The arguments as they were streamed, and how much of them was there after each character."""
+    parser = OutputParser(tools, held=True, typed=["f"])
+    written, seen, ends = "", [], []
+    for char in whole:
+        for event in parser.feed(char):
+            written += event.json if isinstance(event, CallDelta) else ""
+            ends += [event] if isinstance(event, CallEnd) else []
+        seen.append(len(written))
+    assert ends == [CallEnd(0, "f", arguments, True)]
+    assert json.loads(written) == arguments and parser.finish() == []
+    return written, seen
+
+
 @pytest.mark.parametrize(("schema", "text", "value"), VALUES)
 def test_values_are_streamed_as_they_are_written(schema: Any, text: str, value: Any) -> None:
     tools = [{"name": "f", "parameters": {"type": "object", "properties": {"v": schema, "w": {"type": "string"}}}}]
     whole = f"<tool_call>\n<function=f>\n<parameter=v>\n{text}\n</parameter>\n<parameter=w>\nx\n</parameter>\n</function>\n</tool_call>"
-    parser = OutputParser(tools, held=True, typed=["f"])
-    written, seen = "", []
-    for char in whole:
-        for event in parser.feed(char):
-            written += event.json if isinstance(event, CallDelta) else ""
-            if isinstance(event, CallEnd):
-                assert event.complete and event.arguments == {"v": value, "w": "x"}
-        seen.append(len(written))
-    assert json.loads(written) == {"v": value, "w": "x"} and parser.finish() == []
+    written, seen = fed_by_character(tools, whole, {"v": value, "w": "x"})
     if text[0] != '"' and text != "null":  # before the value is whole
         assert seen[whole.index(text) + len(text) - 1] > len('{"v": ')
     for at in range(whole.index(text) + 1, len(whole)):  # cut: never more than was written
@@ -77,15 +83,7 @@ def test_values_of_calls_in_json_are_streamed_too(value: Any) -> None:
     tools = [{"name": "f", "parameters": {"type": "object", "properties": {"v": {}, "w": {"type": "string"}}}}]
     arguments = {"v": value, "w": "x"}
     whole = f'<tool_call>\n{{"name": "f", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
-    parser = OutputParser(tools, held=True, typed=["f"])
-    written, seen = "", []
-    for char in whole:
-        for event in parser.feed(char):
-            written += event.json if isinstance(event, CallDelta) else ""
-            if isinstance(event, CallEnd):
-                assert event == CallEnd(0, "f", arguments, True)
-        seen.append(len(written))
-    assert json.loads(written) == arguments and parser.finish() == []
+    written, seen = fed_by_character(tools, whole, arguments)
     if isinstance(value, list | dict) and value:
         text = json.dumps(value)
         assert seen[whole.index(text) + len(text) // 2] > len('{"v": ')

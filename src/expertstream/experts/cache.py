@@ -207,9 +207,9 @@ class ExpertCache:
         self.store.close()
 
     def _recover(self) -> None:
-        """After an exception at any point of a fetch or of resize(), an interrupt too. What is known to be resident stays, as far as
-        its layer's share goes; all else is made anew from it. An expert is listed as resident only once its bytes are there and
-        checked, and no longer once its slot is given away; so that list is right wherever the exception fell."""
+        """After an exception at any point of a fetch or of resize(), an interrupt too. Experts that are listed as
+        resident stay, up to their layer's share; every other structure is rebuilt from that list. An expert is added to it only after
+        its bytes are read and checked, and removed before its slot is reused, so the list is right wherever the exception fell."""
         self.drain()
         self.quotas = self._shares(self.cached)
         for layer, quota in zip(self._resident, self.quotas, strict=True):

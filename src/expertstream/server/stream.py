@@ -49,7 +49,7 @@ class Dialect:
 def event_stream(
     request: Request, jobs: Sequence[Job], answers: Sequence[Any], dialect: Dialect, done: Done
 ) -> StreamingResponse:
-    """done: is told of each answer when it has ended."""
+    """Server-sent events of all answers; `done` is called with each answer when it has ended."""
 
     async def lines() -> AsyncIterator[str]:
         yield dialect.lines(dialect.begin())

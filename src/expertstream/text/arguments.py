@@ -12,7 +12,7 @@ from math import copysign, isfinite
 from sys import float_info
 from typing import Any
 
-from .instances import MAX_REFERENCES, kind_of, matches, resolve
+from .instances import MAX_REFERENCES, UNDECIDED, kind_of, matches, resolve
 from .pattern import compiled
 
 __all__ = ["ArgumentSchemas", "complete_json", "parse_json", "typed_argument"]
@@ -64,7 +64,7 @@ class ArgumentSchemas:
         """The types that one argument may have; none where that is not known."""
         try:
             return set(_allowed(self.of_one(name), self.root, 0).kinds)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError, NotImplementedError):
+        except UNDECIDED:
             return set()
 
     def typed(self, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def typed_argument(text: str, schema: Any, root: Any = None) -> Any:
         return text
     try:
         return _typed(text, schema, schema if root is None else root)
-    except (ValueError, RecursionError, MemoryError, LookupError, NotImplementedError):
+    except UNDECIDED:
         return text
 
 
@@ -131,7 +131,7 @@ def _fits(value: Any, schema: Any, root: Any) -> bool | None:
     """None where it is not known."""
     try:
         return matches(value, schema, root)
-    except (ValueError, RecursionError, LookupError, NotImplementedError, TypeError, AttributeError, OverflowError):
+    except UNDECIDED:
         return None
 
 

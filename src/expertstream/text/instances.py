@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from .pattern import compiled
 
-__all__ = ["MAX_REFERENCES", "canonical", "kind_of", "matches", "resolve", "with_short_numbers"]
+__all__ = ["MAX_REFERENCES", "UNDECIDED", "canonical", "kind_of", "matches", "resolve", "with_short_numbers"]
 
 MAX_REFERENCES = 64  # one within the other, for one value
 
@@ -35,6 +35,12 @@ def with_short_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: with_short_numbers(part) for key, part in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# What resolve() and matches() raise where a schema is broken, or a value cannot be decided.
+UNDECIDED = (
+    ValueError, TypeError, AttributeError, LookupError, RecursionError, MemoryError, OverflowError, NotImplementedError,
+)  # fmt: skip
 
 
 def resolve(reference: str, root: Any) -> Any:
