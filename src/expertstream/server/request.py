@@ -86,7 +86,7 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
         if name not in names:
             raise RequestError(f"tool_choice names {name!r}, which is not among the tools")
     if request.choice == "required" and not names:
-        raise RequestError("tool_choice is required, but there are no functions among the tools")
+        raise RequestError("tool_choice is required, but there are no tools")
     offered = functions if request.choice != "none" else []
     tools = [{"type": "function", "function": {k: v for k, v in f.items() if k != "strict"}} for f in offered]
     prompt, warnings = _render(llm, request, tools, options)

@@ -102,6 +102,8 @@ class ResponsesRequest(Sampling):
             sampling["logprobs"] = self.top_logprobs or 0
         functions, warnings = functions_of(self.tools)
         choice, named = choose_tools(self.tool_choice)
+        if not functions and choice == "required":
+            raise RequestError("tool_choice is required, but there are no functions among the tools")
         template, budget = read_thinking((self.reasoning,), variables=self.chat_template_kwargs)
         return GenerationRequest(
             messages=self._messages(),
