@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertstream import LLM, RequestError
+from expertstream import LLM, ReadError, RequestError
 from expertstream.generate import Forward
 from expertstream.kv_cache import KVCache, attention_state
 from expertstream.ops import F32, I64
@@ -265,6 +267,115 @@ def test_a_damaged_file_is_warned_of_and_never_used(
     assert "is left out" in caplog.text
 
 
+def rewritten(file: Path, header: Any, arrays: bytes | None = None) -> None:
+    """The file with another header, and checksums that are right: its writer is not to be trusted."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[8:12], "little")
+    text = header(json.loads(data[12 : 12 + length])) if callable(header) else header
+    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    rest = data[20 + length :] if arrays is None else arrays
+    file.write_bytes(data[:8] + len(text).to_bytes(4, "little") + text + xxhash.xxh3_64_digest(text) + rest)
+
+
+def _array(**changes: Any) -> Any:
+    return lambda header: {**header, "arrays": [*header["arrays"][:-1], {**header["arrays"][-1], **changes}]}
+
+
+HEADERS: dict[str, Any] = {
+    "no JSON": b"{" * 100,
+    "deep": b"[" * 100_000,
+    "not UTF-8": b'"\xff\xfe"',
+    "a list": [],
+    "null": None,
+    "no arrays": {"position": 64, "parent": ""},
+    "arrays of numbers": {"position": 64, "parent": "", "arrays": [1, 2]},
+    "an empty list": {"position": 64, "parent": "", "arrays": []},
+    "arrays are a dict": {"position": 64, "parent": "", "arrays": {"0": {}}},
+    "objects": _array(dtype="object"),
+    "dtype is a list": _array(dtype=["float32"]),
+    "negative": _array(shape=[-1, -448]),
+    "huge": _array(shape=[1 << 62]),
+    "many dimensions": _array(shape=[1] * 100_000),
+    "shape is a text": _array(shape="448"),
+    "shape of floats": _array(shape=[448.0]),
+    "shape of true": _array(shape=[448, True]),
+    "no checksum": _array(xxh3=None),
+    "position is a text": lambda header: {**header, "position": "448"},
+    "position is huge": lambda header: {**header, "position": 1 << 70},
+    "position is nan": lambda header: {**header, "position": float("nan")},
+    "parent is a list": lambda header: {**header, "parent": ["x"]},
+    "no parent": lambda header: {k: v for k, v in header.items() if k != "parent"},
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_hostile_header_with_the_right_checksum_is_warned_of(
+    llm: LLM, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = prompt_of(500)
+    llm.keep_prefixes(tmp_path, 1 << 30)
+    logits_of(llm, tokens)
+    assert llm.prefixes is not None
+    llm.prefixes.flush()
+    (file,) = tmp_path.rglob("*.state")
+    rewritten(file, HEADERS[kind])
+    with caplog.at_level(logging.WARNING, "expertstream"):
+        llm.keep_prefixes(tmp_path, 1 << 30)
+        assert logits_of(llm, tokens)[1] == 0
+    assert "is left out" in caplog.text
+
+
+def test_sparse_arrays_take_no_memory(llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file of a few blocks that says it is a terabyte, and is."""
+    llm.keep_prefixes(tmp_path, 1 << 30)
+    logits_of(llm, prompt_of(500))
+    assert llm.prefixes is not None
+    llm.prefixes.flush()
+    (file,) = tmp_path.rglob("*.state")
+    count = 1 << 37
+    entry = {"dtype": "int64", "shape": [count], "xxh3": "0" * 16}
+    rewritten(file, lambda header: {**header, "arrays": [entry]}, b"")
+    os.truncate(file, file.stat().st_size + 8 * count)
+    with caplog.at_level(logging.WARNING, "expertstream"):
+        llm.keep_prefixes(tmp_path, 1 << 30)
+    assert f"{count} tokens" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["keys", "states"])
+def test_what_gives_no_numbers_is_forgotten_and_the_prompt_read_again(
+    llm: LLM, tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = prompt_of(500)
+    expected = without(llm, tokens)
+    llm.keep_prefixes(tmp_path, 1 << 30)
+    logits_of(llm, tokens)
+    assert llm.prefixes is not None
+    llm.prefixes.flush()
+    (path,) = tmp_path.rglob("*.state")
+    file = StateFile.open(path)
+    entries = [(e["dtype"], tuple(e["shape"])) for e in file.header["arrays"]]
+    arrays = file.read(0, len(entries), entries)
+    at = next(i for i, (dtype, _) in enumerate(entries) if dtype == {"keys": "uint16", "states": "float32"}[where])
+    arrays[at].reshape(-1)[:] = 0x7FC0 if where == "keys" else np.nan
+    write_state(path, {k: v for k, v in file.header.items() if k != "arrays"}, arrays)
+    with caplog.at_level(logging.WARNING, "expertstream"):
+        llm.keep_prefixes(tmp_path, 1 << 30)
+        found, cached = logits_of(llm, tokens)
+    assert cached == 0 and same(found[-3:], expected) and "a kept prefix is" in caplog.text
+    found, cached = logits_of(llm, tokens)
+    assert cached == 448 and same(found, expected)
+
+
+def test_no_numbers_from_a_prompt_that_was_read_whole_are_not_kept(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = prompt_of(500)
+    generation = llm.session().steps(tokens, llm.sampling_params(max_tokens=1))
+    step = next(generation)
+    assert isinstance(step, Forward)
+    with pytest.raises(ReadError, match="not numbers"):
+        generation.send(step.run(llm.model) * np.float32(np.nan))
+    assert logits_of(llm, tokens)[1] == 0
+
+
 def test_the_disk_budget_holds(pack_folder: Path, tmp_path: Path) -> None:
     with LLM(pack_folder, context_length=1024, prefix_cache_bytes=SMALL_BUDGET) as llm:
         llm.keep_prefixes(tmp_path, 400_000)
@@ -291,9 +402,17 @@ def test_a_session_goes_on_where_it_was_saved(pack_folder: Path, tmp_path: Path)
         llm.session().load(file)
     with LLM(pack_folder, context_length=64) as llm, pytest.raises(RequestError, match="does not fit"):
         llm.session().load(file)
-    file.write_bytes(file.read_bytes()[:-1])
     with LLM(pack_folder, context_length=512) as llm:
-        session = llm.session()
+        session, whole = llm.session(), file.read_bytes()
+        for change in (
+            {"unread": "12"}, {"unread": [True]}, {"unread": [1 << 40]}, {"position": -1}, {"position": "9"}, {"of": None}, {"arrays": []},
+        ):  # fmt: skip
+            rewritten(file, lambda header, change=change: {**header, **change})
+            with pytest.raises(RequestError, match="cannot be used"):
+                session.load(file)
+            assert session.cache.position == 0
+            file.write_bytes(whole)
+        file.write_bytes(whole[:-1])
         with pytest.raises(RequestError, match="cut short"):
             session.load(file)
         assert session.cache.position == 0

@@ -18,9 +18,13 @@ from .kv_cache import KVCache
 from .ops import F32, I64
 from .sampling import Choice, Sampler
 
-__all__ = ["Forward", "Step", "drive", "prefill", "stream_generate"]
+__all__ = ["Forward", "NotFiniteError", "Step", "drive", "prefill", "stream_generate"]
 
 Result = TypeVar("Result")
+
+
+class NotFiniteError(ReadError):
+    """Logits with NaN or infinity among them."""
 
 
 class CausalModel(Protocol):
@@ -110,7 +114,7 @@ def stream_generate(
     logits = yield from prefill_steps(cache, tokens, chunk, progress)
     for count in range(1, sampler.params.max_tokens + 1):
         if not np.isfinite(logits).all():
-            raise ReadError(
+            raise NotFiniteError(
                 f"the model gave logits that are not numbers at position {cache.position}; the checkpoint may be damaged"
             )
         choice = sampler(logits)

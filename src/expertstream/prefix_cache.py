@@ -29,6 +29,7 @@ from .state_file import StateFile, StateFileError, is_state_file, write_state
 __all__ = ["GRAIN", "PrefixCache", "snapshot_positions"]
 
 GRAIN = 64  # tokens; a prompt's chunks
+MOST_TOKENS = 1 << 22  # of one file
 # What this cache writes; nothing else in its directory is ever deleted.
 _FOLDER, _FILE = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{40}\.state")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.state\.\d+")
@@ -53,6 +54,7 @@ class Node:
     whole: bool = True
     file: StateFile | None = None
     used: float = 0.0
+    forgotten: bool = False  # not to be used, nor written any more
     children: dict[str, Node] = field(default_factory=dict)
 
     @property
@@ -173,6 +175,13 @@ class PrefixCache:
             for child, arrays in fresh:
                 self._jobs.put((child, arrays))
 
+    def forget(self, tokens: I64) -> None:
+        """Drops all that is kept of prompts that begin like tokens, and their files."""
+        with self._lock:
+            for child in list(self._root.children.values()):
+                if np.array_equal(tokens[: child.position], child.tokens):
+                    self._forget(child)
+
     def flush(self) -> None:
         """Waits until everything that is to be on disk is."""
         if self._writer is not None:
@@ -282,7 +291,7 @@ class PrefixCache:
         """A node that cannot be read, and all that goes on from it."""
         for n in [*_below(node), node]:
             self.memory_bytes -= n.memory_bytes
-            n.arrays = None
+            n.arrays, n.forgotten = None, True
             if n.file is not None:
                 self.disk_bytes -= n.file.size
                 n.file.path.unlink(missing_ok=True)
@@ -309,13 +318,13 @@ class PrefixCache:
             return parent is self._root or parent.file is not None
 
         with self._lock:
-            if not leads_there() or sum(a.nbytes for a in arrays) > self.disk_limit:
+            if node.forgotten or not leads_there() or sum(a.nbytes for a in arrays) > self.disk_limit:
                 return
         path = self._directory / f"{node.key}.state"
         write_state(path, {"parent": parent.key, "position": node.position}, [*arrays, node.tokens])
         file = StateFile.open(path)
         with self._lock:
-            if not leads_there():
+            if node.forgotten or not leads_there():
                 path.unlink(missing_ok=True)
                 return
             holder = parent.children.setdefault(node.key, node)  # it may have left memory meanwhile
@@ -353,13 +362,15 @@ class PrefixCache:
                 continue
             try:
                 file = StateFile.open(path)
-                entry = file.header["arrays"][-1]
                 last = len(file.header["arrays"]) - 1
-                (tokens,) = file.read(last, last + 1, [("int64", tuple(entry["shape"]))])
-                parent = str(file.header["parent"])
-                if _key(parent, tokens) != path.stem or int(file.header["position"]) % GRAIN:
+                (count,) = file.header["arrays"][last]["shape"]
+                if not 0 < count <= MOST_TOKENS:
+                    raise StateFileError(f"{path}: {count} tokens")
+                (tokens,) = file.read(last, last + 1, [("int64", (count,))])
+                parent = str(file.header.get("parent"))
+                if _key(parent, tokens) != path.stem or file.integer("position") % GRAIN:
                     raise StateFileError(f"{path}: named for other tokens than it holds")
-            except (StateFileError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+            except (StateFileError, OSError, IndexError, ValueError) as error:
                 _log.warning("a kept prefix is left out: %s", error if str(path) in str(error) else f"{path}: {error}")
                 continue
             found[path.stem] = (file, tokens, parent)
@@ -371,7 +382,7 @@ class PrefixCache:
             node = ready.pop()
             for key in by_parent.pop(node.key, []):
                 file, tokens, _ = found.pop(key)
-                if int(file.header["position"]) != node.position + tokens.shape[0]:
+                if file.integer("position") != node.position + tokens.shape[0]:
                     _log.warning("a kept prefix is left out: %s: at another position than it says", file.path)
                     continue
                 position = node.position + tokens.shape[0]

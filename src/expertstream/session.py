@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
-from .generate import Forward, Step, drive, stream_generate
+from .generate import Forward, NotFiniteError, Step, drive, stream_generate
 from .kv_cache import AttentionState, DeltaState
 from .ops import F32, I64
 from .prefix_cache import GRAIN, PrefixCache, snapshot_positions
@@ -88,10 +88,10 @@ class Session:
         self.reset()
         try:
             file = StateFile.open(path)
-            if file.header["of"] != self.llm.state_fingerprint():
+            if file.header.get("of") != self.llm.state_fingerprint():
                 raise StateFileError(f"{path}: of another model, or computed in another way")
-            position = int(file.header["position"])
-            if not 0 <= position < self.cache.capacity:
+            position = file.integer("position")
+            if position >= self.cache.capacity:
                 raise StateFileError(f"{path}: a text of {position} tokens does not fit this context")
             at = 0
             for layer in self.cache.layers:
@@ -104,12 +104,13 @@ class Session:
                     layer.put(0, found)
                 else:
                     layer.put(found)
-            unread = [int(t) for t in file.header["unread"]]
-            if not all(0 <= t < self.llm.model_config.vocab_size for t in unread):
+            unread = file.header.get("unread")
+            known = range(self.llm.model_config.vocab_size)
+            if not isinstance(unread, list) or not all(type(t) is int and t in known for t in unread):
                 raise StateFileError(f"{path}: tokens that the model does not know")
             self._unread = unread
             self.cache.position = position
-        except (StateFileError, OSError, KeyError, TypeError, ValueError) as error:
+        except (StateFileError, OSError, IndexError, ValueError) as error:
             self.reset()
             raise RequestError(f"the session's state cannot be used: {error}") from None
 
@@ -142,16 +143,34 @@ class Session:
             self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
         )
         answer: F32 | None = None
+        begun: tuple[int, list[list[F32]]] | None = None
         try:
             while True:
                 try:
                     step = steps.send(answer)
                 except StopIteration:
                     return
+                except NotFiniteError as error:
+                    if prefixes is None or stats.generated_tokens:
+                        raise
+                    prefixes.forget(tokens)
+                    if not stats.cached_tokens:
+                        raise
+                    # What was kept may be damaged where no checksum can tell: the whole prompt is read again, once.
+                    _log.warning("a kept prefix is forgotten: %s", error)
+                    keep = self.cache.keep
+                    self.cache.reset()
+                    self.cache.keep = keep
+                    stats.cached_tokens, answer, begun = 0, None, None
+                    steps = stream_generate(
+                        self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+                    )
+                    continue
                 if isinstance(step, Forward):
                     if not step.prompt:
                         self.cache.each_logits = None
-                    begun = self._states() if step.prompt and prefixes is not None else None
+                    if step.prompt and prefixes is not None and (begun is None or begun[0] != self.cache.position):
+                        begun = self._states()
                     try:
                         answer = yield step
                         self._unread = []
@@ -160,6 +179,7 @@ class Session:
                             self._keep_abandoned(prefixes, tokens, begun)
                         raise
                     if step.prompt and prefixes is not None:
+                        begun = self._snapshot()
                         try:
                             prefixes.insert(tokens, self.cache)
                         except Exception:  # out of memory, perhaps: the answer does not depend on it
@@ -198,9 +218,18 @@ class Session:
     def _states(self) -> tuple[int, list[list[F32]]] | None:
         """Copies of the states that a pass over a part of the prompt changes and that cannot be rewound, and after how many tokens they
         are; None where a prompt cannot be resumed."""
-        if not self.cache.position or self.cache.position % GRAIN:
+        position = self.cache.position
+        if not position or position % GRAIN:
             return None
-        return self.cache.position, [layer.copies() for layer in self.cache.layers if isinstance(layer, DeltaState)]
+        return position, [layer.copies() for layer in self.cache.layers if isinstance(layer, DeltaState)]
+
+    def _snapshot(self) -> tuple[int, list[list[F32]]] | None:
+        """What _states() gives, where the pass that has just ended kept it already; nothing is copied."""
+        position = self.cache.position
+        layers = [layer for layer in self.cache.layers if isinstance(layer, DeltaState)]
+        if not all(position in layer.kept for layer in layers):
+            return None
+        return position, [layer.kept[position] for layer in layers]
 
     def _keep_abandoned(self, prefixes: PrefixCache, tokens: I64, begun: tuple[int, list[list[F32]]] | None) -> None:
         """Keeps what was computed of a prompt that is cancelled, without the pass that was under way: begun is from before it."""

@@ -25,6 +25,7 @@ __all__ = ["StateFile", "StateFileError", "is_state_file", "write_state"]
 _MAGIC = b"ESSTATE1"
 _DTYPES = ("float32", "uint16", "int64", "uint8", "int8")
 _MOST_HEADER = 16 << 20
+_MOST_DIMENSIONS = 8
 
 
 class StateFileError(Exception):
@@ -80,36 +81,62 @@ class StateFile:
             size = os.fstat(file.fileno()).st_size
         if xxhash.xxh3_64_digest(text) != digest:
             raise StateFileError(f"{path}: damaged header")
-        header = json.loads(text)  # ours, as the checksum says
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):  # a checksum says that it is whole, not who wrote it
+            raise StateFileError(f"{path}: the header is not JSON") from None
+        if not isinstance(header, dict) or not isinstance(header.get("arrays"), list):
+            raise StateFileError(f"{path}: the header lists no arrays")
+        for entry in header["arrays"]:
+            _check_entry(path, entry, size)
         found = cls(path, header, 20 + length)
-        if size != found.begin + sum(map(_bytes, header["arrays"])):
+        if size != found.size:
             raise StateFileError(f"{path}: cut short or longer than it says")
         return found
+
+    def integer(self, name: str) -> int:
+        """A count of the header, at least 0. Raises StateFileError."""
+        value = self.header.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
+            raise StateFileError(f"{self.path}: the header's {name!r} is not a count")
+        return value
 
     @property
     def size(self) -> int:
         return self.begin + sum(map(_bytes, self.header["arrays"]))
 
     def read(self, first: int, last: int, expected: Sequence[tuple[str, tuple[int, ...]]]) -> list[np.ndarray]:
-        """Arrays [first, last), whose dtypes and shapes must be those expected. Raises StateFileError, OSError."""
+        """Arrays [first, last), whose dtypes and shapes must be those expected. Raises StateFileError, OSError; StateFileError too for
+        floats that are not finite."""
         entries = self.header["arrays"]
         if [(e["dtype"], tuple(e["shape"])) for e in entries[first:last]] != list(expected):
             raise StateFileError(f"{self.path}: other shapes than this model's")
         arrays = []
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self.begin + sum(map(_bytes, entries[:first])))
             for entry in entries[first:last]:
                 array = np.empty(entry["shape"], entry["dtype"])
                 data = _raw(array)
                 if file.readinto(data) != data.size or xxhash.xxh3_64_hexdigest(data) != entry["xxh3"]:
                     raise StateFileError(f"{self.path}: damaged")
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise StateFileError(f"{self.path}: values that are not finite")
                 arrays.append(array)
         return arrays
 
 
+def _check_entry(path: Path, entry: Any, size: int) -> None:
+    """Raises StateFileError for an array that a file of that size cannot hold, before anything is allocated for it."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES or not isinstance(entry.get("xxh3"), str):
+        raise StateFileError(f"{path}: the header lists an array of no known kind")
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        raise StateFileError(f"{path}: the header lists an array without a shape")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= size for n in shape) or _bytes(entry) > size:
+        raise StateFileError(f"{path}: the header lists an array that is larger than the file")
+
+
 def _bytes(entry: dict[str, Any]) -> int:
-    if entry["dtype"] not in _DTYPES:
-        raise StateFileError(f"an array of {entry['dtype']}")
     items: int = math.prod(entry["shape"])
     width: int = np.dtype(entry["dtype"]).itemsize
     return items * width

@@ -1,220 +1,163 @@
-"""Chat templates are programs that came with somebody's model. They run in Jinja's sandbox, and within bounds: of steps, of time, and of
-the size of what they make, so that none can hang or fill the memory."""
+"""Chat templates are programs that came with somebody's model. They run in a process of their own, which has limits on memory and time:
+whatever a template does, it can fail alone.
+
+A process is started when the first template is rendered, kept for the next ones, and replaced when it was ended.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
-import re
-import time
-from collections.abc import Callable
-from datetime import datetime
-from typing import Any
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, BinaryIO
 
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from .errors import BudgetError, RequestError
 
-__all__ = ["render_template"]
+__all__ = ["CPU_SECONDS", "close_processes", "encode", "read_message", "render_template"]
 
-MOST_STEPS = 2_000_000  # turns of loops and calls of macros
-MOST_SECONDS = 20.0
-MOST_CHARACTERS = 64 << 20  # of any text that is made on the way
-MOST_VALUES = 1 << 20  # inside one that becomes text
-MOST_WRAPPED = 1 << 16  # characters that are wrapped into lines, which takes long
-_STEP, _JOIN = "_expertstream_step", "_expertstream_join"
-# Filters that look into a list without making text of it.
-_LOOKING = frozenset(
-    ("length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr", "sort", "unique", "reverse",
-     "items", "batch", "slice", "groupby", "sum", "min", "max", "random", "default", "d", "attr", "dictsort")
-)  # fmt: skip
-_WIDE = re.compile(r"\d{7}")  # a width in a format
+CPU_SECONDS = 10  # of one rendering; then the kernel ends the process
+WALL_SECONDS = 60.0  # of one rendering, on a machine that is busy with other things
+KEPT_PROCESSES = 2
+_LONGEST_MESSAGE = 1 << 30
+_LONGEST_REASON = 1000  # characters of what a template says when it fails
+_START = "import sys; sys.path[:] = sys.argv[1:]; from expertstream.template_worker import serve; serve()"
 
 
 def render_template(source: str, values: dict[str, Any]) -> str:
-    """Raises TemplateError, or whatever else a program may fail with."""
-    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_shallow)
-    tree = environment.parse(source)
-    step = nodes.ExprStmt(nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None))
-    for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        node.body.insert(0, step)  # type: ignore[attr-defined]
-    for parent in list(tree.find_all(nodes.Node)):
-        _join_checked(parent)
-    tree.set_environment(environment)
-    tree.set_lineno(1)
-    template = environment.template_class.from_code(environment, environment.compile(tree), {}, None)
-    pieces, size = [], 0
-    for piece in template.root_render_func(template.new_context({**environment.globals, **values})):
-        size = _small(size + len(piece))
-        pieces.append(piece)
-    return "".join(pieces)
+    """The text that a template makes of values, which are JSON. Raises RequestError with what the template says, or with the limit that
+    it exceeded; BudgetError where no process can be started."""
+    try:
+        request = encode({"source": source, "values": values, "seconds": CPU_SECONDS})
+    except (TypeError, ValueError, RecursionError):
+        raise RequestError("the chat template's variables must be JSON values") from None
+    process = _taken()
+    try:
+        answer, last = _exchange(process, request)
+    except BaseException:  # also Ctrl-C: what the process would say next is not what the next one asks
+        _end(process)
+        raise
+    if answer is None:
+        answer = {"error": _end(process)}
+    elif last:
+        _end(process)
+    else:
+        _give_back(process)
+    if "error" in answer:
+        raise RequestError(f"the chat template failed: {str(answer['error'])[:_LONGEST_REASON]}")
+    return str(answer["text"])
 
 
-def _join_checked(parent: nodes.Node) -> None:
-    """`a ~ b` becomes a call that looks at the sizes."""
-    for name in parent.fields:
-        value = getattr(parent, name)
-        if isinstance(value, nodes.Concat):
-            setattr(parent, name, nodes.Call(nodes.Name(_JOIN, "load"), value.nodes, [], None, None))
-        elif isinstance(value, list):
-            value[:] = [
-                nodes.Call(nodes.Name(_JOIN, "load"), v.nodes, [], None, None) if isinstance(v, nodes.Concat) else v
-                for v in value
-            ]
+def encode(message: dict[str, Any]) -> bytes:
+    """A message to or from the process: the length of what follows, 8 bytes little-endian, and JSON. Raises TypeError, ValueError,
+    RecursionError."""
+    data = json.dumps(message).encode()
+    return len(data).to_bytes(8, "little") + data
 
 
-def _small(size: int) -> int:
-    if size > MOST_CHARACTERS:
-        raise SecurityError(f"the template makes more than {MOST_CHARACTERS >> 20} MiB")
-    return size
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    """None if the stream ends, or what it has is no message."""
+    head = stream.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > _LONGEST_MESSAGE:
+        return None
+    data = stream.read(length)
+    try:
+        found = json.loads(data) if len(data) == length else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
+def _exchange(process: subprocess.Popen[bytes], request: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """The answer, None if there is none, and whether the process ends with it."""
+    assert process.stdin is not None and process.stdout is not None
+    # A timer rather than a time limit on each read and write: it also ends a process that does not read.
+    timer = threading.Timer(WALL_SECONDS, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended; how, is told by _end()
+            process.stdin.write(request)
+            process.stdin.flush()
+        answer = read_message(process.stdout)
+        more = read_message(process.stdout) if answer is not None else None
+    finally:
+        timer.cancel()
+    return answer, more is None or bool(more.get("last"))
 
 
-def _shallow(value: Any) -> Any:
-    """The value, if it has no more inside than becomes a text of some size: lists can hold one another, and be few and yet many."""
-    if isinstance(value, list | tuple | dict):
-        open_, count, size = [value], 0, 0
-        while open_:
-            for part in (p for v in (open_.pop(),) for p in ([*v.keys(), *v.values()] if isinstance(v, dict) else v)):
-                count += 1
-                size += len(part) if isinstance(part, str) else 4
-                if isinstance(part, list | tuple | dict):
-                    open_.append(part)
-            if count > MOST_VALUES:
-                raise SecurityError(f"the template writes a value with more than {MOST_VALUES:,} parts")
-            _small(size)
-    return value
+_lock = threading.Lock()
+_idle: list[subprocess.Popen[bytes]] = []
+_owner = 0  # the process whose children those are: a fork must not talk to them
 
 
-def _joined(*parts: Any) -> str:
-    texts = [str(_shallow(part)) for part in parts]
-    _small(sum(map(len, texts)))
-    return "".join(texts)
+def _taken() -> subprocess.Popen[bytes]:
+    global _owner
+    with _lock:
+        if _owner != os.getpid():
+            for process in _idle:
+                process.returncode = 0  # another's child: neither waited for nor warned of
+            _idle.clear()
+            _owner = os.getpid()
+        while _idle:
+            process = _idle.pop()
+            if process.poll() is None:
+                return process
+            _end(process)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the command that waits for the template
+        )
+    except OSError as error:
+        raise BudgetError(f"the process for the chat template cannot be started: {error.strerror}") from None
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+def _give_back(process: subprocess.Popen[bytes]) -> None:
+    with _lock:
+        if _owner == os.getpid() and len(_idle) < KEPT_PROCESSES:
+            _idle.append(process)
+            return
+    _end(process)
 
 
-def _tojson(value: Any, **options: Any) -> str:
-    options.pop("ensure_ascii", None)
-    indent = options.get("indent")
-    if indent is not None and _size(indent) + (indent if isinstance(indent, int) else 0) > 100:
-        raise SecurityError("an indent of more than 100")
-    return json.dumps(_shallow(value), ensure_ascii=False, **options)
+def _end(process: subprocess.Popen[bytes]) -> str:
+    """Ends a process, and says how it had ended before that."""
+    for stream in (process.stdout, process.stdin):
+        with contextlib.suppress(OSError):
+            stream.close()  # type: ignore[union-attr]
+    if process.poll() is None and not _ends_soon(process):
+        process.kill()
+    code = process.wait()
+    if code == -signal.SIGXCPU:
+        return f"the template takes more than {CPU_SECONDS} seconds of the processor"
+    if code == -signal.SIGKILL:
+        return f"its process was ended: it needs too much memory, or more than {WALL_SECONDS:g} seconds"
+    return f"its process ended unexpectedly (exit code {code})"
 
 
-class _Bounded(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "**", "+", "%"])
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._steps, self._end = 0, time.monotonic() + MOST_SECONDS
-        self.globals |= {
-            "raise_exception": _refuse,
-            "strftime_now": lambda form: datetime.now().strftime(_narrow(form)),
-            _STEP: self._step,
-            _JOIN: _joined,
-        }
-        del self.globals["lipsum"]  # text of any length, and none that a chat needs
-        self.filters["tojson"] = _tojson
-        checks = {
-            "replace": _replaced, "center": _padded, "indent": _padded, "format": _formatted,
-            "slice": _counted, "batch": _counted, "wordwrap": _wrapped,
-        }  # fmt: skip
-        for name, function in list(self.filters.items()):
-            self.filters[name] = self._checked(name, function, checks.get(name))
-
-    def _step(self) -> None:
-        self._steps += 1
-        if self._steps > MOST_STEPS:
-            raise SecurityError(f"the template takes more than {MOST_STEPS:,} steps")
-        if time.monotonic() > self._end:
-            raise SecurityError(f"the template takes longer than {MOST_SECONDS:g} seconds")
-
-    def _checked(
-        self, name: str, function: Callable[..., Any], before: Callable[..., Any] | None
-    ) -> Callable[..., Any]:
-        """A filter that counts as a step, and looks at its arguments first and at the size of what it made."""
-        takes_context = hasattr(function, "jinja_pass_arg")
-
-        def filtered(*args: Any, **kwargs: Any) -> Any:
-            self._step()
-            given = args[1:] if takes_context else args
-            if given and name not in _LOOKING:
-                _shallow(given[0])
-            if before is not None:
-                before(*given, *kwargs.values())
-            result = function(*args, **kwargs)
-            _small(_size(result))
-            return result
-
-        if takes_context:
-            filtered.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
-        return filtered
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for text, times in ((left, right), (right, left)):
-                if isinstance(text, str | bytes | list | tuple) and isinstance(times, int):
-                    _small(len(text) * times)
-        elif operator == "+":
-            _small(_size(left) + _size(right))
-        elif operator == "%" and isinstance(left, str):
-            _narrow(left)
-            _shallow(right)
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _small(left.bit_length() * max(right, 0))
-        if isinstance(left, int) and isinstance(right, int):
-            _small(left.bit_length() + right.bit_length())
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        self._step()
-        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if isinstance(text, str | bytes):
-            if name == "replace":
-                _replaced(text, *args)
-            elif name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-                _padded(text, *args)
-            elif name in ("format", "format_map"):
-                _formatted(text, *args)
-                _shallow([*args, *kwargs.values()])
-            elif name in ("join", "translate"):
-                parts = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
-                _small(sum(map(_size, parts)) * (1 + len(text)))
-        return super().call(context, obj, *args, **kwargs)
+def _ends_soon(process: subprocess.Popen[bytes]) -> bool:
+    """A process whose input has ended, ends; one in the middle of a template does not."""
+    try:
+        process.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
-def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> None:
-    text, old, new = str(text), str(old), str(new)
-    _small(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
+def close_processes() -> None:
+    """Ends the processes that wait for templates."""
+    with _lock:
+        while _idle and _owner == os.getpid():
+            _end(_idle.pop())
 
 
-def _padded(text: Any, *widths: Any) -> None:
-    for width in widths:
-        if isinstance(width, int):
-            _small(width * (1 + str(text).count("\n")))
-
-
-def _counted(_: Any, *numbers: Any) -> None:
-    if any(isinstance(number, int) and number > MOST_VALUES for number in numbers):
-        raise SecurityError(f"the template makes a list with more than {MOST_VALUES:,} parts")
-
-
-def _wrapped(text: Any, *_: Any) -> None:
-    if len(str(text)) > MOST_WRAPPED:
-        raise SecurityError(f"the template wraps a text of more than {MOST_WRAPPED:,} characters")
-
-
-def _formatted(text: Any, *_: Any) -> None:
-    _narrow(str(text))
-
-
-def _narrow(form: str) -> str:
-    if _WIDE.search(form):
-        raise SecurityError("a format that is wider than a text can be")
-    return form
+atexit.register(close_processes)
