@@ -45,6 +45,7 @@ class Tokenizer:
         self.eos_ids = self._eos_ids()
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._bytes: _TokenBytes | None = None
+        self._chat_template: str | None = None
 
     def _eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those of config.json, generation_config.json and the tokenizer's own."""
@@ -176,6 +177,12 @@ class Tokenizer:
             return True
 
     def _template(self) -> str:
+        """The chat template, as it was when it was first used. Raises CheckpointError, RequestError."""
+        if self._chat_template is None:
+            self._chat_template = self._read_template()
+        return self._chat_template
+
+    def _read_template(self) -> str:
         file = self.path / "chat_template.jinja"
         if file.exists():
             try:

@@ -108,6 +108,15 @@ class ExpertCache:
         """Experts in cached slots."""
         return sum(map(len, self._resident))
 
+    def check_readable(self) -> None:
+        """Raises ReadError if experts that are not in memory can no longer be read as the model was opened, and RequestError if it is
+        closed."""
+        if self.store.closed:
+            raise RequestError("this model is closed")
+        for layer, layout in enumerate(self.store.layouts):
+            if len(self._resident[layer]) < layout.num_experts:
+                self.store.check_unchanged(layer)
+
     def resident_map(self) -> list[list[int]]:
         """By layer, the experts in cached slots."""
         return [sorted(list(resident)) for resident in self._resident]

@@ -99,12 +99,14 @@ class ExpertStore:
         return plan
 
     def check_unchanged(self, layer: int) -> None:
-        """Raises ReadError if a file of this layer was replaced, overwritten or removed since it was opened."""
+        """Raises ReadError if a file of this layer was replaced, overwritten or removed since it was opened, or cannot be looked at."""
         for path in self.layouts[layer].files:
             try:
                 now = _signature(os.stat(path))
-            except OSError:
+            except FileNotFoundError:
                 raise ReadError(f"{path}: layer {layer}: removed while open; load the model again") from None
+            except OSError as error:
+                raise ReadError(f"{path}: layer {layer}: cannot be read any more: {error.strerror}") from None
             if now != self._files[path].signature:
                 raise ReadError(f"{path}: layer {layer}: replaced or changed while open; load the model again")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import logging
 import re
 import time
@@ -22,11 +23,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ..engine import LLM
-from ..errors import RequestError
+from ..errors import ExpertStreamError, RequestError
 from .anthropic import CountRequest, MessagesRequest
 from .completion import ChatAnswer, Completion, TextAnswer
 from .constrain import Grammars
-from .errors import HANDLERS, RefusedError, note
+from .errors import HANDLERS, RefusedError, note, public_text
 from .log import AccessLog
 from .message import MessageAnswer
 from .metrics import Metrics
@@ -45,6 +46,8 @@ MAX_BUFFERED = 64 << 20  # of all bodies that are being received
 BODY_SECONDS = 30.0  # from the first byte to the last
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PREPARED_TOGETHER = 2
+PREPARING_SECONDS = 90.0  # more than any request takes; then something hangs
+STALLED_SECONDS = 300.0  # more than any disk takes for a layer
 _KEPT_WARNINGS = 1000
 _log = logging.getLogger("expertstream")
 
@@ -89,6 +92,9 @@ class _Server:
         self.workers = ThreadPoolExecutor(PREPARED_TOGETHER, thread_name_prefix="prepare")
         self.preparing = asyncio.Semaphore(PREPARED_TOGETHER)
         self.unprepared = 0
+        self.public_text = public_text(settings.name, llm.path)
+        self.numbers = itertools.count()
+        self.begun: dict[int, float] = {}  # when each preparation that is under way began
 
     def check(self, request: Request) -> None:
         """Raises RefusedError if the request is not authorized."""
@@ -173,12 +179,15 @@ class _Server:
         if self.unprepared >= self.settings.parallel + self.settings.most_waiting:
             raise BusyError
         self.unprepared += 1
+        number = next(self.numbers)
         try:
             async with self.preparing:
                 if await request.is_disconnected():
                     raise ClientDisconnect
+                self.begun[number] = time.monotonic()
                 return await asyncio.get_running_loop().run_in_executor(self.workers, work)
         finally:
+            self.begun.pop(number, None)
             self.unprepared -= 1
 
     async def prepare(self, request: Request, asked: Any, answers: int) -> Prepared:
@@ -307,9 +316,27 @@ class _Server:
     async def health(self, request: Request) -> Response:
         self.check_host(request)
         body = {"model": self.settings.name, "active": self.scheduler.active, "waiting": self.scheduler.waiting}
-        if not self.scheduler.alive:
-            return JSONResponse({"status": "failed", **body}, 503)
+        reason = self._unready()
+        if reason:
+            return JSONResponse({"status": "failed", "reason": reason, **body}, 503)
         return JSONResponse({"status": "ready", **body})
+
+    def _unready(self) -> str:
+        """Why no request can be answered; "" if they can."""
+        now = time.monotonic()
+        if not self.scheduler.alive:
+            return "the engine has stopped; restart the server"
+        if self.scheduler.closing:
+            return "the server is being stopped"
+        if now - self.scheduler.progress > STALLED_SECONDS:
+            return f"the engine has been at one layer for {now - self.scheduler.progress:.0f} seconds; is the disk well?"
+        if len(self.begun) >= PREPARED_TOGETHER and now - max(self.begun.values()) > PREPARING_SECONDS:
+            return f"no request could be prepared for {now - max(self.begun.values()):.0f} seconds"
+        try:
+            self.llm.experts.check_readable()
+        except ExpertStreamError as error:
+            return self.public_text(str(error))
+        return ""
 
     async def prometheus(self, request: Request) -> Response:
         self.check(request)
@@ -365,6 +392,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
         exception_handlers=HANDLERS,
     )
     app.router.redirect_slashes = False
+    app.state.public_text = server.public_text
     paths = {str(getattr(route, "path", "")) for route in app.routes}
     limit = settings.parallel + settings.most_waiting
     return AccessLog(app, server.metrics, paths, lambda: (limit, max(0, limit - server.scheduler.waiting)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -15,7 +18,7 @@ from .completion import error_body
 from .message import error_event
 from .scheduler import BusyError, ClosingError, TimeLimitError
 
-__all__ = ["HANDLERS", "RefusedError", "note", "stream_error"]
+__all__ = ["HANDLERS", "RefusedError", "note", "public_text", "stream_error"]
 
 _log = logging.getLogger("expertstream")
 
@@ -33,6 +36,17 @@ def note(request: Request, **what: Any) -> None:
     request.scope.setdefault("expertstream.log", {}).update(what)
 
 
+def public_text(name: str, *folders: Path) -> Callable[[str], str]:
+    """A function that writes the model's name in the place of these folders, and of every file in them: where files lie on the server is
+    not for its clients. The log has the messages as they are."""
+    paths = {str(p) for folder in folders for p in (folder, folder.absolute(), folder.resolve())}
+    # A relative path of one word may be a word of a message, where no slash follows it.
+    ends = {path: r"(?:/[^:\n]*|(?=:|\s|$))" if "/" in path else r"/[^:\n]*" for path in paths}
+    found = sorted((p for p in paths if p != "/"), key=len, reverse=True)
+    pattern = re.compile("|".join(rf"(?<![\w./-]){re.escape(path)}{ends[path]}" for path in found) or "(?!)")
+    return lambda text: pattern.sub(lambda _: name, text)
+
+
 def stream_error(request: Request, error: BaseException) -> dict[str, Any]:
     """An error that comes after a stream has begun, as the body of its last event. The log's line has its status, not the 200 that
     was sent."""
@@ -41,6 +55,7 @@ def stream_error(request: Request, error: BaseException) -> dict[str, Any]:
         _log.error("a stream failed", exc_info=error)
     status, message, kind, code, _ = _described(request, found)
     note(request, status=status, error=message)
+    message = request.app.state.public_text(message)
     if _is_anthropic(request):
         return error_event(message, _anthropic_kind(kind))
     return error_body(message, kind, code)
@@ -92,6 +107,7 @@ def _error(
     details: dict[str, Any] | None = None,
 ) -> Response:
     note(request, error=message)
+    message = request.app.state.public_text(message)
     if _is_anthropic(request):
         return JSONResponse(error_event(message, _anthropic_kind(kind), details), status, headers)
     return JSONResponse(error_body(message, kind, code), status, headers)

@@ -52,7 +52,8 @@ class Scheduler:
         self._wake = threading.Condition()
         self._pending: deque[Job] = deque()
         self._active: list[Job] = []
-        self._closing = False
+        self.closing = False
+        self._progressed = time.monotonic()
         self.recent: deque[tuple[float, int]] = deque(maxlen=4096)  # when how many tokens were generated
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -66,6 +67,11 @@ class Scheduler:
     def alive(self) -> bool:
         """Whether texts are worked on."""
         return self._thread.is_alive()
+
+    @property
+    def progress(self) -> float:
+        """When the engine last finished a layer or a turn, by time.monotonic(); now, if there is nothing to do."""
+        return self._progressed if self._active else time.monotonic()
 
     def room(self) -> int:
         """How many texts may be admitted now; those that nobody waits for any more have made room."""
@@ -95,7 +101,7 @@ class Scheduler:
         self.llm.checked(tokens, params)
         job = Job(self, tokens, params, constraint, after, time.monotonic() + self._seconds, prompt_logprobs)
         with self._wake:
-            if self._closing:
+            if self.closing:
                 raise ClosingError("the server is being stopped")
             self._drop_gone()
             if self.waiting >= self._parallel + self._most:
@@ -107,7 +113,7 @@ class Scheduler:
     def close(self, seconds: float) -> None:
         """Takes nothing new, and waits so long for what is under way before it ends it."""
         with self._wake:
-            self._closing = True
+            self.closing = True
             self._wake.notify()
         self._thread.join(seconds)
         for job in [*self._pending, *self._active]:
@@ -121,12 +127,13 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._active or self._pending or self._closing):
+                while not (self._active or self._pending or self.closing):
                     self._wake.wait()
                 self._drop_gone()
+                self._progressed = time.monotonic()
                 while self._pending and len(self._active) < self._parallel:
                     self._active.append(self._pending.popleft())
-                if self._closing and not self._active:
+                if self.closing and not self._active:
                     return
             try:
                 self._turn()
@@ -170,7 +177,7 @@ class Scheduler:
 
         def pause() -> None:
             nonlocal last, given, took
-            now = time.monotonic()
+            now = self._progressed = time.monotonic()
             if now - last < max(MAX_SILENCE, took):
                 return
             self._answer()
@@ -190,7 +197,8 @@ class Scheduler:
         answering = [j for j in self._active if j.forward is not None and not j.forward.prompt and not j.gone.is_set()]
         if answering:
             self._pass(answering)
-            self.recent.append((time.monotonic(), len(answering)))
+            self._progressed = time.monotonic()
+            self.recent.append((self._progressed, len(answering)))
         return bool(answering)
 
     def _pass(self, jobs: list[Job]) -> None:
