@@ -21,18 +21,18 @@ def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
     return root
 
 
-def v2(path: str, limit: str, current: int, inactive: int) -> dict[str, str]:
+def v2(path: str, limit: str, current: int, inactive: int, active: int = 0) -> dict[str, str]:
     return {
         f"{path}/memory.max": limit,
         f"{path}/memory.current": str(current),
-        f"{path}/memory.stat": f"anon 5\ninactive_file {inactive}\n",
+        f"{path}/memory.stat": f"anon 5\ninactive_file {inactive}\nactive_file {active}\n",
     }
 
 
-def v1(path: str, limit: int, usage: int, inactive: int) -> dict[str, str]:
+def v1(path: str, limit: int, usage: int, inactive: int, active: int = 0) -> dict[str, str]:
     return {
         f"{path}/memory.limit_in_bytes": str(limit), f"{path}/memory.usage_in_bytes": str(usage),
-        f"{path}/memory.stat": f"cache 9\ntotal_inactive_file {inactive}\n",
+        f"{path}/memory.stat": f"cache 9\ntotal_inactive_file {inactive}\ntotal_active_file {active}\n",
     }  # fmt: skip
 
 
@@ -57,6 +57,14 @@ def test_version_1(tmp_path: Path) -> None:
 def test_a_container_sees_its_own_group_at_the_mount(tmp_path: Path) -> None:
     root = machine(tmp_path, "4:memory:/docker/abc\n", v1("sys/fs/cgroup/memory", 3 * GIB, GIB, 0))
     assert available_bytes(root) == 2 * GIB
+
+
+def test_page_cache_that_was_used_lately_is_not_in_use(tmp_path: Path) -> None:
+    """Weights that were read through the page cache and read again are on the kernel's active list."""
+    root = machine(tmp_path / "2", "0::/a\n", v2("sys/fs/cgroup/a", str(4 * GIB), 4 * GIB, GIB, 2 * GIB))
+    assert available_bytes(root) == 3 * GIB
+    root = machine(tmp_path / "1", "4:memory:/x\n", v1("sys/fs/cgroup/memory/x", 4 * GIB, 4 * GIB, GIB, 2 * GIB))
+    assert available_bytes(root) == 3 * GIB
 
 
 def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from expertstream.engine import embedded_model
 from expertstream import template
+from expertstream.engine import embedded_model
 from expertstream.errors import BudgetError, RequestError
 from expertstream.template import render_template
 
@@ -78,7 +78,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         "{% for i in range(2000) %}{% set x = range(99999) | map('string') | join | length %}{% endfor %}",
         # What none of the bounds inside the process knows of; its limits on memory and time hold.
         "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = ns.x + ['x' * (60000000 + i)] %}{% endfor %}",
-        "{{ (3 ** 40000000) % 7 }}", "{{ (7 ** 20000000) * (5 ** 20000000) // (3 ** 20000000) > 1 }}",
+        "{{ (3 ** 20000000) % (3 ** 10000000) > 1 }}", "{{ (7 ** 20000000) * (5 ** 20000000) // (3 ** 20000000) > 1 }}",
         "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ messages.append(1) }}",
     ],
 )  # fmt: skip
@@ -88,7 +88,9 @@ def test_what_would_hang_or_fill_the_memory_is_refused(source: str) -> None:
     assert render_template("{{ messages | length }}", VALUES) == "2"
 
 
-BOMB = "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = ns.x + ['x' * (60000000 + i)] %}{% endfor %}"
+BOMB = (
+    "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = ns.x + ['x' * (60000000 + i)] %}{% endfor %}"
+)
 
 
 def test_a_template_that_needs_too_much_memory_or_time_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def test_a_template_that_needs_too_much_memory_or_time_is_told_so(monkeypatch: p
         render_template(BOMB, {})
     monkeypatch.setattr(template, "CPU_SECONDS", 1)
     with pytest.raises(RequestError, match="more than 1 seconds of the processor"):
-        render_template("{{ (3 ** 40000000) % 7 }}", {})
+        render_template("{{ (3 ** 20000000) % (3 ** 10000000) > 1 }}", {})
 
 
 def test_bombs_do_not_keep_others_waiting() -> None:
@@ -119,13 +121,13 @@ def test_bombs_do_not_keep_others_waiting() -> None:
 
 def test_one_process_renders_one_template_after_another_and_is_replaced_when_it_was_ended() -> None:
     render_template("", {})
-    (first, *_) = template._idle[::-1]
+    (first, *_) = template._idle.processes[::-1]
     render_template("{{ a }}", {"a": 1})
-    assert template._idle[-1] is first
+    assert template._idle.processes[-1] is first
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert render_template("{{ a }}", {"a": 2}) == "2"
-    assert template._idle[-1] is not first
+    assert template._idle.processes[-1] is not first
 
 
 def test_a_process_that_dies_under_a_template_is_told_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +140,7 @@ def test_a_process_that_dies_under_a_template_is_told_and_replaced(monkeypatch: 
 
 def test_an_interrupt_ends_the_process_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     render_template("", {})
-    asked = template._idle[-1]
+    asked = template._idle.processes[-1]
 
     def interrupt(_: Any) -> None:
         raise KeyboardInterrupt
@@ -153,28 +155,28 @@ def test_an_interrupt_ends_the_process_that_was_asked(monkeypatch: pytest.Monkey
 
 def test_a_fork_has_a_process_of_its_own() -> None:
     render_template("", {})
-    mine = template._idle[-1].pid
+    mine = template._idle.processes[-1].pid
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:  # pragma: no cover
         try:
             text = render_template("{{ a }}", {"a": 4})
-            os.write(writer, f"{text} {template._idle[-1].pid != mine}".encode())
-            template.close_processes()
+            os.write(writer, f"{text} {template._idle.processes[-1].pid != mine}".encode())
+            template._idle.close()
         finally:
             os._exit(0)
     os.close(writer)
     assert os.read(reader, 100) == b"4 True"
     os.close(reader)
     os.waitpid(child, 0)
-    assert render_template("{{ a }}", {"a": 5}) == "5" and template._idle[-1].pid == mine
+    assert render_template("{{ a }}", {"a": 5}) == "5" and template._idle.processes[-1].pid == mine
 
 
 def test_where_no_process_can_be_started_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    template.close_processes()
+    template._idle.close()
     monkeypatch.setattr(template.subprocess, "Popen", refuse)
     with pytest.raises(BudgetError, match="cannot be started: Resource temporarily unavailable"):
         render_template("", {})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
+import re
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .bench.cli import add_commands
 from .chat.cli import add_chat
 from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
-from .errors import ExpertStreamError, RequestError, UsageError
+from .errors import BudgetError, ExpertStreamError, RequestError, UsageError
 from .server.cli import add_serve
-from .visible import visible
+from .visible import LineFormatter, one_line, visible
 
 if TYPE_CHECKING:
     from .engine import LLM
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_parser", "main"]
 
+LEAST_ADDRESS_SPACE = 192 << 20
 EXIT_CODES = """\
 exit codes:
   0 done   1 output that could not be written   2 wrong arguments   3 a checkpoint that cannot be used
@@ -233,14 +237,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8", errors="replace")
+        handler = logging.StreamHandler()
+        handler.setFormatter(LineFormatter())
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        _check_address_space()
         code = int(options.function(options))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
     except ExpertStreamError as error:
-        print(f"expertstream: {error}", file=sys.stderr)
+        print(f"expertstream: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
+    except MemoryError:
+        print("expertstream: not enough memory; is there a limit on it (ulimit -v)?", file=sys.stderr)
+        return BudgetError.exit_code
     except KeyboardInterrupt:
         print("expertstream: interrupted", file=sys.stderr)
         return 130
@@ -249,9 +260,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:
-        print(f"expertstream: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        print(f"expertstream: {one_line(str(error.filename or 'standard output'))}: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that closing it does not fail once more
         return 1
+    except (RuntimeError, ImportError) as error:
+        # Of a thread that cannot be started, and of a library that cannot be mapped, only the text says what it is.
+        if "start new thread" in str(error):
+            print(
+                "expertstream: a thread cannot be started; is there a limit on processes (ulimit -u)?", file=sys.stderr
+            )
+        elif "failed to map" in str(error) or "allocate memory" in str(error):
+            print(
+                "expertstream: not enough memory to load a library; is there a limit on it (ulimit -v)?",
+                file=sys.stderr,
+            )
+        else:
+            raise
+        return BudgetError.exit_code
+
+
+def _check_address_space() -> None:
+    """NumPy's library ends the process where it finds no memory when it is loaded; this says so before. Raises BudgetError."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        raise BudgetError(
+            f"the limit on address space (ulimit -v) is {format_bytes(limit)}; at least {format_bytes(LEAST_ADDRESS_SPACE)} are needed"
+        )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -358,13 +392,15 @@ def _stream(llm: LLM, prompt: str | ChatPrompt, params: SamplingParams, options:
             raise
         ended, code = str(error), error.exit_code
     if options.json:
-        print(json.dumps(_as_json(llm, prompt, pieces, ended), ensure_ascii=False))
+        text = json.dumps(_as_json(llm, prompt, pieces, ended), ensure_ascii=False)
+        # JSON's own escapes leave the control characters beyond ASCII as they are.
+        print(re.sub(r"[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
         return code
     print()
     if pieces and not options.quiet:
         _print_stats(llm, pieces[-1].stats, options.stats)
     if ended is not None:
-        print(f"expertstream: {ended}", file=sys.stderr)
+        print(f"expertstream: {one_line(ended)}", file=sys.stderr)
     return code
 
 
@@ -463,7 +499,7 @@ def _convert(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("expertstream: interrupted; the same command goes on where this stopped", file=sys.stderr)
         return 130
-    print(f"{options.destination}: done")
+    print(f"{one_line(str(options.destination))}: done")
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .files import read_text
 from .machine import usable_processors
 
 __all__ = [
@@ -79,15 +80,15 @@ class IoSettings:
 
     @staticmethod
     def _file() -> Path:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertstream" / "io.json"
+        return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "expertstream" / "io.json"
 
     @classmethod
     def load(cls, path: Path) -> IoSettings:
         """What was kept for the disk that holds `path`; the defaults if nothing was, or if it cannot be read."""
         try:
-            found = json.loads(cls._file().read_text())[str(os.stat(path).st_dev)]
+            found = json.loads(read_text(cls._file()))[str(os.stat(path).st_dev)]
             settings = cls(int(found["queue_depth"]), int(found["split_bytes"]), float(found["bytes_per_second"]))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, UsageError):
             return cls()
         sound = 1 <= settings.queue_depth <= 1024 and 4096 <= settings.split_bytes <= 1 << 30
         return settings if sound and settings.split_bytes % 4096 == 0 else cls()
@@ -96,8 +97,8 @@ class IoSettings:
         """Keeps it for the disk that holds `path`. Raises UsageError."""
         file = self._file()
         try:
-            known = json.loads(file.read_text())
-        except (OSError, ValueError):
+            known = json.loads(read_text(file))
+        except (OSError, ValueError, RecursionError):
             known = {}
         known = known if isinstance(known, dict) else {}
         known[str(os.stat(path).st_dev)] = vars(self)
@@ -207,13 +208,20 @@ class EngineConfig:
 
 
 def config_folder() -> Path:
-    """Where a user keeps settings, such as a system prompt."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "expertstream"
+    """Where a user keeps settings, such as a system prompt. Raises UsageError where there is no home."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or _home() / ".config") / "expertstream"
 
 
 def data_folder() -> Path:
-    """Where a user's sessions are kept."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "expertstream"
+    """Where a user's sessions are kept. Raises UsageError where there is no home."""
+    return Path(os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share") / "expertstream"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UsageError("this user has no home folder; set HOME") from None
 
 
 def api_key() -> str:

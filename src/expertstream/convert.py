@@ -32,6 +32,7 @@ from .checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
 from .checkpoint.safetensors import header_bytes, read_tensor
 from .config import format_bytes
 from .errors import ConvertError
+from .files import MAX_TEXT, open_regular, read_text
 from .models import find_model
 from .ops import ExpertFormat, MatrixFormat, to_f32
 from .ops.cpu import CpuOps
@@ -61,6 +62,10 @@ def convert(
     dense ones. Peak memory is a few hundred MiB. Raises ConvertError, CheckpointError."""
     destination = Path(destination)
     try:
+        if destination.is_symlink() and not destination.exists():
+            raise ConvertError(
+                f"{destination}: is a link to something that does not exist; choose another name or remove it"
+            )
         if destination.exists():
             raise ConvertError(f"{destination}: exists already; choose another name or remove it")
         if not destination.parent.is_dir():
@@ -70,6 +75,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     if checkpoint.kind == "pack":
         raise ConvertError(f"{source}: is a pack already")
+    _copied_files(checkpoint.path)
     Tokenizer(checkpoint.path)  # a pack without one could not run: better now than after hours
     _Conversion(checkpoint, destination, policy, threads, progress).run()
 
@@ -232,12 +238,12 @@ class _Conversion:
         journal: dict[str, Any] = {"settings": settings, "layers": {}, "files": {}}
         if file.exists():
             try:
-                found = json.loads(file.read_text())
+                found = json.loads(read_text(file))
                 sizes = found["files"]
                 done = {"layers": {k: v for k, v in found["layers"].items() if self._is_whole(v["file"], sizes)}}
                 if "trunk" in found and self._is_whole(TRUNK, sizes):
                     done["trunk"] = found["trunk"]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ConvertError(f"{file}: damaged; remove {self.work} to begin anew") from None
             if found.get("settings") != settings:
                 raise ConvertError(
@@ -383,10 +389,9 @@ class _Conversion:
 
     def _finish(self, journal: dict[str, Any]) -> None:
         """Config, tokenizer and manifest; then the folder gets its name."""
-        for name in _COPIED:
-            if (self.checkpoint.path / name).is_file():
-                with self._new_file(name) as file:
-                    file.write((self.checkpoint.path / name).read_bytes())
+        for path in _copied_files(self.checkpoint.path):
+            with self._new_file(path.name) as file, open_regular(path) as source:
+                shutil.copyfileobj(source, file)
         config = {k: v for k, v in self.checkpoint.config.items() if k not in ("quantization", "quantization_config")}
         table = {
             name: {"bits": m.bits, "group_size": m.group_size}
@@ -419,6 +424,23 @@ class _Conversion:
         _sync_folder(self.destination.parent)
         # Last, so that a rename that fails can be tried again without doing the work anew; the reader does not look at it.
         (self.destination / _JOURNAL).unlink()
+
+
+def _copied_files(source: Path) -> list[Path]:
+    """The files that a pack takes over as they are. Raises ConvertError for one that is a link out of the checkpoint's folder: a pack is
+    given to others, and must not hold what its maker keeps elsewhere. The hub's cache links to blobs beside its snapshots."""
+    folder = source.resolve()
+    homes = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    found = [source / name for name in _COPIED if (source / name).is_file()]
+    for path in found:
+        target = path.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise ConvertError(
+                f"{path}: is a link to {target}, outside of the checkpoint's folder; put a copy in its place"
+            )
+        if path.stat().st_size > MAX_TEXT:
+            raise ConvertError(f"{path}: larger than {format_bytes(MAX_TEXT)}")
+    return found
 
 
 def _value_suffixes(m: MatrixFormat) -> tuple[str, ...]:

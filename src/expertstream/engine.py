@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +15,11 @@ import numpy as np
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, format_bytes
-from .errors import CheckpointError, ContextLengthError, RequestError, UsageError
+from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
 from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.store import ExpertStore
-from .machine import available_bytes
+from .machine import available_bytes, usable_processors
 from .models import find_model
 from .ops import I64, Ops, make_ops
 from .ops.cpu import CpuOps
@@ -32,6 +34,8 @@ from .tokenizer import Tokenizer
 STATE_VERSION = 1
 
 __all__ = ["LLM", "Session", "embedded_model"]
+
+_log = logging.getLogger("expertstream")
 
 
 def embedded_model() -> Path:
@@ -76,6 +80,12 @@ class LLM:
             raise UsageError(
                 f"experts_per_token is at most what the model was trained with, {trained}, not {self.top_k}"
             )
+        if c.thread_count > usable_processors():
+            _log.warning(
+                "%d threads are more than the %d processors that may be used; that is slower",
+                c.thread_count,
+                usable_processors(),
+            )
         lossy = [f"{self.top_k} of {trained} experts a token"] if self.top_k < trained else []
         lossy += ["keys and values of 8 bits"] if c.kv_dtype == "int8" else []
         self.context_length, longest = (
@@ -116,6 +126,9 @@ class LLM:
             self.prefixes: PrefixCache | None = None
             if c.prefix_cache_bytes:
                 self.keep_prefixes()
+        except MemoryError:
+            store.close()
+            raise BudgetError("the system gives no more memory; is there a limit on it (ulimit -v)?") from None
         except BaseException:
             store.close()
             raise
@@ -185,6 +198,7 @@ class LLM:
         memory = self.config.prefix_cache_bytes
         try:
             self.prefixes = PrefixCache(self.state_fingerprint(), memory, directory, disk_bytes)
+            weakref.finalize(self, self.prefixes.stop_writing).atexit = False
         except OSError as error:
             raise UsageError(f"{directory}: prefixes cannot be kept there: {error.strerror}") from None
 
@@ -282,4 +296,6 @@ def _make_reader(c: EngineConfig, path: Path) -> tuple[str, Any]:
     try:
         return "pread", _native.pread_reader(depth, split)
     except RuntimeError as error:
-        raise UsageError(f"{depth} reading threads cannot be started ({error}); take a smaller --queue-depth") from None
+        raise BudgetError(
+            f"{depth} reading threads cannot be started ({error}); take a smaller --queue-depth"
+        ) from None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO
 
-__all__ = ["MAX_TEXT", "open_regular", "read_text"]
+__all__ = ["MAX_TEXT", "open_regular", "read_text", "write_private"]
 
 MAX_TEXT = 256 << 20  # bytes; the largest tokenizers have some dozens of MiB
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading. Raises OSError, also for everything that is none."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -32,3 +32,11 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
     return data.decode("utf-8")
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Writes a file that only its owner can read, whatever the umask and an earlier file of that name allowed. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(file, "wb") as out:
+        os.fchmod(file, 0o600)
+        out.write(data)

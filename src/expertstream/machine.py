@@ -12,7 +12,7 @@ _UNLIMITED = 1 << 60
 
 def available_bytes(root: Path = Path("/")) -> int:
     """Bytes that can be taken without swapping or being killed: the least of MemAvailable and, for each control group from
-    ours to the top, limit − use, where use that is page cache can be taken back. `root` is for tests."""
+    ours to the top, limit − use, where page cache does not count as used, for it can be taken back. `root` is for tests."""
     available = _meminfo(root).get("MemAvailable", 0)
     for limit, used, reclaimable in _groups(root):
         available = min(available, max(0, limit - max(0, used - reclaimable)))
@@ -54,8 +54,8 @@ def _meminfo(root: Path) -> dict[str, int]:
 def _groups(root: Path) -> list[tuple[int, int, int]]:
     """(limit, use, reclaimable page cache) of each memory control group this process is in, versions 1 and 2."""
     names = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+        2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
     }
     found = (_group(group, *names[version]) for group, version in _group_folders(root, "memory"))
     return [entry for entry in found if entry is not None]
@@ -89,7 +89,7 @@ def _group_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
     return found
 
 
-def _group(group: Path, limit_name: str, usage_name: str, cache_name: str) -> tuple[int, int, int] | None:
+def _group(group: Path, limit_name: str, usage_name: str, cache_names: tuple[str, ...]) -> tuple[int, int, int] | None:
     try:
         limit = (group / limit_name).read_text().strip()
         usage = int((group / usage_name).read_text())
@@ -98,4 +98,4 @@ def _group(group: Path, limit_name: str, usage_name: str, cache_name: str) -> tu
         return None
     if limit == "max" or int(limit) >= _UNLIMITED:
         return None
-    return int(limit), usage, int(stat.get(cache_name, 0))
+    return int(limit), usage, sum(int(stat.get(name, 0)) for name in cache_names)

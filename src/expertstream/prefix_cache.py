@@ -7,6 +7,7 @@ chunked form may be cut, so what is computed after a restored prefix is bit for 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -175,17 +176,30 @@ class PrefixCache:
             for child, arrays in fresh:
                 self._jobs.put((child, arrays))
 
-    def forget(self, tokens: I64) -> None:
-        """Drops all that is kept of prompts that begin like tokens, and their files."""
+    def forget(self, tokens: I64, shared: int = 0) -> None:
+        """Drops what is kept of prompts that begin like tokens, and its files; all but what ends within the first `shared` tokens."""
         with self._lock:
-            for child in list(self._root.children.values()):
-                if np.array_equal(tokens[: child.position], child.tokens):
-                    self._forget(child)
+            here: list[Node] = [self._root]
+            while here:
+                for child in list(here.pop().children.values()):
+                    if not np.array_equal(
+                        tokens[child.position - child.tokens.shape[0] : child.position], child.tokens
+                    ):
+                        continue
+                    if child.position > shared:
+                        self._forget(child)
+                    else:
+                        here.append(child)
 
     def flush(self) -> None:
         """Waits until everything that is to be on disk is."""
         if self._writer is not None:
             self._jobs.join()
+
+    def stop_writing(self) -> None:
+        """For a model that is collected without having been closed: the writer's thread ends when it can, and nobody waits for it."""
+        with contextlib.suppress(queue.Full):
+            self._jobs.put_nowait(None)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -132,7 +132,10 @@ def _check_entry(path: Path, entry: Any, size: int) -> None:
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
         raise StateFileError(f"{path}: the header lists an array without a shape")
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= size for n in shape) or _bytes(entry) > size:
+    if (
+        not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= size for n in shape)
+        or _bytes(entry) > size
+    ):
         raise StateFileError(f"{path}: the header lists an array that is larger than the file")
 
 

@@ -12,6 +12,7 @@ from .experts.store import slot_bytes
 from .machine import available_bytes, memory_limit_bytes
 from .models import find_model
 from .ops import MatrixFormat
+from .visible import one_line
 
 __all__ = ["summarize", "summary_text"]
 
@@ -120,4 +121,4 @@ def summary_text(s: dict[str, Any]) -> str:
             f"at least {format_bytes(machine['floor_bytes'])} are needed; {machine['share_of_experts_that_fit']:.0%} of the experts fit",
         ),
     ]
-    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+    return "\n".join(f"{name:<13} {one_line(value)}" for name, value in rows)

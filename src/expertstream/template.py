@@ -14,11 +14,11 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from .errors import BudgetError, RequestError
 
-__all__ = ["CPU_SECONDS", "close_processes", "encode", "read_message", "render_template"]
+__all__ = ["CPU_SECONDS", "encode", "read_message", "render_template"]
 
 CPU_SECONDS = 10  # of one rendering; then the kernel ends the process
 WALL_SECONDS = 60.0  # of one rendering, on a machine that is busy with other things
@@ -35,7 +35,7 @@ def render_template(source: str, values: dict[str, Any]) -> str:
         request = encode({"source": source, "values": values, "seconds": CPU_SECONDS})
     except (TypeError, ValueError, RecursionError):
         raise RequestError("the chat template's variables must be JSON values") from None
-    process = _taken()
+    process = _idle.take()
     try:
         answer, last = _exchange(process, request)
     except BaseException:  # also Ctrl-C: what the process would say next is not what the next one asks
@@ -46,7 +46,7 @@ def render_template(source: str, values: dict[str, Any]) -> str:
     elif last:
         _end(process)
     else:
-        _give_back(process)
+        _idle.give_back(process)
     if "error" in answer:
         raise RequestError(f"the chat template failed: {str(answer['error'])[:_LONGEST_REASON]}")
     return str(answer["text"])
@@ -59,7 +59,7 @@ def encode(message: dict[str, Any]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
     """None if the stream ends, or what it has is no message."""
     head = stream.read(8)
     length = int.from_bytes(head, "little")
@@ -91,42 +91,48 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes) -> tuple[dict[st
     return answer, more is None or bool(more.get("last"))
 
 
-_lock = threading.Lock()
-_idle: list[subprocess.Popen[bytes]] = []
-_owner = 0  # the process whose children those are: a fork must not talk to them
+class _Idle:
+    """Processes that wait for a template, the one that was used last at the end."""
 
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()  # whose children they are: a fork must not talk to them
 
-def _taken() -> subprocess.Popen[bytes]:
-    global _owner
-    with _lock:
-        if _owner != os.getpid():
-            for process in _idle:
-                process.returncode = 0  # another's child: neither waited for nor warned of
-            _idle.clear()
-            _owner = os.getpid()
-        while _idle:
-            process = _idle.pop()
-            if process.poll() is None:
-                return process
-            _end(process)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the command that waits for the template
-        )
-    except OSError as error:
-        raise BudgetError(f"the process for the chat template cannot be started: {error.strerror}") from None
+    def take(self) -> subprocess.Popen[bytes]:
+        """One that is running. Raises BudgetError."""
+        with self._lock:
+            if self._owner != os.getpid():
+                for process in self.processes:
+                    process.returncode = 0  # another's child is not waited for
+                self.processes, self._owner = [], os.getpid()
+            while self.processes:
+                process = self.processes.pop()
+                if process.poll() is None:
+                    return process
+                _end(process)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-c", _START, *sys.path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the command that waits for the template
+            )
+        except OSError as error:
+            raise BudgetError(f"the process for the chat template cannot be started: {error.strerror}") from None
 
+    def give_back(self, process: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            if self._owner == os.getpid() and len(self.processes) < KEPT_PROCESSES:
+                self.processes.append(process)
+                return
+        _end(process)
 
-def _give_back(process: subprocess.Popen[bytes]) -> None:
-    with _lock:
-        if _owner == os.getpid() and len(_idle) < KEPT_PROCESSES:
-            _idle.append(process)
-            return
-    _end(process)
+    def close(self) -> None:
+        with self._lock:
+            while self.processes and self._owner == os.getpid():
+                _end(self.processes.pop())
 
 
 def _end(process: subprocess.Popen[bytes]) -> str:
@@ -153,11 +159,5 @@ def _ends_soon(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def close_processes() -> None:
-    """Ends the processes that wait for templates."""
-    with _lock:
-        while _idle and _owner == os.getpid():
-            _end(_idle.pop())
-
-
-atexit.register(close_processes)
+_idle = _Idle()
+atexit.register(_idle.close)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 
-__all__ = ["excerpt", "spelled_out", "visible"]
+__all__ = ["LineFormatter", "excerpt", "one_line", "spelled_out", "visible"]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # printable by their category, and yet nothing is seen
@@ -15,6 +16,23 @@ _MARKS = frozenset("⟨⟩⏎")  # those that spelled_out() itself writes
 def visible(text: str) -> str:
     """Tabs and line ends stay; every other control character, and half of a surrogate pair, is written as U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """For names and messages that come from files, templates and servers: one line whatever they are. Line ends and spaces of all kinds
+    become spaces; other characters that are not seen, or turn the direction of writing, U+FFFD."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for c in text.replace("\r\n", "\n")
+    )
+
+
+class LineFormatter(logging.Formatter):
+    """One line for a person, and the traceback of a bug below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = f"expertstream: {one_line(record.getMessage())}"
+        return text if record.exc_info is None else f"{text}\n{visible(self.formatException(record.exc_info))}"
 
 
 def spelled_out(text: str) -> str:

@@ -21,7 +21,9 @@ from expertstream.server.errors import public_text
 
 from .conftest import HELLO, Server
 
-BOMB = "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = ns.x + ['x' * (60000000 + i)] %}{% endfor %}"
+BOMB = (
+    "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = ns.x + ['x' * (60000000 + i)] %}{% endfor %}"
+)
 
 
 def ask(server: Server, **more: Any) -> httpx.Response:

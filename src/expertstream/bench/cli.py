@@ -10,6 +10,8 @@ from typing import Any
 
 from ..config import EngineConfig, format_bytes, parse_bytes
 from ..errors import UsageError
+from ..files import read_text
+from ..visible import one_line
 from .trace_cli import add_trace
 
 __all__ = ["add_commands"]
@@ -113,7 +115,7 @@ def _synth(options: argparse.Namespace) -> int:
     finally:
         if bar.live.is_started:
             bar.stop()
-    print(f"{options.out}: {format_bytes(size)}")
+    print(f"{one_line(str(options.out))}: {format_bytes(size)}")
     return 0
 
 
@@ -209,7 +211,7 @@ def _bench_io(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]
 
     record = parse_bytes(options.record)
     if (options.path / "expertstream.json").is_file():
-        record = json.loads((options.path / "expertstream.json").read_text())["layers"][0]["record_bytes"]
+        record = json.loads(read_text(options.path / "expertstream.json"))["layers"][0]["record_bytes"]
     print(f"records of {format_bytes(record)}\n{'kind':9} {'in flight':>9} {'pieces of':>9} {'GB/s':>6}")
 
     def show(rate: Any) -> None:
@@ -308,7 +310,7 @@ def _bench_cache(options: argparse.Namespace, threads: int) -> list[dict[str, An
 
     trace = load_trace(options.path)
     tokens, layers, top_k = trace.experts.shape
-    print(f"{options.path}: {tokens:,} tokens, {layers} layers, {top_k} of {trace.num_experts} experts")
+    print(f"{one_line(str(options.path))}: {tokens:,} tokens, {layers} layers, {top_k} of {trace.num_experts} experts")
     names = (*POLICIES, BELADY)
     print(f"{'experts that fit':>16} {'slots a layer':>13} " + " ".join(f"{name:>7}" for name in names))
     rows = []
@@ -443,5 +445,5 @@ def _report(options: argparse.Namespace) -> int:
     from .report import write_report
 
     for path in write_report(options.files, options.out):
-        print(path)
+        print(one_line(str(path)))
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import read_text
 
 __all__ = ["write_report"]
 
@@ -28,10 +29,10 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
     figures: list[tuple[str, str, Any]] = []  # file name, title, figure
     for file in files:
         try:
-            data = json.loads(file.read_text())
+            data = json.loads(read_text(file))
         except OSError as error:
             raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"{file}: not JSON; give what `bench decode --json` or `run --profile` wrote") from None
         if isinstance(data, dict) and data.get("bench") == "decode" and data.get("rows"):
             figures += [(f"{file.stem}-{name}", title, draw(data["rows"])) for name, title, draw in _DECODE]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import read_text
+from ..visible import one_line
 
 __all__ = ["add_trace"]
 
@@ -48,7 +50,7 @@ def _trace(options: argparse.Namespace) -> int:
     prompts = list(PROMPTS)
     if options.prompts is not None:
         try:
-            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+            lines = read_text(options.prompts).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{options.prompts}: cannot be read: {error}") from None
         prompts = [line for line in lines if line.strip()]
@@ -71,7 +73,6 @@ def _trace(options: argparse.Namespace) -> int:
         raise
     save_trace(options.file, trace)
     tokens, layers, top_k = trace.experts.shape
-    print(
-        f"{options.file}: {len(trace.starts)} texts, {tokens:,} tokens, {layers} layers, {top_k} of {trace.num_experts} experts"
-    )
+    what = f"{len(trace.starts)} texts, {tokens:,} tokens, {layers} layers, {top_k} of {trace.num_experts} experts"
+    print(f"{one_line(str(options.file))}: {what}")
     return 0

@@ -7,6 +7,7 @@ begins; `num_experts`. What it is for: how often would a cache of some size have
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,13 @@ import numpy as np
 from ..engine import LLM
 from ..errors import UsageError
 from ..experts.policy import Policy, make_policy
+from ..files import open_regular, read_text
 from ..ops import F32, I64, Ops, Weight
 
 __all__ = ["BELADY", "SHARES", "Trace", "hit_rate", "load_trace", "record", "save_trace"]
 
 BELADY = "belady"
+MOST_BYTES = 1 << 30  # of an array
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of a layer's experts
 
 
@@ -40,14 +43,20 @@ def load_trace(path: Path) -> Trace:
     """An .npz as above, or JSON lines {"tok": …, "layers": [[expert, …], …]}, a token each. Raises UsageError."""
     try:
         if path.suffix == ".jsonl":
-            rows = [json.loads(line)["layers"] for line in path.read_text().splitlines()]
+            rows = [json.loads(line)["layers"] for line in read_text(path).splitlines()]
             experts, starts, count = np.array(rows, np.int64), np.zeros(1, np.int64), None
         else:
-            with path.open("rb") as file, np.lib.npyio.NpzFile(file) as data:
+            with open_regular(path) as file, np.lib.npyio.NpzFile(file) as data:
+                assert data.zip is not None
+                for name in data.files:
+                    _check_member(data.zip, name)
                 experts = data["experts"].astype(np.int64)
                 starts = data["starts"].astype(np.int64) if "starts" in data else np.zeros(1, np.int64)
                 count = int(data["num_experts"]) if "num_experts" in data else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError, NotImplementedError, RuntimeError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise UsageError(f"{path}: not a routing trace (an .npz with the array experts): {error}") from None
     if experts.ndim != 3 or not experts.size:
         raise UsageError(f"{path}: experts is (tokens, layers, top-k), not {experts.shape}")
@@ -65,6 +74,19 @@ def load_trace(path: Path) -> Trace:
     ):
         raise UsageError(f"{path}: starts begins with 0 and ascends to less than {len(experts)}")
     return Trace(experts, starts, count)
+
+
+def _check_member(archive: zipfile.ZipFile, name: str) -> None:
+    """Raises ValueError for an array whose header or size in the archive asks for more memory than a trace takes."""
+    info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{name}: an array of version {version}")
+        shape, _, dtype = read(file)
+    if dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize > min(info.file_size, MOST_BYTES):
+        raise ValueError(f"{name}: {math.prod(shape)} values of {dtype}, more than the file or a trace holds")
 
 
 def save_trace(path: Path, trace: Trace) -> None:

@@ -63,6 +63,9 @@ class Backend(Protocol):
         """Closing it ends the answer. thinking: None leaves it to the template. progress: tokens of the prompt done, and all of them.
         Raises ExpertStreamError."""
 
+    def forget(self, messages: list[Message]) -> None:
+        """A conversation is deleted: what was computed of it goes too, as far as it is here."""
+
 
 class LocalBackend:
     """A model in this process."""
@@ -97,6 +100,18 @@ class LocalBackend:
             )  # fmt: skip
         yield from _events(parser.finish(answered.ended == "length"))
         yield answered
+
+    def forget(self, messages: list[Message]) -> None:
+        tokenizer, prefixes = self._llm.tokenizer, self._llm.prefixes
+        if prefixes is None:
+            return
+        try:
+            tokens = tokenizer.encode(tokenizer.chat_prompt(messages))
+        except ExpertStreamError:  # of another model, perhaps, whose prefixes these are not
+            return
+        starts = tokenizer.message_starts(tokens)
+        system = bool(messages) and messages[0]["role"] == "system"
+        prefixes.forget(tokens, starts[1] if system and len(starts) > 1 else 0)
 
 
 def _events(found: Iterable[Any]) -> Iterator[Content | Reasoning | FunctionCall]:
@@ -162,6 +177,9 @@ class RemoteBackend:
     @property
     def name(self) -> str:
         return self.model
+
+    def forget(self, messages: list[Message]) -> None:
+        """What the server keeps is the server's."""
 
     def close(self) -> None:
         """Ends the connection."""

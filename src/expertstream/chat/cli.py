@@ -12,6 +12,7 @@ from typing import Any
 from ..config import api_key, config_folder, data_folder, parse_bytes
 from ..errors import UsageError
 from ..experts.budget import for_conversations
+from ..files import read_text
 from ..machine import available_bytes
 from ..visible import visible
 
@@ -117,7 +118,7 @@ def _chat(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
 def _system_prompt() -> str:
     file = config_folder() / "system.md"
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return read_text(file).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:

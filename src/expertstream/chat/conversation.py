@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ExpertStreamError, RequestError
 from ..text.output import Content, Reasoning
+from ..visible import one_line
 from .backends import Answered, Backend, FunctionCall
 from .sessions import Conversation, SessionStore
 from .tools import ToolSource
@@ -78,6 +79,8 @@ class Chat:
     ask_consent: bool = True
     thinking: bool | None = None  # None: as the model's template has it
     fold: bool = True
+    # Removes what was typed in a session, and these texts, from what the arrow keys bring back. Raises OSError.
+    forget_typed: Callable[[str, Collection[str]], None] | None = field(default=None, init=False)
     last: Answered | None = field(default=None, init=False)
 
     def run(self, line: str) -> bool:
@@ -91,7 +94,7 @@ class Chat:
                 return self._command(name, rest.strip())
             self.say(line)
         except ExpertStreamError as error:
-            self.view.note(f"✗ {error}")
+            self.view.note(f"✗ {one_line(str(error))}")
         return True
 
     def say(self, text: str) -> None:
@@ -190,7 +193,7 @@ class Chat:
                     f"another chat went on with the session {taken!r}; this one is now {self.conversation.name!r}"
                 )
         except RequestError as error:
-            self.view.note(f"✗ {error}")
+            self.view.note(f"✗ {one_line(str(error))}")
 
     def _command(self, name: str, rest: str) -> bool:
         if name in ("/quit", "/exit", "/q"):
@@ -259,20 +262,37 @@ class Chat:
         self.view.replay(self.conversation.messages)
 
     def _delete(self, rest: str) -> None:
-        self._stored().delete(rest)
+        """The session, what was typed in it, and what was computed of it."""
+        store, found = self._stored(), None
+        with contextlib.suppress(RequestError):  # one that cannot be read can be deleted all the same
+            found = store.load(rest)
+        store.delete(rest)
+        if found is not None:
+            self.backend.forget(found.prompt())
+        texts = [str(m.get("content", "")) for m in found.messages if m["role"] == "user"] if found is not None else []
+        if self.forget_typed is not None:
+            try:
+                self.forget_typed(rest, texts)
+            except (OSError, UnicodeDecodeError) as error:
+                self.view.note(f"✗ what was typed in it is still in the history: {error}")
         self.view.note(f"deleted {rest}")
+        if rest == self.conversation.name:  # otherwise it would come back with the next turn
+            self._new("")
 
     def _export(self, rest: str) -> None:
         if not rest:
             raise RequestError("give a file to write to")
-        path = Path(rest).expanduser()
+        try:
+            path = Path(rest).expanduser()
+        except RuntimeError:
+            raise RequestError(f"{rest}: there is no such user; write the folder out") from None
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(self.conversation.markdown())
         except FileExistsError:
             raise RequestError(f"{path} exists already") from None
-        except OSError as error:
-            raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
         self.view.note(f"written to {path}")
 
     def _think(self, rest: str) -> None:

@@ -10,11 +10,12 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
 from .conversation import COMMANDS, Chat, stats_line
+from .history import TypedLines
 
 __all__ = ["read_lines"]
 
@@ -24,8 +25,8 @@ def read_lines(chat: Chat, history: Path) -> Iterator[str]:
     kept: History = InMemoryHistory()
     if chat.store is not None:
         with contextlib.suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            kept = FileHistory(str(history))
+            kept = typed = TypedLines(history, lambda: chat.conversation.name)
+            chat.forget_typed = typed.forget
     keys = KeyBindings()
 
     @keys.add("enter")

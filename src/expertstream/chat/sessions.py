@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from ..errors import RequestError
+from ..files import read_text, write_private
 
 __all__ = ["Conversation", "SessionStore"]
 
@@ -87,7 +88,7 @@ class SessionStore:
                 temporary = path.with_name(f".{path.name}.{os.getpid()}")
                 # Half of a surrogate pair becomes \udxxx, which is what JSON has for it.
                 text = json.dumps(asdict(conversation), ensure_ascii=False, indent=1)
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+                write_private(temporary, text.encode("utf-8", "backslashreplace"))
                 temporary.replace(path)
                 self._note(conversation.name)
         except OSError as error:
@@ -116,7 +117,7 @@ class SessionStore:
     def _read(self, name: str) -> Conversation:
         path = self.path(name)
         try:
-            found = Conversation(**json.loads(path.read_text(encoding="utf-8")))
+            found = Conversation(**json.loads(read_text(path)))
             if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in found.messages):
                 raise ValueError("messages are not messages")
             found.name = name  # whatever it was when the file was written

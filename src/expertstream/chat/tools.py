@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError
+from ..files import read_text
 
 __all__ = ["McpTools", "Shell", "ToolSource"]
 
@@ -114,12 +115,12 @@ class McpTools:
     def __init__(self, file: Path) -> None:
         """Raises UsageError for a file that is none, and for a server that does not start."""
         try:
-            servers = json.loads(file.read_text(encoding="utf-8"))["mcpServers"]
+            servers = json.loads(read_text(file))["mcpServers"]
             commands = {}
             for name, server in servers.items():
                 args = [str(a) for a in server.get("args", [])]
                 commands[str(name)] = (str(server["command"]), args, server.get("env"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f'{file}: not a list of MCP servers, {{"mcpServers": {{…}}}}: {error}') from None
         try:
             import mcp
@@ -132,17 +133,31 @@ class McpTools:
         self._stop: asyncio.Event | None = None
         self._ready = threading.Event()
         self._error = ""
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(commands)), daemon=True)
+        self._serving: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=lambda: self._run_servers(commands), daemon=True)
         self._thread.start()
-        self._ready.wait(SECONDS)
-        if self._error or not self._ready.is_set():
-            raise UsageError(f"{file}: {self._error or 'the servers did not start in time'}")
+        try:
+            self._ready.wait(SECONDS)
+            if self._error or not self._ready.is_set():
+                raise UsageError(f"{file}: {self._error or 'the servers did not start in time'}")
+        except BaseException:  # also Ctrl-C: no server outlives a start that failed
+            self.close()
+            raise
+
+    def _run_servers(self, commands: dict[str, tuple[str, list[str], Any]]) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                asyncio.run(self._serve(commands))
+            except Exception as error:  # whatever happens when strangers' programs are ended
+                self._error = self._error or str(error)
+            finally:
+                self._ready.set()
 
     async def _serve(self, commands: dict[str, tuple[str, list[str], Any]]) -> None:
         """Starts the servers, and holds them until close()."""
         from mcp.client.stdio import stdio_client
 
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._stop, self._serving = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
         async with contextlib.AsyncExitStack() as stack:
             for name, (command, args, env) in commands.items():
                 try:
@@ -186,6 +201,12 @@ class McpTools:
         return text[:MOST_OUTPUT] or "(no output)"
 
     def close(self) -> None:
-        if self._loop is not None and self._stop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(5)
+        """Ends the servers, those too that are still starting."""
+        ways = [self._stop.set] if self._stop is not None and self._ready.is_set() else []
+        for end in (*ways, self._serving.cancel if self._serving is not None else None):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: they have ended
+                if self._loop is not None and end is not None:
+                    self._loop.call_soon_threadsafe(end)
+            self._thread.join(5)
+            if not self._thread.is_alive():
+                return

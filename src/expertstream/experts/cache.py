@@ -231,6 +231,8 @@ class ExpertCache:
         self._parked = []
         if free[self.ring + room :]:
             self.reader.unregister_memory()
+        elif not self.reader.registered_buffers:
+            self.reader.register_memory(self.arena)
         for slot in free[self.ring + room :]:
             self._park(slot)
         self._owned = [len(layer) for layer in self._resident]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +75,8 @@ class ExpertStore:
         self._process = os.getpid()
         self.slot_bytes = max(slot_bytes(layout) for layout in layouts)
         self._files: dict[Path, OpenFile] = {}
+        self._end = weakref.finalize(self, _close_all, self._files, self._process)
+        self._end.atexit = False
         self._plans: list[dict[int, ReadPlan]] = [{} for _ in layouts]
         try:
             for layout in layouts:
@@ -128,18 +132,37 @@ class ExpertStore:
         return not self._files
 
     def close(self) -> None:
-        for file in self._files.values():
+        self._end()
+
+
+def _close_all(files: dict[Path, OpenFile], process: int) -> None:
+    """Also of a store that is collected without having been closed. In a fork they are the parent's."""
+    if os.getpid() == process:
+        for file in files.values():
             os.close(file.fd)
-        self._files.clear()
+        files.clear()
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor with O_DIRECT that a block has been read from. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, ALIGNMENT) as block:  # lies at a multiple of a page
+            os.preadv(fd, [block], 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _open(path: Path, direct: bool) -> OpenFile:
     try:
         if direct:
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                fd = _open_direct(path)
             except OSError:
-                # Some file systems refuse O_DIRECT; `direct` says so, and the start-up line prints it.
+                # Some file systems refuse O_DIRECT, when a file is opened or when it is first read; `direct` says so, and the start-up
+                # line prints it.
                 direct = False
         if not direct:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _native
-from ..errors import UsageError
+from ..errors import BudgetError, UsageError
 from . import (
     DTYPE_BYTES,
     F32,
@@ -44,7 +44,7 @@ class CpuOps:
         try:
             self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
-            raise UsageError(f"{threads} threads cannot be started: {error}") from None
+            raise BudgetError(f"{threads} threads cannot be started ({error}); take a smaller --threads") from None
         self._formats: dict[
             int, tuple[ExpertFormat, list[Any]]
         ] = {}  # by identity: hashing one costs as much as a call

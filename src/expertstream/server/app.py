@@ -329,7 +329,9 @@ class _Server:
         if self.scheduler.closing:
             return "the server is being stopped"
         if now - self.scheduler.progress > STALLED_SECONDS:
-            return f"the engine has been at one layer for {now - self.scheduler.progress:.0f} seconds; is the disk well?"
+            return (
+                f"the engine has been at one layer for {now - self.scheduler.progress:.0f} seconds; is the disk well?"
+            )
         if len(self.begun) >= PREPARED_TOGETHER and now - max(self.begun.values()) > PREPARING_SECONDS:
             return f"no request could be prepared for {now - max(self.begun.values()):.0f} seconds"
         try:

@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..experts.budget import for_conversations
 from ..files import read_text
 from ..machine import available_bytes
+from ..visible import one_line
 
 __all__ = ["add_serve"]
 
@@ -164,7 +165,6 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     if options.cache_memory is not None:
         given["prefix_cache_bytes"] = parse_bytes(options.cache_memory)
     disk = parse_bytes(options.cache_disk) if options.cache_dir is not None else 0
-    logging.basicConfig(level=logging.WARNING, format="expertstream: %(message)s")
     access = logging.getLogger("expertstream.access")
     access.setLevel(logging.INFO)
     access.propagate = False
@@ -191,7 +191,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
         print(f"[{llm.describe()}{f'; lossy: {llm.lossy}' if llm.lossy else ''}]", flush=True)
         address, port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        print(f"{settings.name} answers at http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"{one_line(settings.name)} answers at http://{shown}:{port} (Ctrl-C ends it)", flush=True)
         Protocol.max_connections = raise_file_limit()
         config = uvicorn.Config(
             create_app(llm, settings),

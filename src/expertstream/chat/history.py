@@ -1,0 +1,55 @@
+"""What was typed, for the arrow keys: a file that only its owner can read, from which what belongs to a deleted session goes too."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from prompt_toolkit.history import FileHistory
+
+from ..files import read_text, write_private
+
+__all__ = ["TypedLines"]
+
+
+class TypedLines(FileHistory):
+    """prompt_toolkit's file of entries (a comment, then each line of the entry after a "+"), whose comments have the session's name too.
+    session: of the chat that is open. Raises OSError."""
+
+    def __init__(self, path: Path, session: Callable[[], str]) -> None:
+        self._path, self._session = path, session
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(self._open())
+        super().__init__(str(path))
+
+    def _open(self) -> int:
+        """A descriptor to append with, closed again by its user; the file is made private."""
+        file = os.open(
+            self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
+        )
+        os.fchmod(file, 0o600)
+        return file
+
+    def store_string(self, string: str) -> None:
+        lines = "".join(f"+{line}\n" for line in string.split("\n"))
+        text = f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')}\t{self._session()}\n{lines}"
+        with os.fdopen(self._open(), "ab") as out:
+            out.write(text.encode("utf-8", "replace"))
+
+    def forget(self, session: str, texts: Collection[str]) -> None:
+        """Removes what was typed in a session, and every entry that is one of these texts. Raises OSError."""
+        kept: list[str] = []
+        forgotten = {text.strip() for text in texts}
+        for entry in ("\n" + read_text(self._path)).split("\n# "):
+            head, _, body = entry.partition("\n")
+            typed = "\n".join(line[1:] for line in body.splitlines() if line.startswith("+"))
+            if head.partition("\t")[2] == session or typed.strip() in forgotten:
+                forgotten.add(typed.strip())
+            else:
+                kept.append(entry)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        write_private(temporary, "\n# ".join(kept).rstrip("\n").encode() + b"\n")
+        temporary.replace(self._path)
+        self._loaded_strings = [text for text in self._loaded_strings if text.strip() not in forgotten]
