@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from expertstream import LLM, ReadError, RequestError
 from expertstream.generate import Forward
-from expertstream.kv_cache import KVCache, attention_state
+from expertstream.kv_cache import DeltaState, KVCache, attention_state
 from expertstream.ops import F32, I64
 from expertstream.prefix_cache import PrefixCache, _below, snapshot_positions
 from expertstream.state_file import StateFile, StateFileError, write_state
@@ -209,6 +209,23 @@ def test_a_prefill_that_is_stopped_leaves_what_it_had(llm: LLM) -> None:
         assert np.array_equal(logits_of(llm, tokens)[0], resumed)
     finally:
         llm.prefixes = kept
+
+
+def test_a_snapshot_at_the_end_of_a_pass_is_copied_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    original = DeltaState.copies
+
+    def counted(self: DeltaState) -> list[F32]:
+        copied.append(1)
+        return original(self)
+
+    monkeypatch.setattr(DeltaState, "copies", counted)
+    monkeypatch.setattr("expertstream.session.KEEP_EVERY", 256)
+    monkeypatch.setattr(llm, "prefill_chunk", 256)
+    session = llm.session()
+    list(session.generate(prompt_of(700), llm.sampling_params(max_tokens=1)))
+    layers = sum(isinstance(layer, DeltaState) for layer in session.cache.layers)
+    assert len(copied) == 3 * layers  # after 256, 512 and 640 tokens
 
 
 def test_a_restarted_engine_reads_its_prefixes_from_disk(pack_folder: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
         pack_folder, memory=budget_for(pack_folder, 60), context_length=256, prefill_chunk=64, reader=reader
     ) as llm:
         experts, interrupted = llm.experts, 0
+        registered = experts.reader.registered_buffers
         for line in [*range(1, 40), *range(40, 400, 9)]:
             for size in (experts.planned, 7, 20, 0):
                 left[0] = line
@@ -110,4 +111,5 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
                 slots += [s for layer in experts._resident for s in layer.values()]
                 slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
                 assert sorted(slots) == list(range(llm.plan.slots)), (line, size)
+                assert experts.reader.registered_buffers == (registered and not experts._parked), (line, size)
         assert interrupted > 100
