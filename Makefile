@@ -10,6 +10,7 @@ CLIENTS := build/clients
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find src native CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
+comma := ,
 PYTHON_FILES := src tests training benchmarks docs
 
 .PHONY: demo test lint format native-test neon-test client-test docs clean
@@ -53,22 +54,27 @@ format: $(VENV)/test-tools
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# A call of CMake for tests without Python, in the build folder $(1), with the options $(2); silent unless it fails.
+cmake_tests = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DEXPERTSTREAM_PYTHON=OFF \
+	  -DEXPERTSTREAM_TESTS=ON -DEXPERTSTREAM_WERROR=ON $(2) > build-$(1).log 2>&1 || (cat build-$(1).log; exit 1); rm -f build-$(1).log
+
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, warnings as errors; and no weak symbol in a kernel
-# object: the linker would be free to keep the copy that was compiled for another machine.
+# object: the linker would be free to keep the copy that was compiled for another machine. Threads under ThreadSanitizer, which some
+# kernels' random addresses confuse: then it runs without them.
 native-test: $(VENV)/test-tools
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DEXPERTSTREAM_PYTHON=OFF \
-	  -DEXPERTSTREAM_TESTS=ON -DEXPERTSTREAM_WERROR=ON -DCMAKE_BUILD_TYPE=None \
-	  -DCMAKE_CXX_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" > build-sanitize.log 2>&1 || (cat build-sanitize.log; exit 1)
-	@rm -f build-sanitize.log
+	$(call cmake_tests,sanitize,-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=all")
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/test_native
+	$(call cmake_tests,threads,-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g -fsanitize=thread")
+	$(BIN)/cmake --build build/threads --target test_threads
+	build/threads/test_threads 2> build/threads/report || (grep -q "unexpected memory mapping" build/threads/report \
+	  && setarch -R build/threads/test_threads) || (cat build/threads/report; exit 1)
 	$(BIN)/python tests/check_symbols.py
 
 # The same tests for 64-bit Arm, under emulation. Debian: g++-aarch64-linux-gnu qemu-user.
 neon-test: $(VENV)/test-tools
-	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DEXPERTSTREAM_PYTHON=OFF \
-	  -DEXPERTSTREAM_TESTS=ON -DEXPERTSTREAM_WERROR=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
-	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(call cmake_tests,neon,-DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static)
 	$(BIN)/cmake --build build/neon
 	qemu-aarch64 build/neon/test_native
 
