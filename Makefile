@@ -13,7 +13,7 @@ CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
 comma := ,
 PYTHON_FILES := src tests training benchmarks docs
 
-.PHONY: demo test lint format native-test neon-test client-test docs clean
+.PHONY: demo test lint format native-test neon-test fuzz client-test docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -77,6 +77,15 @@ neon-test: $(VENV)/test-tools
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static)
 	$(BIN)/cmake --build build/neon
 	qemu-aarch64 build/neon/test_native
+
+# Everything that is read from strangers, fuzzed for so many seconds. Atheris has no wheel for some machines and newest Pythons.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/test-tools $(VENV)/installed
+	@mkdir -p build/fuzz
+	@if $(BIN)/python -c "import atheris" 2> /dev/null; then \
+	  $(BIN)/python tests/fuzz.py -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=20 -rss_limit_mb=4096 -artifact_prefix=build/fuzz/ \
+	    > build/fuzz/log 2>&1 && tail -1 build/fuzz/log || (tail -40 build/fuzz/log; exit 1); \
+	else echo "atheris is not installed here: nothing is fuzzed"; fi
 
 # Other people's programs against the server, as docs/clients.md says. They live apart: none is imported by a test.
 client-test: $(VENV)/test-tools $(VENV)/installed $(CLIENTS)/node/stamp $(CLIENTS)/python/stamp $(CLIENTS)/aider/stamp

@@ -37,6 +37,7 @@ class Server:
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self._clients: list[openai.OpenAI | anthropic.Anthropic] = []
         app = create_app(llm, ServerSettings("small", **options))
         self.server = uvicorn.Server(
             uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10, http=Protocol)
@@ -47,10 +48,14 @@ class Server:
             time.sleep(0.01)
 
     def openai(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        self._clients.append(client)
+        return client
 
     def anthropic(self, key: str = "none") -> anthropic.Anthropic:
-        return anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+        client = anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+        self._clients.append(client)
+        return client
 
     def waiting(self) -> int:
         return int(httpx.get(f"{self.url}/health").json()["waiting"])
@@ -62,6 +67,8 @@ class Server:
         assert self.waiting() == 0
 
     def stop(self) -> None:
+        for client in self._clients:  # one that is only collected may leave its socket to the garbage collector
+            client.close()
         self.server.should_exit = True
         self.thread.join()
         self.socket.close()
