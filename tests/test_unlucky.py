@@ -184,6 +184,7 @@ def test_a_destination_that_is_a_dangling_link_is_told_before_the_work(tmp_path:
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConvertError, match="a link to something that does not exist"):
         convert(hf_folder, tmp_path / "out", BitPolicy(4, 64, 8, False), 1)
+    assert main(["synth", "small", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "nowhere").exists()
 
 
@@ -261,3 +262,19 @@ def test_without_a_home_the_error_says_so(monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["chat", "--sessions"]) == 2
     assert "no home folder; set HOME" in capsys.readouterr().err
     LLM(memory="24MiB", context_length=256).close()
+
+
+def test_a_prompt_on_which_the_tokenizer_would_panic_is_too_long(tmp_path: Path) -> None:
+    """The library's own words about a panic, which nobody can catch, are not seen either."""
+    done = subprocess.run(
+        [sys.executable, "-m", "expertstream", "run", "--memory", "24MiB", "--context", "256", "-"],
+        input=" " * 10_500_000, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 6 and "panic" not in done.stderr and "the context has room for 255" in done.stderr
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "expertstream", "chat", "--memory", "24MiB", "--context", "256"],
+        input="a" + " " * 10_500_000 + "b\nhi\n", capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0 and "panic" not in done.stderr and done.stderr.count("the context has room for") == 1
+    assert done.stdout.strip()

@@ -375,7 +375,7 @@ def _stream(llm: LLM, prompt: str | ChatPrompt, params: SamplingParams, options:
     pieces: list[GenerationResponse] = []
     ended: str | None = None  # why it ended early
     code = 0
-    tokens = llm.tokenizer.encode(prompt)
+    tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
     progress = None
     if sys.stderr.isatty() and not (options.quiet or options.json):
         progress = _PromptProgress(int(tokens.shape[0]))

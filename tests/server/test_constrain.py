@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from expertstream import LLM, RequestError
 from expertstream.engine import embedded_model
 from expertstream.server.constrain import Grammars, Guide, OutputFormat
 from expertstream.text.output import CallDelta, CallEnd, Content, Event, OutputParser, Reasoning
+
+from .conftest import HELLO, Server
 
 BOOK = {
     "name": "book",
@@ -222,3 +225,35 @@ def test_a_schema_made_to_hurt_neither_hangs_nor_crashes(llm: LLM, grammars: Gra
                 guide.accept(int(guide.mask(np.zeros(llm.model_config.vocab_size, np.float32)).argmax()))
         except RequestError as error:
             assert "cannot be followed" in str(error)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+def test_a_model_without_an_end_token_says_so_in_the_apis_shape(
+    llm: LLM, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm.tokenizer, "eos_ids", frozenset())
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "name": "x", "schema": schema}
+    body: dict[str, Any] = {
+        "chat/completions": {"messages": HELLO, "response_format": {"type": "json_object"}},
+        "responses": {"input": "x", "text": {"format": form}},
+        "messages": {
+            "messages": HELLO,
+            "max_tokens": 5,
+            "output_config": {"format": {"type": "json_schema", "schema": schema}},
+        },
+    }[path]
+    server = Server(llm)
+    try:
+        answer = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60)
+        assert answer.status_code == 400 and "has no end token" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        free = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3}, timeout=60)
+        assert free.json()["choices"][0]["finish_reason"] == "length"
+    finally:
+        server.stop()

@@ -193,7 +193,7 @@ def write_synthetic(
         policy.symmetric and policy.group_size == 32 and (policy.bits, policy.trunk_bits) in ((4, 4), (4, 8))
     ):
         raise UsageError("a GGUF twin has 4-bit experts in symmetric groups of 32 (Q4_0), and a trunk of 4 or 8 bits")
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():  # a link to nothing, too
         raise UsageError(f"{folder}: exists already; choose another name or remove it")
     for path in (folder, gguf):
         if path is not None and not path.absolute().parent.is_dir():

@@ -81,7 +81,7 @@ class LocalBackend:
         llm = self._llm
         switch = {} if thinking is None else {"enable_thinking": thinking}
         prompt = llm.tokenizer.chat_prompt(messages, template_variables=switch, tools=tools or None)
-        tokens = llm.tokenizer.encode(prompt)
+        tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
         given = {"max_tokens": llm.context_length, **{k: v for k, v in self._sampling.items() if v is not None}}
         if tools:  # a penalty for what was read before would be one for the names that a call has to repeat
             given["repetition_penalty"] = 1.0
