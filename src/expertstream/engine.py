@@ -18,7 +18,9 @@ from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, form
 from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
 from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_chunk
 from .experts.cache import ExpertCache
+from .experts.routed import RoutedExperts
 from .experts.store import ExpertStore
+from .layers import LoadedWeights
 from .machine import available_bytes, usable_processors
 from .models import find_model
 from .ops import I64, Ops, make_ops
@@ -122,7 +124,8 @@ class LLM:
                 MemoryWatch(available_bytes, self.plan.available_bytes),
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
-            self.model = model_module.Model(self.model_config, self.checkpoint, ops, self.experts, self.top_k)
+            weights, experts = LoadedWeights(self.checkpoint, ops), RoutedExperts(self.experts, ops)
+            self.model = model_module.Model(self.model_config, weights, experts, self.top_k)
             self.prefixes: PrefixCache | None = None
             if c.prefix_cache_bytes:
                 self.keep_prefixes()

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.fields import Fields
 from ..checkpoint.format import ExpertLayout, WeightSpec
 from ..checkpoint.reader import Checkpoint
-from ..errors import CheckpointError, RequestError
-from ..experts.cache import ExpertCache
+from ..errors import RequestError
+from ..experts.routed import RoutedExperts
 from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
-from ..layers import Embedding, Linear, RMSNorm, Rotary
-from ..ops import F32, I64, AttentionWeights, DeltaWeights, Ops
+from ..layers import Rotary, Weights, weight_names
+from ..ops import F32, I64, AttentionWeights, DeltaWeights
 
 __all__ = ["Config", "Model", "expert_layouts", "weight_map"]
 
@@ -56,79 +57,48 @@ class Config:
     @classmethod
     def from_json(cls, config: dict[str, Any], where: str) -> Config:
         """Raises CheckpointError for a missing or impossible value."""
-        text = config.get("text_config", config)
-        if not isinstance(text, dict):
-            raise CheckpointError(f"{where}: config.json: text_config must be an object, not {text!r}")
-
-        def get(name: str, kind: type[int] | type[float] = int) -> Any:
-            value = text.get(name)
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise CheckpointError(f"{where}: config.json: {name} must be {kind.__name__}, not {value!r}")
-            if not 0 < value < 1 << 40:  # and so not NaN
-                raise CheckpointError(f"{where}: config.json: {name} must be more than 0 and not absurd, not {value!r}")
-            return value
-
-        rope = text.get("rope_parameters") or text
-        rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
-        if rope_type != "default" or text.get("rope_scaling"):
-            raise CheckpointError(
-                f"{where}: config.json: rope_parameters of type {rope_type!r} or rope_scaling are not supported"
-            )
-        theta: Any = rope.get("rope_theta")
-        factor: Any = rope.get(
-            "partial_rotary_factor", text.get("partial_rotary_factor", 0.25)
-        )  # the architecture's default
-        for name, value, least, most in (("rope_theta", theta, 1, 1e12), ("partial_rotary_factor", factor, 0, 1)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= most:
-                raise CheckpointError(
-                    f"{where}: config.json: {name} must be more than {least} and at most {most:g}, not {value!r}"
-                )
-        if (
-            text.get("hidden_act", "silu") != "silu"
-            or text.get("attention_bias", False)
-            or not text.get("attn_output_gate", True)
-        ):
-            raise CheckpointError(
-                f"{where}: config.json: hidden_act must be silu, attention_bias false and attn_output_gate true"
-            )
-        layers = get("num_hidden_layers")
-        kinds = text.get("layer_types")
+        whole = Fields(config, where)
+        text = whole.inner("text_config")
+        text.fixed(hidden_act="silu", attention_bias=False, attn_output_gate=True, rope_scaling={})
+        rope = text if text.values.get("rope_parameters") is None else text.inner("rope_parameters")
+        rope.fixed(rope_type="default")
+        layers = text.size("num_hidden_layers")
+        kinds = text.values.get("layer_types")
         if kinds is None:
-            interval = get("full_attention_interval")
+            interval = text.size("full_attention_interval")
             kinds = [FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers)]
         if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (LINEAR, FULL) for kind in kinds):
-            raise CheckpointError(
-                f"{where}: config.json: layer_types must name {LINEAR} or {FULL} for each of {layers} layers"
-            )
+            raise text.error(f"layer_types must name {LINEAR} or {FULL} for each of {layers} layers")
         names = (
             "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
             "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts",
             "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "max_position_embeddings",
         )  # fmt: skip
-        values = {name: get(name) for name in names}
-        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        if type(tied) is not bool:
-            raise CheckpointError(f"{where}: config.json: tie_word_embeddings must be true or false, not {tied!r}")
-        result = cls(
-            **values,
+        sizes = {name: text.size(name) for name in names}
+        text.multiple("num_attention_heads", of="num_key_value_heads")
+        text.multiple("linear_num_value_heads", of="linear_num_key_heads")
+        if sizes["num_experts_per_tok"] > sizes["num_experts"]:
+            raise text.error(
+                f"num_experts_per_tok ({sizes['num_experts_per_tok']}) is more than num_experts ({sizes['num_experts']})"
+            )
+        if not 2 <= sizes["linear_conv_kernel_dim"] <= 8:
+            raise text.error(f"linear_conv_kernel_dim must be from 2 to 8, not {sizes['linear_conv_kernel_dim']}")
+        # The architecture's default; an older place for it is beside rope_parameters.
+        default = text.number("partial_rotary_factor", 0, 1, 0.25)
+        rotary_dims = int(sizes["head_dim"] * rope.number("partial_rotary_factor", 0, 1, default))
+        if rotary_dims == 0 or rotary_dims % 2:
+            raise text.error(
+                f"partial_rotary_factor rotates {rotary_dims} of {sizes['head_dim']} dimensions; it must be an even number"
+            )
+        return cls(
+            **sizes,
             num_hidden_layers=layers,
             layer_types=tuple(kinds),
-            rms_norm_eps=float(get("rms_norm_eps", float)),
-            rope_theta=float(theta),
-            rotary_dims=int(values["head_dim"] * factor),
-            tie_word_embeddings=tied,
+            rms_norm_eps=text.number("rms_norm_eps", 0, 0.999),
+            rope_theta=rope.number("rope_theta", 1, 1e12),
+            rotary_dims=rotary_dims,
+            tie_word_embeddings=whole.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False)),
         )
-        if (
-            result.num_experts_per_tok > result.num_experts
-            or result.num_attention_heads % result.num_key_value_heads
-            or result.linear_num_value_heads % result.linear_num_key_heads
-            or not 2 <= result.linear_conv_kernel_dim <= 8
-            or result.rotary_dims % 2
-            or result.rotary_dims == 0
-            or result.rms_norm_eps >= 1
-        ):
-            raise CheckpointError(f"{where}: config.json: sizes that do not go together: {result}")
-        return result
 
     @property
     def key_dim(self) -> int:
@@ -183,45 +153,8 @@ class Config:
 
 
 def weight_map(config: Config) -> dict[str, WeightSpec]:
-    """Every trunk tensor by canonical name; a matrix by its module, whose tensor is `.weight` (and `.scales`, `.biases`)."""
-    c, h = config, config.hidden_size
-    specs: dict[str, WeightSpec] = {"model.embed_tokens": WeightSpec("matrix", (c.vocab_size, h))}
-
-    def matrix(name: str, rows: int, cols: int) -> None:
-        specs[name] = WeightSpec("matrix", (rows, cols))
-
-    for i, kind in enumerate(c.layer_types):
-        layer = f"model.layers.{i}"
-        specs[f"{layer}.input_layernorm.weight"] = WeightSpec("norm", (h,))
-        if kind == LINEAR:
-            mixer = f"{layer}.linear_attn"
-            matrix(f"{mixer}.in_proj_qkv", c.conv_channels, h)
-            matrix(f"{mixer}.in_proj_z", c.value_dim, h)
-            matrix(f"{mixer}.in_proj_b", c.linear_num_value_heads, h)
-            matrix(f"{mixer}.in_proj_a", c.linear_num_value_heads, h)
-            specs[f"{mixer}.conv1d.weight"] = WeightSpec("conv", (c.conv_channels, 1, c.linear_conv_kernel_dim))
-            specs[f"{mixer}.A_log"] = WeightSpec("vector", (c.linear_num_value_heads,))
-            specs[f"{mixer}.dt_bias"] = WeightSpec("vector", (c.linear_num_value_heads,))
-            specs[f"{mixer}.norm.weight"] = WeightSpec("vector", (c.linear_value_head_dim,))  # this one has no +1
-            matrix(f"{mixer}.out_proj", h, c.value_dim)
-        else:
-            mixer, kv = f"{layer}.self_attn", c.num_key_value_heads * c.head_dim
-            matrix(f"{mixer}.q_proj", 2 * c.num_attention_heads * c.head_dim, h)  # rows by head: query, gate
-            matrix(f"{mixer}.k_proj", kv, h)
-            matrix(f"{mixer}.v_proj", kv, h)
-            matrix(f"{mixer}.o_proj", h, c.num_attention_heads * c.head_dim)
-            specs[f"{mixer}.q_norm.weight"] = WeightSpec("norm", (c.head_dim,))
-            specs[f"{mixer}.k_norm.weight"] = WeightSpec("norm", (c.head_dim,))
-        specs[f"{layer}.post_attention_layernorm.weight"] = WeightSpec("norm", (h,))
-        matrix(f"{layer}.mlp.gate", c.num_experts, h)
-        matrix(f"{layer}.mlp.shared_expert.gate_proj", c.shared_expert_intermediate_size, h)
-        matrix(f"{layer}.mlp.shared_expert.up_proj", c.shared_expert_intermediate_size, h)
-        matrix(f"{layer}.mlp.shared_expert.down_proj", h, c.shared_expert_intermediate_size)
-        matrix(f"{layer}.mlp.shared_expert_gate", 1, h)
-    specs["model.norm.weight"] = WeightSpec("norm", (h,))
-    if not c.tie_word_embeddings:
-        matrix("lm_head", c.vocab_size, h)
-    return specs
+    """Every dense tensor, by canonical name."""
+    return weight_names(lambda weights: Model(config, weights, None))
 
 
 def expert_layouts(config: Config, checkpoint: Checkpoint) -> list[ExpertLayout]:
@@ -232,41 +165,26 @@ def expert_layouts(config: Config, checkpoint: Checkpoint) -> list[ExpertLayout]
     ]
 
 
-class Weights:
-    """The trunk, loaded by name as weight_map() lists it."""
-
-    def __init__(self, config: Config, checkpoint: Checkpoint, ops: Ops) -> None:
-        self.config, self.checkpoint, self.ops = config, checkpoint, ops
-        self.specs = weight_map(config)
-
-    def linear(self, module: str) -> Linear:
-        return Linear(self.checkpoint.weight(module, self.specs[module]), self.ops)
-
-    def vector(self, name: str) -> F32:
-        return self.checkpoint.vector(name, self.specs[name])
-
-    def norm(self, module: str) -> RMSNorm:
-        return RMSNorm(self.vector(f"{module}.weight"), self.config.rms_norm_eps, self.ops)
-
-
 class GatedDeltaNet:
     """Linear attention with a gated delta rule (Yang et al., Gated Delta Networks, 2024)."""
 
-    def __init__(self, w: Weights, name: str) -> None:
-        c, self.ops = w.config, w.ops
-        # All four read the same input, so they are multiplied together.
-        self.in_proj = [w.linear(f"{name}.in_proj_{part}").weight for part in ("qkv", "z", "a", "b")]
-        self.out_proj = w.linear(f"{name}.out_proj")
+    def __init__(self, w: Weights, c: Config, name: str) -> None:
+        self.ops, hidden = w.ops, c.hidden_size
+        qkv = w.matrix(f"{name}.in_proj_qkv", c.conv_channels, hidden)
+        z = w.matrix(f"{name}.in_proj_z", c.value_dim, hidden)
+        b, a = (w.matrix(f"{name}.in_proj_{part}", c.linear_num_value_heads, hidden) for part in ("b", "a"))
+        self.in_proj = [qkv, z, a, b]  # all four read the same input, so they are multiplied together
         self.weights = DeltaWeights(
-            conv=w.vector(f"{name}.conv1d.weight"),
-            a_log=w.vector(f"{name}.A_log"),
-            dt_bias=w.vector(f"{name}.dt_bias"),
-            norm=w.vector(f"{name}.norm.weight"),
+            conv=w.vector(f"{name}.conv1d.weight", c.conv_channels, 1, c.linear_conv_kernel_dim, kind="conv"),
+            a_log=w.vector(f"{name}.A_log", c.linear_num_value_heads),
+            dt_bias=w.vector(f"{name}.dt_bias", c.linear_num_value_heads),
+            norm=w.vector(f"{name}.norm.weight", c.linear_value_head_dim),  # this norm has no +1
             key_heads=c.linear_num_key_heads,
             value_heads=c.linear_num_value_heads,
             key_dim=c.linear_key_head_dim,
             eps=c.rms_norm_eps,
         )
+        self.out_proj = w.linear(f"{name}.out_proj", hidden, c.value_dim)
 
     def __call__(self, x: F32, state: DeltaState, position: int, keep: Sequence[int], chunked: bool) -> F32:
         """keep: positions among these tokens at which the state is kept."""
@@ -297,11 +215,15 @@ class GatedDeltaNet:
 class Attention:
     """Grouped-query attention with normed, partly rotated queries and keys, and an output gate."""
 
-    def __init__(self, w: Weights, name: str) -> None:
-        c, self.ops = w.config, w.ops
-        self.in_proj = [w.linear(f"{name}.{part}_proj").weight for part in ("q", "k", "v")]
-        self.o_proj = w.linear(f"{name}.o_proj")
-        q_norm, k_norm = (w.norm(f"{name}.{part}_norm").weight for part in ("q", "k"))
+    def __init__(self, w: Weights, c: Config, name: str) -> None:
+        self.ops, hidden = w.ops, c.hidden_size
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        # Rows of q_proj by head: query, gate.
+        self.in_proj = [
+            w.matrix(f"{name}.{part}_proj", n, hidden) for part, n in (("q", 2 * queries), ("k", keys), ("v", keys))
+        ]
+        self.o_proj = w.linear(f"{name}.o_proj", hidden, queries)
+        q_norm, k_norm = (w.norm(f"{name}.{part}_norm", c.head_dim, c.rms_norm_eps).weight for part in ("q", "k"))
         self.weights = AttentionWeights(q_norm, k_norm, heads=c.num_attention_heads, eps=c.rms_norm_eps)
 
     def __call__(self, x: F32, state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
@@ -324,79 +246,51 @@ class Attention:
 
 
 class SparseMoeBlock:
-    """Σ wᵢ·expertᵢ(x) over the top-k of a softmax router, plus a gated shared expert.
+    """Σ wᵢ·expertᵢ(x) over the top-k of a softmax router, plus a gated shared expert."""
 
-    Outputs are summed in ascending order of expert number, whatever order they became ready in.
-    """
-
-    def __init__(self, w: Weights, layer: int, top_k: int, experts: ExpertCache) -> None:
-        name = f"model.layers.{layer}.mlp"
+    def __init__(self, w: Weights, c: Config, layer: int, top_k: int, experts: RoutedExperts) -> None:
+        name, hidden, inner = f"model.layers.{layer}.mlp", c.hidden_size, c.shared_expert_intermediate_size
         self.layer, self.top_k, self.experts, self.ops = layer, top_k, experts, w.ops
-        self.gate = w.linear(f"{name}.gate").weight
-        self.look_ahead: Callable[[F32], None] | None = None  # the next layer's guess()
-        self._one_token, self._one_each = np.zeros(top_k, np.int64), np.arange(top_k + 1)
-        parts = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate")
-        self.shared_expert = [w.linear(f"{name}.{part}").weight for part in parts]
+        self.gate = w.matrix(f"{name}.gate", c.num_experts, hidden)
+        self.shared_expert = [
+            w.matrix(f"{name}.shared_expert.gate_proj", inner, hidden),
+            w.matrix(f"{name}.shared_expert.up_proj", inner, hidden),
+            w.matrix(f"{name}.shared_expert.down_proj", hidden, inner),
+            w.matrix(f"{name}.shared_expert_gate", 1, hidden),
+        ]
 
-    def __call__(self, x: F32, h: F32, prompt: bool) -> None:
-        """Adds the block's output for x (T, H) to h (T, H), in place. prompt: the rows are of one, not of several sequences' tokens."""
-        ops = self.ops
-        routing_weights, selected_experts = ops.route(x, self.gate, self.top_k)  # (T, top_k)
-        # Pairs of (token, expert), grouped by expert.
-        if x.shape[0] == 1:
-            pair_token, pair_start, weights = self._one_token, self._one_each, routing_weights[0]
-            ids = selected_experts[0].tolist()
-            block = self.experts.resident_block(self.layer, ids)
-            if block is not None:  # nothing to wait for, nothing to put together
-                acc = ops.shared_expert(x, *self.shared_expert)
-                ops.moe(acc, x, block, pair_start, pair_token, weights)
-                h += acc
-                return
-        else:
-            order = np.argsort(selected_experts, axis=None, kind="stable")
-            pair_token, weights = order // self.top_k, routing_weights.ravel()[order]
-            distinct, counts = np.unique(selected_experts, return_counts=True)
-            pair_start, ids = np.concatenate([[0], np.cumsum(counts)]), distinct.tolist()
-        # The reads of all missing experts are under way before anything is computed.
-        with self.experts.fetch(self.layer, ids, prompt) as fetch:
-            if self.look_ahead is not None and not prompt and self.experts.prefetcher.most:
-                self.look_ahead(h)
-            acc = ops.shared_expert(x, *self.shared_expert)
-            # In order, each part is summed at once; else outputs wait until all are there.
-            y = None if fetch.ordered else np.empty((pair_token.shape[0], x.shape[1]), np.float32)
-            for part in fetch:
-                starts = pair_start[part.positions]
-                lengths = pair_start[np.array(part.positions) + 1] - starts
-                part_start = np.concatenate([[0], np.cumsum(lengths)])
-                if y is None:  # neighbours: one run of pairs
-                    run = slice(starts[0], starts[0] + part_start[-1])
-                    ops.moe(acc, x, part.block, part_start, pair_token[run], weights[run])
-                else:
-                    pairs = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
-                    y[pairs] = ops.experts(x, part.block, part_start, pair_token[pairs])
-            if y is not None:
-                ops.accumulate(acc, y, pair_token, weights)
-        h += acc
+    def route(self, x: F32) -> tuple[F32, I64]:
+        """Weights and experts (T, top_k) of x (T, H)."""
+        return self.ops.route(x, self.gate, self.top_k)
+
+    def __call__(self, x: F32, prompt: bool, ahead: Callable[[], None] | None) -> F32:
+        """x (T, H) → (T, H). ahead: asks the next layer's router meanwhile."""
+        weights, selected = self.route(x)
+        return self.experts.apply(
+            self.layer, x, weights, selected, prompt, lambda: self.ops.shared_expert(x, *self.shared_expert), ahead
+        )
 
 
 class DecoderLayer:
     """A token mixer and a sparse MoE block, each on a normed copy of the residual stream and added to it."""
 
-    def __init__(self, w: Weights, layer: int, top_k: int, experts: ExpertCache) -> None:
-        name = f"model.layers.{layer}"
-        self.input_layernorm = w.norm(f"{name}.input_layernorm")
-        self.post_attention_layernorm = w.norm(f"{name}.post_attention_layernorm")
-        full = w.config.layer_types[layer] == FULL
-        self.self_attn = Attention(w, f"{name}.self_attn") if full else None
-        self.linear_attn = None if full else GatedDeltaNet(w, f"{name}.linear_attn")
-        self.mlp = SparseMoeBlock(w, layer, top_k, experts)
+    def __init__(self, w: Weights, c: Config, layer: int, top_k: int, experts: RoutedExperts) -> None:
+        name, full = f"model.layers.{layer}", c.layer_types[layer] == FULL
+        self.input_layernorm = w.norm(f"{name}.input_layernorm", c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(w, c, f"{name}.self_attn") if full else None
+        self.linear_attn = None if full else GatedDeltaNet(w, c, f"{name}.linear_attn")
+        self.post_attention_layernorm = w.norm(f"{name}.post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
+        self.mlp = SparseMoeBlock(w, c, layer, top_k, experts)
+        self.following: DecoderLayer | None = None
 
-    def guess(self, h: F32) -> None:
-        """Asks this layer's router about tokens' hidden states of the layer before, so that its experts may be read ahead."""
-        mlp = self.mlp
-        weights, selected_experts = mlp.ops.route(self.post_attention_layernorm(h), mlp.gate, mlp.top_k)
-        likeliest_first = np.argsort(-weights, axis=None, kind="stable")
-        mlp.experts.hint(mlp.layer, list(dict.fromkeys(selected_experts.ravel()[likeliest_first].tolist())))
+    def expect(self, h: F32) -> None:
+        """Asks this layer's router about hidden states of the layer before, so that its experts may be read ahead."""
+        self.mlp.experts.expect(self.mlp.layer, *self.mlp.route(self.post_attention_layernorm(h)))
+
+    def _add_experts(self, h: F32, prompt: bool) -> None:
+        following = self.following
+        ahead = None if following is None else lambda: following.expect(h)
+        h += self.mlp(self.post_attention_layernorm(h), prompt, ahead)
 
     def __call__(
         self,
@@ -415,7 +309,7 @@ class DecoderLayer:
         else:
             assert isinstance(state, DeltaState) and self.linear_attn is not None
             h += self.linear_attn(x, state, position, keep, chunked=prompt)
-        self.mlp(self.post_attention_layernorm(h), h, prompt)
+        self._add_experts(h, prompt)
 
     def of_each(self, h: F32, states: Sequence[Any], positions: Sequence[int], cos: F32, sin: F32) -> None:
         """A token of each of several texts, h (B, H); their experts are read once for all."""
@@ -425,23 +319,26 @@ class DecoderLayer:
         else:
             assert self.linear_attn is not None
             h += self.linear_attn.of_each(x, states)
-        self.mlp(self.post_attention_layernorm(h), h, prompt=False)
+        self._add_experts(h, prompt=False)
 
 
 class Model:
-    """Tokens → logits. Holds the trunk; experts come through `experts`."""
+    """Tokens → logits. Holds the dense weights; experts come through `experts`."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, ops: Ops, experts: ExpertCache, top_k: int = 0) -> None:
-        """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy."""
-        w = Weights(config, checkpoint, ops)
+    def __init__(self, config: Config, w: Weights, experts: Any, top_k: int = 0) -> None:
+        """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy. experts: RoutedExperts, or None where only
+        the names of weights are wanted."""
+        c = config
         self.config, self.experts = config, experts
-        self.top_k = top_k or config.num_experts_per_tok
-        self.embed_tokens = Embedding(checkpoint.weight("model.embed_tokens", w.specs["model.embed_tokens"]), ops)
-        self.layers = [DecoderLayer(w, i, self.top_k, experts) for i in range(config.num_hidden_layers)]
+        self.top_k = top_k or c.num_experts_per_tok
+        self.embed_tokens = w.embedding("model.embed_tokens", c.vocab_size, c.hidden_size)
+        self.layers = [DecoderLayer(w, c, i, self.top_k, experts) for i in range(c.num_hidden_layers)]
         for layer, following in pairwise(self.layers):
-            layer.mlp.look_ahead = following.guess
-        self.norm = w.norm("model.norm")
-        self.lm_head = self.embed_tokens.as_linear if config.tie_word_embeddings else w.linear("lm_head")
+            layer.following = following
+        self.norm = w.norm("model.norm", c.hidden_size, c.rms_norm_eps)
+        self.lm_head = (
+            self.embed_tokens.as_linear if c.tie_word_embeddings else w.linear("lm_head", c.vocab_size, c.hidden_size)
+        )
         self.rotary = Rotary(config.rotary_dims, config.rope_theta)
         self._one_at_a_time = RLock()  # another text's tokens may go through between two layers of a prompt
 

@@ -1,10 +1,10 @@
-"""Building blocks without knowledge of any model: each holds its weights and the ops to apply them."""
+"""Building blocks without knowledge of any model: each holds its weights, which the ops have bound, and the ops to apply them."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .ops import F32, I64, Ops, Weight
+from ..ops import F32, I64, Ops, Weight
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "Rotary"]
 
@@ -13,7 +13,7 @@ class Linear:
     """x (T, in) → (T, out); dense or quantized, as the weight is."""
 
     def __init__(self, weight: Weight, ops: Ops) -> None:
-        self.weight, self.ops = ops.bind(weight), ops
+        self.weight, self.ops = weight, ops
 
     def __call__(self, x: F32) -> F32:
         return self.ops.project(x, [self.weight])[0]
@@ -23,7 +23,7 @@ class Embedding:
     """Tokens (T,) → rows (T, H). Where a model ties its embeddings, as_linear() is the output projection."""
 
     def __init__(self, weight: Weight, ops: Ops) -> None:
-        self.weight, self.ops = ops.bind(weight), ops
+        self.weight, self.ops = weight, ops
 
     def __call__(self, tokens: I64) -> F32:
         return self.ops.embed(self.weight, tokens)

@@ -1,0 +1,84 @@
+"""All that a model sees of its experts: which tokens go to which, and the sum that comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..ops import F32, I64, Ops
+from .cache import ExpertCache
+
+__all__ = ["RoutedExperts"]
+
+
+class RoutedExperts:
+    """The experts of all layers. Where they lie, and in which order they come, changes no value: outputs are summed in ascending order of
+    expert number."""
+
+    def __init__(self, cache: ExpertCache, ops: Ops) -> None:
+        self._cache, self._ops = cache, ops
+        self._one: dict[int, tuple[I64, I64]] = {}  # by top-k: pairs of a single token
+
+    def adapt(self) -> None:
+        """Between two passes: gives memory back that the machine needs, or takes it again."""
+        self._cache.adapt()
+
+    def expect(self, layer: int, weights: F32, selected: I64) -> None:
+        """weights, selected (T, k): what the router of `layer` says of the hidden states of the layer before. Some of those experts
+        are read ahead, the likeliest first."""
+        likeliest_first = np.argsort(-weights, axis=None, kind="stable")
+        self._cache.hint(layer, list(dict.fromkeys(selected.ravel()[likeliest_first].tolist())))
+
+    def apply(
+        self,
+        layer: int,
+        x: F32,
+        weights: F32,
+        selected: I64,
+        prompt: bool,
+        shared: Callable[[], F32],
+        ahead: Callable[[], None] | None = None,
+    ) -> F32:
+        """Σ weights·expert(x) for x (T, H) and a router's weights and selected experts (T, k), added to what `shared` returns (T, H).
+
+        prompt: the rows are of one sequence, and touch nearly every expert once. shared and ahead, which may call expect() for the next
+        layer, run while missing experts are read. Raises ReadError."""
+        ops = self._ops
+        top_k = selected.shape[1]
+        # Pairs of (token, expert), grouped by expert.
+        if x.shape[0] == 1:
+            if top_k not in self._one:
+                self._one[top_k] = np.zeros(top_k, np.int64), np.arange(top_k + 1)
+            pair_token, pair_start = self._one[top_k]
+            weights, ids = weights[0], selected[0].tolist()
+            block = self._cache.resident_block(layer, ids)
+            if block is not None:  # nothing to wait for, nothing to put together
+                acc = shared()
+                ops.moe(acc, x, block, pair_start, pair_token, weights)
+                return acc
+        else:
+            order = np.argsort(selected, axis=None, kind="stable")
+            pair_token, weights = order // top_k, weights.ravel()[order]
+            distinct, counts = np.unique(selected, return_counts=True)
+            pair_start, ids = np.concatenate([[0], np.cumsum(counts)]), distinct.tolist()
+        # The reads of all missing experts are under way before anything is computed.
+        with self._cache.fetch(layer, ids, prompt) as fetch:
+            if ahead is not None and not prompt and self._cache.prefetcher.most:
+                ahead()
+            acc = shared()
+            # In order, each part is summed at once; else outputs wait until all are there.
+            y = None if fetch.ordered else np.empty((pair_token.shape[0], x.shape[1]), np.float32)
+            for part in fetch:
+                starts = pair_start[part.positions]
+                lengths = pair_start[np.array(part.positions) + 1] - starts
+                part_start = np.concatenate([[0], np.cumsum(lengths)])
+                if y is None:  # neighbours: one run of pairs
+                    run = slice(starts[0], starts[0] + part_start[-1])
+                    ops.moe(acc, x, part.block, part_start, pair_token[run], weights[run])
+                else:
+                    pairs = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+                    y[pairs] = ops.experts(x, part.block, part_start, pair_token[pairs])
+            if y is not None:
+                ops.accumulate(acc, y, pair_token, weights)
+        return acc
