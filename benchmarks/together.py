@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from expertstream import LLM
+from expertstream.batch import Batch
 from expertstream.kv_cache import KVCache
 
 from .rows import append_rows
@@ -46,7 +47,7 @@ def measure(llm: LLM, texts: int) -> tuple[float, float]:
     caches = caches_of(llm, texts)
     start = time.perf_counter()
     for row, expected in zip(tokens, apart, strict=True):
-        assert np.array_equal(llm.model.of_each(row, caches), np.stack(expected))
+        assert np.array_equal(llm.model.forward(Batch(row, caches)), np.stack(expected))
     end = time.perf_counter()
     return STEPS * texts / (middle - begin), STEPS * texts / (end - start)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from expertstream import LLM, RequestError
+from expertstream.batch import Batch
 
 
 def in_a_fork(work: Callable[[], None], seconds: int = 30) -> int:
@@ -43,7 +44,7 @@ def test_every_call_in_a_fork_is_one_clear_error(reader: str) -> None:
         calls: list[Callable[[], object]] = [
             lambda: list(llm.generate("x", max_tokens=1)), lambda: list(llm.chat([{"role": "user", "content": "x"}])), llm.session,
             lambda: list(session.generate(tokens, params)), lambda: llm.model(tokens, session.cache),
-            lambda: llm.model.of_each(tokens[:1], [session.cache]),
+            lambda: llm.model.forward(Batch(tokens[:1], [session.cache])),
         ]  # fmt: skip
 
         def child() -> None:

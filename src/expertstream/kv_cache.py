@@ -51,6 +51,11 @@ class DeltaState:
     def copies(self) -> list[F32]:
         return [self.conv_state.copy(), self.recurrent_state.copy()]
 
+    def keep_if_asked(self, cache: KVCache, position: int) -> None:
+        """Keeps copies if the cache is to keep this state as it is after `position` tokens."""
+        if position in cache.keep and position not in self.kept:
+            self.kept[position] = self.copies()
+
     def put(self, states: Sequence[F32]) -> None:
         self.conv_state[:], self.recurrent_state[:] = states
 

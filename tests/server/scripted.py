@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from expertstream.batch import Batch
 from expertstream.engine import LLM
 from expertstream.kv_cache import KVCache
 from expertstream.ops import F32, I64
@@ -58,8 +59,8 @@ class ScriptedModel:
             cache.each_logits(np.repeat(logits, len(tokens), 0))
         return logits
 
-    def of_each(self, tokens: I64, caches: Sequence[KVCache]) -> F32:
-        return np.concatenate([self(tokens[i : i + 1], cache) for i, cache in enumerate(caches)])
+    def forward(self, batch: Batch) -> F32:
+        return np.concatenate([self(batch.tokens[i : i + 1], cache) for i, cache in enumerate(batch.caches)])
 
 
 @contextmanager

@@ -70,10 +70,10 @@ class Profiler:
         llm.experts.reader = _Clock(llm.experts.reader, self, frozenset(("wait", "submit")))
         forward, fetch, resident = llm.model._forward, llm.experts.fetch, llm.experts.resident_block
 
-        def noted(tokens: Any, *args: Any) -> Any:
+        def noted(batch: Any, *args: Any) -> Any:
             begin, self._layer = time.perf_counter(), 0
-            result = forward(tokens, *args)
-            self.spans.append((begin, time.perf_counter(), int(tokens.shape[0])))
+            result = forward(batch, *args)
+            self.spans.append((begin, time.perf_counter(), int(batch.tokens.shape[0])))
             return result
 
         def counted(layer: int, experts: list[int], prompt: bool = False) -> Any:

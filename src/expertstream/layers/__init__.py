@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .basic import Embedding, Linear, RMSNorm, Rotary
+from .basic import Embedding, Linear, RMSNorm, Rotary, joined
 from .weights import LoadedWeights, Weights, weight_names
 
-__all__ = ["Embedding", "Linear", "LoadedWeights", "RMSNorm", "Rotary", "Weights", "weight_names"]
+__all__ = ["Embedding", "Linear", "LoadedWeights", "RMSNorm", "Rotary", "Weights", "joined", "weight_names"]

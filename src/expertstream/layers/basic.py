@@ -6,7 +6,7 @@ import numpy as np
 
 from ..ops import F32, I64, Ops, Weight
 
-__all__ = ["Embedding", "Linear", "RMSNorm", "Rotary"]
+__all__ = ["Embedding", "Linear", "RMSNorm", "Rotary", "joined"]
 
 
 class Linear:
@@ -48,10 +48,14 @@ class Rotary:
     def __init__(self, dims: int, theta: float) -> None:
         self.inverse_frequency = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
 
-    def __call__(self, position: int, tokens: int) -> tuple[F32, F32]:
+    def __call__(self, positions: I64) -> tuple[F32, F32]:
         # The oracle takes the angle in float32; so do we, since at large positions the rounding is what differs most.
-        positions = np.arange(position, position + tokens, dtype=np.float32)
-        angle = positions[:, None] * self.inverse_frequency.astype(np.float32)
+        angle = positions.astype(np.float32)[:, None] * self.inverse_frequency.astype(np.float32)
         # NumPy's float32 functions differ between processors; its float64 ones, rounded, do not.
         exact = angle.astype(np.float64)
         return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
+
+
+def joined(parts: list[F32]) -> F32:
+    """Rows of several parts (Tᵢ, n), one after another."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -12,15 +12,13 @@ from itertools import pairwise
 from threading import RLock
 from typing import Any
 
-import numpy as np
-
+from ..batch import Batch
 from ..checkpoint.fields import Fields
 from ..checkpoint.format import ExpertLayout, WeightSpec
 from ..checkpoint.reader import Checkpoint
-from ..errors import RequestError
 from ..experts.routed import RoutedExperts
 from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
-from ..layers import Rotary, Weights, weight_names
+from ..layers import Rotary, Weights, joined, weight_names
 from ..ops import F32, I64, AttentionWeights, DeltaWeights
 
 __all__ = ["Config", "Model", "expert_layouts", "weight_map"]
@@ -186,30 +184,20 @@ class GatedDeltaNet:
         )
         self.out_proj = w.linear(f"{name}.out_proj", hidden, c.value_dim)
 
-    def __call__(self, x: F32, state: DeltaState, position: int, keep: Sequence[int], chunked: bool) -> F32:
-        """keep: positions among these tokens at which the state is kept."""
-        inputs = self.ops.project(x, self.in_proj)
-        if not keep:
-            return self.out_proj(self._mix(inputs, state, chunked))
-        outputs, begin = [], 0
-        for at in (*keep, position + x.shape[0]):
-            end = at - position
-            if end > begin:
-                outputs.append(self._mix([part[begin:end] for part in inputs], state, chunked))
-            if at in keep and at not in state.kept:
-                state.kept[at] = state.copies()
-            begin = end
-        return self.out_proj(np.concatenate(outputs))
-
-    def of_each(self, x: F32, states: Sequence[DeltaState]) -> F32:
-        """A token of each of several texts: x (B, H), a state for each."""
-        inputs = self.ops.project(x, self.in_proj)
-        mixed = [self._mix([part[i : i + 1] for part in inputs], s, chunked=False) for i, s in enumerate(states)]
-        return self.out_proj(np.concatenate(mixed))
-
-    def _mix(self, inputs: Sequence[F32], state: DeltaState, chunked: bool) -> F32:
-        qkv, z, a, b = inputs
-        return self.ops.delta_net(self.weights, qkv, z, a, b, state.conv_state, state.recurrent_state, chunked)
+    def __call__(self, x: F32, states: Sequence[DeltaState], batch: Batch) -> F32:
+        inputs, mixed = self.ops.project(x, self.in_proj), []
+        for state, segment in zip(states, batch.segments, strict=True):
+            begin = segment.begin
+            for end in segment.cuts:
+                qkv, z, a, b = (part[begin:end] for part in inputs)
+                mixed.append(
+                    self.ops.delta_net(
+                        self.weights, qkv, z, a, b, state.conv_state, state.recurrent_state, batch.prompt
+                    )
+                )
+                state.keep_if_asked(segment.cache, segment.position + end - segment.begin)
+                begin = end
+        return self.out_proj(joined(mixed))
 
 
 class Attention:
@@ -226,23 +214,17 @@ class Attention:
         q_norm, k_norm = (w.norm(f"{name}.{part}_norm", c.head_dim, c.rms_norm_eps).weight for part in ("q", "k"))
         self.weights = AttentionWeights(q_norm, k_norm, heads=c.num_attention_heads, eps=c.rms_norm_eps)
 
-    def __call__(self, x: F32, state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
-        inputs = self.ops.project(x, self.in_proj)
-        return self.o_proj(self._attend(inputs, state, position, cos, sin))
-
-    def of_each(self, x: F32, states: Sequence[AttentionState], positions: Sequence[int], cos: F32, sin: F32) -> F32:
-        """A token of each of several texts: x (B, H), cos and sin (B, half), a state and a position for each."""
-        inputs = self.ops.project(x, self.in_proj)
-        rows = [slice(i, i + 1) for i in range(len(states))]
-        attended = [
-            self._attend([part[row] for part in inputs], state, position, cos[row], sin[row])
-            for row, state, position in zip(rows, states, positions, strict=True)
-        ]
-        return self.o_proj(np.concatenate(attended))
-
-    def _attend(self, inputs: Sequence[F32], state: AttentionState, position: int, cos: F32, sin: F32) -> F32:
-        q_gate, k, v = inputs
-        return self.ops.attention(self.weights, q_gate, k, v, cos, sin, state.keys, state.values, position)
+    def __call__(self, x: F32, states: Sequence[AttentionState], batch: Batch, cos: F32, sin: F32) -> F32:
+        inputs, attended = self.ops.project(x, self.in_proj), []
+        for state, segment in zip(states, batch.segments, strict=True):
+            rows = slice(segment.begin, segment.end)
+            q_gate, k, v = (part[rows] for part in inputs)
+            attended.append(
+                self.ops.attention(
+                    self.weights, q_gate, k, v, cos[rows], sin[rows], state.keys, state.values, segment.position
+                )
+            )
+        return self.o_proj(joined(attended))
 
 
 class SparseMoeBlock:
@@ -287,39 +269,17 @@ class DecoderLayer:
         """Asks this layer's router about hidden states of the layer before, so that its experts may be read ahead."""
         self.mlp.experts.expect(self.mlp.layer, *self.mlp.route(self.post_attention_layernorm(h)))
 
-    def _add_experts(self, h: F32, prompt: bool) -> None:
-        following = self.following
-        ahead = None if following is None else lambda: following.expect(h)
-        h += self.mlp(self.post_attention_layernorm(h), prompt, ahead)
-
-    def __call__(
-        self,
-        h: F32,
-        state: AttentionState | DeltaState,
-        position: int,
-        keep: Sequence[int],
-        cos: F32,
-        sin: F32,
-        prompt: bool,
-    ) -> None:
+    def __call__(self, h: F32, states: Sequence[Any], batch: Batch, cos: F32, sin: F32) -> None:
+        """Adds to h (T, H) in place. The experts of all sequences are read once."""
         x = self.input_layernorm(h)
         if self.self_attn is not None:
-            assert isinstance(state, AttentionState)
-            h += self.self_attn(x, state, position, cos, sin)
-        else:
-            assert isinstance(state, DeltaState) and self.linear_attn is not None
-            h += self.linear_attn(x, state, position, keep, chunked=prompt)
-        self._add_experts(h, prompt)
-
-    def of_each(self, h: F32, states: Sequence[Any], positions: Sequence[int], cos: F32, sin: F32) -> None:
-        """A token of each of several texts, h (B, H); their experts are read once for all."""
-        x = self.input_layernorm(h)
-        if self.self_attn is not None:
-            h += self.self_attn.of_each(x, states, positions, cos, sin)
+            h += self.self_attn(x, states, batch, cos, sin)
         else:
             assert self.linear_attn is not None
-            h += self.linear_attn.of_each(x, states)
-        self._add_experts(h, prompt=False)
+            h += self.linear_attn(x, states, batch)
+        following = self.following
+        ahead = None if following is None else lambda: following.expect(h)
+        h += self.mlp(self.post_attention_layernorm(h), batch.prompt, ahead)
 
 
 class Model:
@@ -343,55 +303,25 @@ class Model:
         self._one_at_a_time = RLock()  # another text's tokens may go through between two layers of a prompt
 
     def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
-        """tokens (T,) → logits (1, vocab) of the last one, or (T, vocab); the cache moves on by T. Other threads wait.
-        `prompt`: the tokens are (a part of) a prompt, and take the chunked gated-delta form. Both forms are one computation but
-        for rounding, so which one is taken must not depend on how a prompt is cut: parts are multiples of 64 but for the last.
-        Raises RequestError if the cache has no room, or holds half a token after an error.
-        """
+        """One sequence: tokens (T,) → logits (1, vocab) of the last one, or (T, vocab). As forward()."""
+        return self.forward(Batch(tokens, [cache], prompt), all_logits)
+
+    def forward(self, batch: Batch, all_logits: bool = False) -> F32:
+        """Logits (S, vocab) of the last row of each sequence, or (T, vocab) of all rows; the sequences move on by their rows. Other
+        threads wait. Raises ReadError, CancelledError."""
         with self._one_at_a_time:
-            return self._forward(tokens, cache, all_logits, prompt)
-
-    def _check(self, cache: KVCache, tokens: int) -> None:
-        end = cache.position + tokens
-        if end > cache.capacity:
-            raise RequestError(f"{end} tokens do not fit a context of {cache.capacity}; make --context at least {end}")
-        if not cache.valid:
-            raise RequestError("this session stopped in the middle of a token; reset it")
-
-    def _forward(self, tokens: I64, cache: KVCache, all_logits: bool, prompt: bool) -> F32:
-        T, position = tokens.shape[0], cache.position
-        self._check(cache, T)
-        self.experts.adapt()
-        cache.valid = False
-        keep = sorted(at for at in cache.keep if position < at <= position + T) if cache.keep else ()
-        h = self.embed_tokens(tokens)
-        cos, sin = self.rotary(position, T)
-        for layer, state in zip(self.layers, cache.layers, strict=True):
-            cache.between_layers()
-            layer(h, state, position, keep, cos, sin, prompt)
-        cache.position += T
-        cache.valid = True
-        if cache.each_logits is not None:
-            for at in range(0, T, 16):  # few rows at a time: a vocabulary is long
-                cache.each_logits(self.lm_head(self.norm(h[at : at + 16])))
-        last = h if all_logits else h[-1:]
-        return self.lm_head(self.norm(np.ascontiguousarray(last)))
-
-    def of_each(self, tokens: I64, caches: Sequence[KVCache]) -> F32:
-        """The next token of each of several texts (B,) → logits (B, vocab); every cache moves on by one. Raises as a call does."""
-        with self._one_at_a_time:
-            for cache in caches:
-                self._check(cache, 1)
             self.experts.adapt()
-            for cache in caches:
-                cache.valid = False
-            positions = [cache.position for cache in caches]
-            rotary = [self.rotary(position, 1) for position in positions]
-            cos, sin = (np.concatenate(parts) for parts in zip(*rotary, strict=True))
-            h = self.embed_tokens(tokens)
-            for i, layer in enumerate(self.layers):
-                layer.of_each(h, [cache.layers[i] for cache in caches], positions, cos, sin)
-            for cache in caches:
-                cache.position += 1
-                cache.valid = True
-            return self.lm_head(self.norm(h))
+            with batch:
+                return self._forward(batch, all_logits)
+
+    def _forward(self, batch: Batch, all_logits: bool) -> F32:
+        h = self.embed_tokens(batch.tokens)
+        cos, sin = self.rotary(batch.positions())
+        for i, layer in enumerate(self.layers):
+            batch.between_layers()
+            layer(h, batch.states(i), batch, cos, sin)
+        for segment in batch.segments:
+            if segment.cache.each_logits is not None:
+                for at in range(segment.begin, segment.end, 16):  # few rows at a time: a vocabulary is long
+                    segment.cache.each_logits(self.lm_head(self.norm(h[at : min(at + 16, segment.end)])))
+        return self.lm_head(self.norm(h if all_logits else batch.last_rows(h)))

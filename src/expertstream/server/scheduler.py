@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Generator
 
 import numpy as np
 
+from ..batch import Batch
 from ..engine import LLM
 from ..errors import ExpertStreamError
 from ..generate import Forward
@@ -209,7 +210,7 @@ class Scheduler:
                 answers = [forwards[0].run(self.llm.model)]
             else:
                 tokens = np.concatenate([f.tokens for f in forwards])
-                answers = list(self.llm.model.of_each(tokens, [f.cache for f in forwards]))
+                answers = list(self.llm.model.forward(Batch(tokens, [f.cache for f in forwards])))
         except BaseException as error:
             for job in jobs:
                 job.end(error)
