@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from expertstream import LLM, ReadError, RequestError
 from expertstream.generate import Forward
-from expertstream.kv_cache import DeltaState, KVCache, attention_state
+from expertstream.kv_cache import AttentionSpec, DeltaState, make_cache
 from expertstream.ops import F32, I64
 from expertstream.prefix_cache import PrefixCache, _below, snapshot_positions
 from expertstream.state_file import StateFile, StateFileError, write_state
@@ -158,7 +158,7 @@ def test_of_a_long_prompt_the_end_stays_when_memory_is_short(
 
 def test_a_conversation_of_thousands_of_turns(tmp_path: Path) -> None:
     """A chain of nodes as long as that is walked without running out of stack."""
-    cache = KVCache([attention_state(1, 64 * 2200, 2, "bf16")], 64 * 2200)
+    cache = make_cache([AttentionSpec(1, 2)], 64 * 2200, "bf16")
     tokens = prompt_of(64 * 2100)
     prefixes = PrefixCache("x" * 40, 4 << 20, tmp_path, 400 << 10)
     for turn in range(1, 2000):
@@ -171,7 +171,7 @@ def test_a_conversation_of_thousands_of_turns(tmp_path: Path) -> None:
 
 
 def test_what_other_models_left_makes_room(tmp_path: Path) -> None:
-    cache = KVCache([attention_state(1, 256, 64, "f32")], 256)
+    cache = make_cache([AttentionSpec(1, 64)], 256, "f32")
     for fingerprint, limit in (("a" * 40, 1 << 20), ("b" * 40, 150_000)):
         prefixes = PrefixCache(fingerprint, 1 << 20, tmp_path, limit)
         for seed in range(3):

@@ -22,6 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "cli": {
         "bench",
+        "options",
         "chat",
         "server",
         "responses",
@@ -34,7 +35,7 @@ ARROWS = {
         "visible",
     },
     "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
-    "chat": {"engine", "experts", "machine", "text", "visible"},
+    "chat": {"engine", "experts", "machine", "options", "text", "visible"},
     "server": {
         "batch",
         "engine",
@@ -43,13 +44,14 @@ ARROWS = {
         "kv_cache",
         "machine",
         "ops",
+        "options",
         "responses",
         "sampling",
         "text",
         "tokenizer",
     },
     "convert": {"models", "checkpoint", "ops", "tokenizer"},
-    "summary": {"models", "experts", "checkpoint", "ops", "machine"},
+    "summary": {"kv_cache", "models", "experts", "checkpoint", "ops", "machine"},
     "engine": {
         "generate",
         "sampling",
@@ -97,6 +99,7 @@ ARROWS = {
     "kv_cache": {"ops"},
     "batch": {"kv_cache", "ops"},
     "machine": set(),
+    "options": set(),
     "config": {"machine"},
     "errors": set(),
     "files": set(),

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .bench.cli import add_commands
 from .chat.cli import add_chat
-from .config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY, format_bytes
+from .config import format_bytes
 from .errors import BudgetError, ExpertStreamError, RequestError, UsageError
+from .options import ENGINE_OPTIONS, add_engine_options
 from .server.cli import add_serve
 from .visible import LineFormatter, one_line, visible
 
@@ -78,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     add_commands(commands, _formatter, EXIT_CODES)
     style = {"formatter_class": _formatter, "epilog": EXIT_CODES}
-    add_chat(commands, style, _add_engine_options, _ENGINE_OPTIONS)
-    add_serve(commands, style, _add_engine_options, _ENGINE_OPTIONS)
+    add_chat(commands, style)
+    add_serve(commands, style)
     return parser
 
 
@@ -131,60 +132,8 @@ def _add_run(commands: Any) -> None:
         "--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives (with --json)"
     )
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
-    _add_engine_options(run)
+    add_engine_options(run)
     run.set_defaults(function=_run)
-
-
-def _add_engine_options(parser: Any) -> None:
-    memory = parser.add_argument_group("memory and reading (these change speed, never the text)")
-    memory.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="budget for trunk, context and experts, such as 8GiB; the interpreter comes on top (what is available, less a reserve)",
-    )
-    memory.add_argument(
-        "--residency", choices=RESIDENCIES, help="who keeps experts: our slots, or the page cache (auto)"
-    )
-    memory.add_argument("--policy", choices=POLICIES, help="which expert makes room (s3fifo)")
-    memory.add_argument("--reader", choices=READERS, help="how experts are read (auto: io_uring if it can be used)")
-    memory.add_argument("--queue-depth", type=int, metavar="N", help="reads in flight (16)")
-    memory.add_argument(
-        "--prefetch",
-        type=int,
-        metavar="N",
-        help="experts of the next layer to read ahead where guesses prove right (6; 0: none)",
-    )
-    memory.add_argument("--threads", type=int, metavar="N", help="threads that compute (as many as the processor has)")
-    memory.add_argument(
-        "--isa", metavar="NAME", help="scalar, avx2, avx2_vnni, avx512_vnni, neon or neon_dot (the fastest there is)"
-    )
-    memory.add_argument(
-        "--context",
-        dest="context_length",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and answer (8192; in serve and chat as many as memory holds)",
-    )
-    memory.add_argument(
-        "--verify", choices=VERIFY, help="check a record's checksum at its first read, always, or never (first)"
-    )
-    values = parser.add_argument_group("precision (these change the text; what is lossy is said in the footer)")
-    values.add_argument(
-        "--exact",
-        action="store_true",
-        default=None,
-        help="16-bit activations instead of 8-bit ones: float32's result but for about 1e-4; a long prompt takes twice the time",
-    )
-    values.add_argument(
-        "--beyond-trained-context",
-        action="store_true",
-        default=None,
-        help="lossy: allow a --context longer than the model was trained for",
-    )
-    values.add_argument("--kv-dtype", choices=KV_DTYPES, help="keys and values in memory (bf16; int8 is lossy)")
-    values.add_argument(
-        "--experts-per-token", type=int, metavar="N", help="lossy: use fewer experts than the model was trained with"
-    )
 
 
 def _add_convert(commands: Any) -> None:
@@ -304,10 +253,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-_ENGINE_OPTIONS = (
-    "memory", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa", "context_length", "verify", "exact", "kv_dtype",
-    "experts_per_token", "beyond_trained_context",
-)  # fmt: skip
 _SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "logprobs", "stop",
@@ -335,7 +280,7 @@ def _run(options: argparse.Namespace) -> int:
             raise UsageError(f"{options.profile}: give a file in a folder that exists")
         profiler = Profiler()
     instrument = profiler.instrument if profiler is not None else None
-    with LLM(model, instrument=instrument, **{name: getattr(options, name) for name in _ENGINE_OPTIONS}) as llm:
+    with LLM(model, instrument=instrument, **{name: getattr(options, name) for name in ENGINE_OPTIONS}) as llm:
         if profiler is not None:
             profiler.watch(llm)
         if not (options.quiet or options.json):

@@ -20,6 +20,7 @@ from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_c
 from .experts.cache import ExpertCache
 from .experts.routed import RoutedExperts
 from .experts.store import ExpertStore
+from .kv_cache import state_bytes
 from .layers import LoadedWeights
 from .machine import available_bytes, usable_processors
 from .models import find_model
@@ -142,7 +143,7 @@ class LLM:
         if not c.context_part:
             return min(DEFAULT_CONTEXT, context)
         room = (c.memory_bytes or default_budget(available_bytes())) // c.context_part
-        while context > DEFAULT_CONTEXT and c.sequences * m.state_bytes(context, c.kv_dtype) > room:
+        while context > DEFAULT_CONTEXT and c.sequences * state_bytes(m.states, context, c.kv_dtype) > room:
             context = max(DEFAULT_CONTEXT, context // 2)
         return context
 
@@ -157,7 +158,7 @@ class LLM:
             memory_bytes=c.memory_bytes,
             available_bytes=available_bytes(),
             trunk_bytes=self.checkpoint.trunk_bytes(model_module.weight_map(m)),
-            state_bytes=c.sequences * m.state_bytes(self.context_length, c.kv_dtype) + c.prefix_cache_bytes,
+            state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype) + c.prefix_cache_bytes,
             slot_bytes=store.slot_bytes,
             layers=m.num_hidden_layers,
             num_experts=m.num_experts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,17 @@ import numpy as np
 
 from .ops import F32
 
-__all__ = ["AttentionState", "CancelledError", "DeltaState", "KVCache"]
+__all__ = [
+    "AttentionSpec",
+    "AttentionState",
+    "CancelledError",
+    "DeltaSpec",
+    "DeltaState",
+    "KVCache",
+    "StateSpec",
+    "make_cache",
+    "state_bytes",
+]
 
 
 class CancelledError(Exception):
@@ -96,14 +107,46 @@ class KVCache:
         self.position, self.valid, self.keep = 0, True, frozenset()
 
 
-def attention_state(kv_heads: int, capacity: int, head_dim: int, dtype: str) -> AttentionState:
-    # Pages are touched only as the text grows.
-    kind = {"bf16": np.uint16, "f32": np.float32, "int8": np.uint8}[dtype]
-    shape = (kv_heads, capacity, head_dim + (4 if dtype == "int8" else 0))
-    return AttentionState(np.zeros(shape, kind), np.zeros(shape, kind))
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Keys and values (kv_heads, head_dim) of every token."""
+
+    kv_heads: int
+    head_dim: int
+
+    def nbytes(self, capacity: int, dtype: str) -> int:
+        row = {"bf16": 2 * self.head_dim, "f32": 4 * self.head_dim, "int8": self.head_dim + 4}[dtype]
+        return 2 * self.kv_heads * row * capacity
+
+    def make(self, capacity: int, dtype: str) -> AttentionState:
+        # Pages are touched only as the text grows.
+        kind = {"bf16": np.uint16, "f32": np.float32, "int8": np.uint8}[dtype]
+        shape = (self.kv_heads, capacity, self.head_dim + (4 if dtype == "int8" else 0))
+        return AttentionState(np.zeros(shape, kind), np.zeros(shape, kind))
 
 
-def delta_state(kernel: int, channels: int, value_heads: int, key_dim: int, value_dim: int) -> DeltaState:
-    return DeltaState(
-        np.zeros((kernel - 1, channels), np.float32), np.zeros((value_heads, key_dim, value_dim), np.float32)
-    )
+@dataclass(frozen=True)
+class DeltaSpec:
+    """The shapes of a DeltaState, whose size does not depend on how many tokens there were."""
+
+    conv: tuple[int, int]
+    recurrent: tuple[int, int, int]
+
+    def nbytes(self, capacity: int, dtype: str) -> int:
+        return 4 * (math.prod(self.conv) + math.prod(self.recurrent))
+
+    def make(self, capacity: int, dtype: str) -> DeltaState:
+        return DeltaState(np.zeros(self.conv, np.float32), np.zeros(self.recurrent, np.float32))
+
+
+StateSpec = AttentionSpec | DeltaSpec
+
+
+def make_cache(specs: Sequence[StateSpec], capacity: int, dtype: str) -> KVCache:
+    """An empty cache for a sequence of up to `capacity` tokens. dtype: of keys and values, one of config.KV_DTYPES."""
+    return KVCache([spec.make(capacity, dtype) for spec in specs], capacity)
+
+
+def state_bytes(specs: Sequence[StateSpec], capacity: int, dtype: str) -> int:
+    """What make_cache() allocates."""
+    return sum(spec.nbytes(capacity, dtype) for spec in specs)

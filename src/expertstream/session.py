@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
 from .generate import Forward, NotFiniteError, Step, drive, stream_generate
-from .kv_cache import AttentionState, DeltaState
+from .kv_cache import AttentionState, DeltaState, make_cache
 from .ops import F32, I64
 from .prefix_cache import GRAIN, PrefixCache, snapshot_positions
 from .responses import ExpertSpans, GenerationResponse, GenerationStats, StopStrings, TokenLogprob
@@ -33,7 +33,7 @@ class Session:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._unread: list[int] = []  # the last token of an answer: written, but not yet in the cache
-        self.cache = llm.model_config.make_cache(llm.context_length, llm.config.kv_dtype)
+        self.cache = make_cache(llm.model_config.states, llm.context_length, llm.config.kv_dtype)
 
     def generate(
         self,

@@ -9,6 +9,7 @@ from .checkpoint.reader import open_checkpoint
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, format_bytes
 from .experts.budget import default_budget
 from .experts.store import slot_bytes
+from .kv_cache import state_bytes
 from .machine import available_bytes, memory_limit_bytes
 from .models import find_model
 from .ops import MatrixFormat
@@ -44,7 +45,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
     # What `run` would need with its defaults: everything but the slots, and one layer's experts.
     settings = EngineConfig.from_options({})
     context = min(DEFAULT_CONTEXT, config.max_position_embeddings)
-    state = config.state_bytes(context, settings.kv_dtype)
+    state = state_bytes(config.states, context, settings.kv_dtype)
     fixed = trunk_bytes + state + config.scratch_bytes(LEAST_CHUNK, context, settings.thread_count)
     slot = max(slot_bytes(layout) for layout in layouts)
     available = available_bytes()

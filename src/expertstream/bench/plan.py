@@ -18,6 +18,7 @@ from ..checkpoint.reader import open_checkpoint
 from ..config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig
 from ..errors import BudgetError
 from ..experts.budget import plan_with_chunk
+from ..kv_cache import state_bytes
 from ..models.qwen3_5_moe import Config, expert_layouts
 from .costs import TokenCost, token_cost
 from .geometry import geometry_config
@@ -110,7 +111,7 @@ def predict(
             memory_bytes=budget_bytes,
             available_bytes=budget_bytes,
             trunk_bytes=model.trunk_bytes,
-            state_bytes=c.state_bytes(context, settings.kv_dtype),
+            state_bytes=state_bytes(c.states, context, settings.kv_dtype),
             slot_bytes=model.slot_bytes,
             layers=c.num_hidden_layers,
             num_experts=c.num_experts,

@@ -85,7 +85,7 @@ def _check_member(archive: zipfile.ZipFile, name: str) -> None:
         if read is None:
             raise ValueError(f"{name}: an array of version {version}")
         shape, _, dtype = read(file)
-    if dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize > min(info.file_size, MOST_BYTES):
+    if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize > min(info.file_size, MOST_BYTES):
         raise ValueError(f"{name}: {math.prod(shape)} values of {dtype}, more than the file or a trace holds")
 
 

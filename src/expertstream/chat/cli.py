@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..experts.budget import for_conversations
 from ..files import read_text
 from ..machine import available_bytes
+from ..options import ENGINE_OPTIONS, add_engine_options
 from ..visible import visible
 
 __all__ = ["add_chat"]
@@ -21,9 +22,7 @@ __all__ = ["add_chat"]
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
 
-def add_chat(
-    commands: Any, style: dict[str, Any], add_engine_options: Callable[[Any], None], engine_options: Sequence[str]
-) -> None:
+def add_chat(commands: Any, style: dict[str, Any]) -> None:
     """Adds chat to the command line's subcommands; the engine's options are those of run."""
     chat = commands.add_parser(
         "chat",
@@ -60,10 +59,10 @@ def add_chat(
         help="for what was computed of conversations, so that they go on at once (4GiB; 0 for none)",
     )
     add_engine_options(chat)
-    chat.set_defaults(function=lambda options: _chat(options, engine_options))
+    chat.set_defaults(function=_chat)
 
 
-def _chat(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
+def _chat(options: argparse.Namespace) -> int:
     from .conversation import Chat, new_name
     from .sessions import Conversation, SessionStore
     from .terminal import PlainView, TerminalView
@@ -87,7 +86,7 @@ def _chat(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     sampling = {name: getattr(options, name) for name in SAMPLING}
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options))
-        backend = stack.enter_context(_backend(options, engine_options, sampling))
+        backend = stack.enter_context(_backend(options, sampling))
         kept = None if options.no_save else store
         view = TerminalView() if person else PlainView()
         system = options.system if options.system is not None else _system_prompt()
@@ -145,11 +144,11 @@ def _tools(options: argparse.Namespace) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def _backend(options: argparse.Namespace, engine_options: Sequence[str], sampling: dict[str, Any]) -> Iterator[Any]:
+def _backend(options: argparse.Namespace, sampling: dict[str, Any]) -> Iterator[Any]:
     from .backends import LocalBackend, RemoteBackend
 
     if options.url is not None:
-        given = [name for name in engine_options if getattr(options, name) is not None]
+        given = [name for name in ENGINE_OPTIONS if getattr(options, name) is not None]
         if options.model is not None or given:
             what = "MODEL" if options.model is not None else "--" + given[0].replace("_", "-")
             raise UsageError(f"--url and {what} do not go together: the server has its model already")
@@ -158,7 +157,7 @@ def _backend(options: argparse.Namespace, engine_options: Sequence[str], samplin
         return
     from ..engine import LLM
 
-    given_options = {name: getattr(options, name) for name in engine_options}
+    given_options = {name: getattr(options, name) for name in ENGINE_OPTIONS}
     given_options |= for_conversations(parse_bytes(options.memory) if options.memory else None, available_bytes())
     with LLM(options.model, **given_options) as llm:
         disk = parse_bytes(options.cache_disk)

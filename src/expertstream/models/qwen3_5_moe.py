@@ -17,7 +17,7 @@ from ..checkpoint.fields import Fields
 from ..checkpoint.format import ExpertLayout, WeightSpec
 from ..checkpoint.reader import Checkpoint
 from ..experts.routed import RoutedExperts
-from ..kv_cache import AttentionState, DeltaState, KVCache, attention_state, delta_state
+from ..kv_cache import AttentionSpec, AttentionState, DeltaSpec, DeltaState, KVCache, StateSpec
 from ..layers import Rotary, Weights, joined, weight_names
 from ..ops import F32, I64, AttentionWeights, DeltaWeights
 
@@ -110,28 +110,15 @@ class Config:
     def conv_channels(self) -> int:
         return 2 * self.key_dim + self.value_dim
 
-    def make_cache(self, capacity: int, kv_dtype: str) -> KVCache:
-        layers: list[AttentionState | DeltaState] = [
-            attention_state(self.num_key_value_heads, capacity, self.head_dim, kv_dtype)
-            if kind == FULL
-            else delta_state(
-                self.linear_conv_kernel_dim,
-                self.conv_channels,
-                self.linear_num_value_heads,
-                self.linear_key_head_dim,
-                self.linear_value_head_dim,
-            )
-            for kind in self.layer_types
-        ]
-        return KVCache(layers, capacity)
-
-    def state_bytes(self, capacity: int, kv_dtype: str) -> int:
-        """What make_cache() will take."""
-        full = self.layer_types.count(FULL)
-        row = {"bf16": 2 * self.head_dim, "f32": 4 * self.head_dim, "int8": self.head_dim + 4}[kv_dtype]
-        kv = 2 * self.num_key_value_heads * row * capacity
-        delta = (self.linear_conv_kernel_dim - 1) * self.conv_channels + self.value_dim * self.linear_key_head_dim
-        return full * kv + (len(self.layer_types) - full) * delta * 4
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """What each layer remembers of a sequence."""
+        full = AttentionSpec(self.num_key_value_heads, self.head_dim)
+        linear = DeltaSpec(
+            (self.linear_conv_kernel_dim - 1, self.conv_channels),
+            (self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim),
+        )
+        return tuple(full if kind == FULL else linear for kind in self.layer_types)
 
     def scratch_bytes(self, tokens: int, capacity: int, threads: int) -> int:
         """Activations that live at once while `tokens` tokens go through a layer, from above. In floats; rounded activations, two

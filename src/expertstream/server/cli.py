@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,14 +19,13 @@ from ..errors import UsageError
 from ..experts.budget import for_conversations
 from ..files import read_text
 from ..machine import available_bytes
+from ..options import ENGINE_OPTIONS, add_engine_options
 from ..visible import one_line
 
 __all__ = ["add_serve"]
 
 
-def add_serve(
-    commands: Any, style: dict[str, Any], add_engine_options: Callable[[Any], None], engine_options: Sequence[str]
-) -> None:
+def add_serve(commands: Any, style: dict[str, Any]) -> None:
     """Adds serve to the command line's subcommands; the engine's options are those of run."""
     serve = commands.add_parser(
         "serve",
@@ -93,7 +91,7 @@ def add_serve(
     reuse.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep it here too, for the next start")
     reuse.add_argument("--cache-disk", default="16GiB", metavar="SIZE", help="at most so much in --cache-dir (16GiB)")
     add_engine_options(serve)
-    serve.set_defaults(function=lambda options: _serve(options, engine_options))
+    serve.set_defaults(function=_serve)
 
 
 def _key(options: argparse.Namespace) -> str:
@@ -139,7 +137,7 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
+def _serve(options: argparse.Namespace) -> int:
     try:
         import uvicorn
 
@@ -160,7 +158,7 @@ def _serve(options: argparse.Namespace, engine_options: Sequence[str]) -> int:
     if options.model is None and options.alias and Path(options.alias[-1]).is_dir():
         raise UsageError(f"--alias {options.alias[-1]}: that is a folder; give MODEL before --alias")
     origins = tuple(_origin(origin) for origin in options.cors_origin or ())
-    given = {name: getattr(options, name) for name in engine_options}
+    given = {name: getattr(options, name) for name in ENGINE_OPTIONS}
     given |= for_conversations(parse_bytes(options.memory) if options.memory else None, available_bytes())
     if options.cache_memory is not None:
         given["prefix_cache_bytes"] = parse_bytes(options.cache_memory)
