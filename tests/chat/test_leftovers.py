@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -87,8 +88,10 @@ def test_what_was_typed_is_private_and_goes_with_its_session(tmp_path: Path) -> 
     lines.append_string("later")
     assert next(iter(TypedLines(file, lambda: "x").load_history_strings())) == "later"
     (tmp_path / "link").symlink_to(file)
-    with pytest.raises(OSError, match="link"):
-        TypedLines(tmp_path / "link", lambda: "x")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "link", tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match=path.name):
+            TypedLines(path, lambda: "x")
 
 
 def test_a_deleted_session_leaves_nothing(tmp_path: Path) -> None:

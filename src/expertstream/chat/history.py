@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from stat import S_ISREG
 
 from prompt_toolkit.history import FileHistory
 
@@ -29,7 +31,13 @@ class TypedLines(FileHistory):
         file = os.open(
             self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
-        os.fchmod(file, 0o600)
+        try:
+            if not S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(self._path))
+            os.fchmod(file, 0o600)
+        except BaseException:
+            os.close(file)
+            raise
         return file
 
     def store_string(self, string: str) -> None:

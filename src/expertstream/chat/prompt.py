@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +23,11 @@ def read_lines(chat: Chat, history: Path) -> Iterator[str]:
     """What is typed, until Ctrl-D. Ctrl-C empties the line."""
     kept: History = InMemoryHistory()
     if chat.store is not None:
-        with contextlib.suppress(OSError):
+        try:
             kept = typed = TypedLines(history, lambda: chat.conversation.name)
             chat.forget_typed = typed.forget
+        except OSError as error:
+            chat.view.note(f"what is typed is not kept for the next time: {history}: {error.strerror}")
     keys = KeyBindings()
 
     @keys.add("enter")
