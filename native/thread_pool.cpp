@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <utility>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -53,7 +55,12 @@ void ThreadPool::take(int thread) {
   for (;;) {
     const int64_t begin = next_.fetch_add(grain_);
     if (begin >= count_) return;
-    (*body_)(begin, begin + grain_ < count_ ? begin + grain_ : count_, thread);
+    try {
+      (*body_)(begin, begin + grain_ < count_ ? begin + grain_ : count_, thread);
+    } catch (...) {  // out of memory, most likely; a thread that it left would end the process
+      std::lock_guard lock(workers_->mutex);
+      if (!error_) error_ = std::current_exception();
+    }
   }
 }
 
@@ -85,6 +92,7 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<
     else
       std::this_thread::yield();
   }
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void ThreadPool::work(int thread) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -23,8 +24,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return static_cast<int>(workers_->threads.size()) + 1; }
-  // Runs body(begin, end, thread) over [0, count) in pieces of at most `grain`; returns when all is done. The body must
-  // not throw. Not re-entrant: one caller at a time.
+  // Runs body(begin, end, thread) over [0, count) in pieces of at most `grain`; returns when all is done. What the
+  // body throws first is thrown here, after the other pieces are done. Not re-entrant: one caller at a time.
   void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body);
 
  private:
@@ -46,6 +47,7 @@ class ThreadPool {
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0, grain_ = 1;
   const std::function<void(int64_t, int64_t, int)>* body_ = nullptr;
+  std::exception_ptr error_;  // written under the mutex, read when all workers have left the loop
 };
 
 }  // namespace expertstream

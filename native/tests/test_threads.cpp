@@ -5,8 +5,10 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <new>
 #include <thread>
 
 #include "check.h"
@@ -34,6 +36,19 @@ void test_pool() {
     int64_t sum = 0;
     for (int64_t v : values) sum += v;
     check(sum == expected, "loops with " + std::to_string(threads) + " threads");
+    for (int round = 0; round < 50; ++round) {
+      bool thrown = false;
+      try {
+        pool.parallel_for(100, 1, [&](int64_t begin, int64_t, int) {
+          if (begin % 7 == round % 7) throw std::bad_alloc();
+        });
+      } catch (const std::bad_alloc&) {
+        thrown = true;
+      }
+      std::atomic<int64_t> done = 0;
+      pool.parallel_for(100, 3, [&](int64_t begin, int64_t end, int) { done += end - begin; });
+      check(thrown && done == 100, "what a body throws reaches the caller, and the pool goes on");
+    }
   }
   for (int round = 0; round < 100; ++round) ThreadPool(4);
   check(true, "pools that end at once");
