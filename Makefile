@@ -13,7 +13,7 @@ CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
 comma := ,
 PYTHON_FILES := src tests training benchmarks docs
 
-.PHONY: demo test lint format native-test neon-test fuzz client-test docs clean
+.PHONY: demo test unit-test lint format native-test neon-test fuzz client-test docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -21,7 +21,9 @@ demo: $(VENV)/installed
 	@echo
 	$(BIN)/expertstream run --memory 24MiB --context 1024 --seed 6 --max-tokens 200 --stats "Once upon a time"
 
-test: $(VENV)/test-tools $(VENV)/installed build/fixtures/fetched lint native-test
+test: lint native-test unit-test
+
+unit-test: $(VENV)/test-tools $(VENV)/installed build/fixtures/fetched
 	$(BIN)/python -m pytest tests
 
 $(VENV)/created:
