@@ -113,3 +113,22 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
                 assert sorted(slots) == list(range(llm.plan.slots)), (line, size)
                 assert experts.reader.registered_buffers == (registered and not experts._parked), (line, size)
         assert interrupted > 100
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_change_of_size_keeps_the_slots_of_what_is_being_read_ahead(
+    pack_folder: Path, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(pack_folder, memory=budget_for(pack_folder, 40), context_length=256, prefill_chunk=64) as llm:
+        experts = llm.experts
+        llm.model(TOKENS[:1], llm.session().cache)
+        experts.drain()
+        ring = sorted(experts._free_ring)
+        missing = [e for e in range(24) if e not in experts._resident[1]][:3]
+        monkeypatch.setattr(experts.prefetcher, "guess", lambda layer, ranked: ranked)
+        experts.hint(1, missing)
+        assert len(experts._free_ring) == len(ring) - len(missing) > 0
+        if wrong:
+            experts.forget_guesses(1)  # before the reads are done, as far as anybody has looked
+        experts.resize(experts.planned - 4)
+        assert sorted(experts._free_ring) == ring and not experts._ahead and not experts._wrong

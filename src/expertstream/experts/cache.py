@@ -365,10 +365,11 @@ class ExpertCache:
             self._policies[layer].insert(load.expert)
 
     def drain(self) -> None:
-        """Waits for every read in flight; what they bring is forgotten."""
+        """Waits for every read in flight; what they bring is forgotten, and the slots of what was read ahead are free."""
         while self.reader.pending:
             for tag, *_ in self.reader.wait(self.reader.pending):
                 self._loads.pop(tag, None)
+        self._free_ring += [load.slot for load in (*self._ahead.values(), *self._wrong)]
         self._loads.clear()
         self._ahead.clear()
         self._wrong.clear()
