@@ -16,6 +16,8 @@ from expertstream.engine import embedded_model
 from expertstream.errors import BudgetError, RequestError
 from expertstream.template import render_template
 
+from .test_fork import in_a_fork
+
 VALUES: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "n": 3}],
     "tools": [{"a": 1}],
@@ -156,19 +158,12 @@ def test_an_interrupt_ends_the_process_that_was_asked(monkeypatch: pytest.Monkey
 def test_a_fork_has_a_process_of_its_own() -> None:
     render_template("", {})
     mine = template._idle.processes[-1].pid
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:  # pragma: no cover
-        try:
-            text = render_template("{{ a }}", {"a": 4})
-            os.write(writer, f"{text} {template._idle.processes[-1].pid != mine}".encode())
-            template._idle.close()
-        finally:
-            os._exit(0)
-    os.close(writer)
-    assert os.read(reader, 100) == b"4 True"
-    os.close(reader)
-    os.waitpid(child, 0)
+
+    def child() -> None:
+        assert render_template("{{ a }}", {"a": 4}) == "4" and template._idle.processes[-1].pid != mine
+        template._idle.close()
+
+    assert in_a_fork(child) == 0
     assert render_template("{{ a }}", {"a": 5}) == "5" and template._idle.processes[-1].pid == mine
 
 

@@ -1,8 +1,11 @@
 // What the native tests share: counting checks, random values, matrices that own their bytes.
 #pragma once
 
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -40,6 +43,22 @@ inline uint16_t bf16(float f) {
 inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
 }
+
+// A file of random bytes in /tmp, gone when this is.
+struct RandomFile {
+  char path[32] = "/tmp/expertstream-test-XXXXXX";
+  std::vector<uint8_t> content;
+
+  explicit RandomFile(size_t size) : content(size) {
+    const int out = mkstemp(path);
+    for (auto& b : content) b = static_cast<uint8_t>(rng());
+    check(write(out, content.data(), size) == static_cast<ssize_t>(size), "write");
+    close(out);
+  }
+  RandomFile(const RandomFile&) = delete;
+  RandomFile& operator=(const RandomFile&) = delete;
+  ~RandomFile() { unlink(path); }
+};
 
 // A random matrix that owns its bytes, allocated to the last byte so that a sanitizer sees any read past it.
 struct OwnedMatrix {

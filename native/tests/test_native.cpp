@@ -221,16 +221,12 @@ void test_experts(const std::vector<const Kernels*>& tables) {
 }
 
 void test_readers() {
-  char path[] = "/tmp/expertstream-test-XXXXXX";
-  const int out = mkstemp(path);
-  std::vector<uint8_t> content(300000);
-  for (auto& b : content) b = static_cast<uint8_t>(rng());
-  check(write(out, content.data(), content.size()) == static_cast<ssize_t>(content.size()), "write");
-  close(out);
+  const RandomFile file(300000);
+  const std::vector<uint8_t>& content = file.content;
   for (bool uring : {true, false})
     for (bool direct : {true, false}) {
       const std::string name = std::string(uring ? "uring" : "pread") + (direct ? " direct" : " buffered");
-      const int fd = open(path, O_RDONLY | (direct ? O_DIRECT : 0));
+      const int fd = open(file.path, O_RDONLY | (direct ? O_DIRECT : 0));
       if (fd < 0) {
         std::printf("no O_DIRECT in /tmp\n");
         continue;
@@ -285,7 +281,6 @@ void test_readers() {
       reader.reset();
       close(fd);
     }
-  unlink(path);
 }
 
 }  // namespace

@@ -81,15 +81,10 @@ void use_reader(const char* path, const std::vector<uint8_t>& content, bool* rig
 }
 
 void test_reader_pool() {
-  char path[] = "/tmp/expertstream-test-XXXXXX";
-  const int out = mkstemp(path);
-  std::vector<uint8_t> content(300000);
-  for (auto& b : content) b = static_cast<uint8_t>(rng());
-  check(write(out, content.data(), content.size()) == static_cast<ssize_t>(content.size()), "write");
-  close(out);
+  const RandomFile file(300000);
   bool right[3] = {};
   std::vector<std::thread> owners;
-  for (bool& result : right) owners.emplace_back(use_reader, path, std::cref(content), &result);
+  for (bool& result : right) owners.emplace_back(use_reader, file.path, std::cref(file.content), &result);
   for (int i = 0; i < 50; ++i) {
     set_fault(static_cast<int64_t>(i % 7), 3, -1);  // while they read: partial results
     std::this_thread::sleep_for(std::chrono::microseconds(500));
@@ -97,7 +92,6 @@ void test_reader_pool() {
   clear_faults();
   for (auto& owner : owners) owner.join();
   for (bool result : right) check(result, "a pool of reading threads");
-  unlink(path);
 }
 
 }  // namespace

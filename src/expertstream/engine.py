@@ -130,11 +130,10 @@ class LLM:
             self.prefixes: PrefixCache | None = None
             if c.prefix_cache_bytes:
                 self.keep_prefixes()
-        except MemoryError:
+        except BaseException as error:
             store.close()
-            raise BudgetError("the system gives no more memory; is there a limit on it (ulimit -v)?") from None
-        except BaseException:
-            store.close()
+            if isinstance(error, MemoryError):
+                raise BudgetError("the system gives no more memory; is there a limit on it (ulimit -v)?") from None
             raise
 
     def _default_context(self) -> int:
@@ -199,10 +198,12 @@ class LLM:
         on from the longest known beginning of their prompt. Raises UsageError for a directory that cannot be used."""
         if self.prefixes is not None:
             self.prefixes.close()
+            self._end_of_prefixes.detach()  # it would hold what is kept for as long as the model
         memory = self.config.prefix_cache_bytes
         try:
             self.prefixes = PrefixCache(self.state_fingerprint(), memory, directory, disk_bytes)
-            weakref.finalize(self, self.prefixes.stop_writing).atexit = False
+            self._end_of_prefixes: weakref.finalize[..., LLM] = weakref.finalize(self, self.prefixes.stop_writing)
+            self._end_of_prefixes.atexit = False
         except OSError as error:
             raise UsageError(f"{directory}: prefixes cannot be kept there: {error.strerror}") from None
 

@@ -19,11 +19,8 @@ from expertstream.errors import RequestError
 from expertstream.server import app
 from expertstream.server.errors import public_text
 
+from ..test_template import BOMB
 from .conftest import HELLO, Server
-
-BOMB = (
-    "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = ns.x + ['x' * (60000000 + i)] %}{% endfor %}"
-)
 
 
 def ask(server: Server, **more: Any) -> httpx.Response:

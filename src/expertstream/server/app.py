@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import itertools
 import logging
 import re
 import time
@@ -93,8 +92,7 @@ class _Server:
         self.preparing = asyncio.Semaphore(PREPARED_TOGETHER)
         self.unprepared = 0
         self.public_text = public_text(settings.name, llm.path)
-        self.numbers = itertools.count()
-        self.begun: dict[int, float] = {}  # when each preparation that is under way began
+        self.begun: dict[Request, float] = {}  # when each preparation that is under way began
 
     def check(self, request: Request) -> None:
         """Raises RefusedError if the request is not authorized."""
@@ -179,15 +177,14 @@ class _Server:
         if self.unprepared >= self.settings.parallel + self.settings.most_waiting:
             raise BusyError
         self.unprepared += 1
-        number = next(self.numbers)
         try:
             async with self.preparing:
                 if await request.is_disconnected():
                     raise ClientDisconnect
-                self.begun[number] = time.monotonic()
+                self.begun[request] = time.monotonic()
                 return await asyncio.get_running_loop().run_in_executor(self.workers, work)
         finally:
-            self.begun.pop(number, None)
+            self.begun.pop(request, None)
             self.unprepared -= 1
 
     async def prepare(self, request: Request, asked: Any, answers: int) -> Prepared:
