@@ -8,7 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
 
-__all__ = ["MAX_TEXT", "open_regular", "read_text", "write_private"]
+__all__ = ["MAX_TEXT", "open_regular", "private_folder", "read_text", "write_private"]
 
 MAX_TEXT = 256 << 20  # bytes; the largest tokenizers have some dozens of MiB
 
@@ -40,3 +40,12 @@ def write_private(path: Path, data: bytes) -> None:
     with os.fdopen(file, "wb") as out:
         os.fchmod(file, 0o600)
         out.write(data)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder of this program's own, with all above it that are missing, or takes back what others could do in it. Raises
+    OSError."""
+    for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        folder.mkdir(exist_ok=True, mode=0o700)
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o700)

@@ -94,6 +94,17 @@ def test_what_was_typed_is_private_and_goes_with_its_session(tmp_path: Path) -> 
             TypedLines(path, lambda: "x")
 
 
+def test_folders_are_private_whoever_made_them(tmp_path: Path) -> None:
+    data = tmp_path / "share" / "expertstream"
+    SessionStore(data / "sessions").save(Conversation("one"))
+    assert {p.stat().st_mode & 0o777 for p in (data.parent, data, data / "sessions")} == {0o700}
+    for folder in (data, data / "sessions"):
+        folder.chmod(0o755)
+    SessionStore(data / "sessions").save(Conversation("two"))
+    TypedLines(data / "history", lambda: "x")
+    assert {p.stat().st_mode & 0o777 for p in (data, data / "sessions")} == {0o700}
+
+
 def test_a_deleted_session_leaves_nothing(tmp_path: Path) -> None:
     typed: list[Any] = []
     backend = Script([Content("Paris")], [Content("Rome")], [Content("Oslo")])

@@ -11,7 +11,7 @@ from stat import S_ISREG
 
 from prompt_toolkit.history import FileHistory
 
-from ..files import read_text, write_private
+from ..files import private_folder, read_text, write_private
 
 __all__ = ["TypedLines"]
 
@@ -22,7 +22,7 @@ class TypedLines(FileHistory):
 
     def __init__(self, path: Path, session: Callable[[], str]) -> None:
         self._path, self._session = path, session
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(path.parent)
         os.close(self._open())
         super().__init__(str(path))
 

@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from ..errors import RequestError
-from ..files import read_text, write_private
+from ..files import private_folder, read_text, write_private
 
 __all__ = ["Conversation", "SessionStore"]
 
@@ -97,7 +97,7 @@ class SessionStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(self.folder)
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
