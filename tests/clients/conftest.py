@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,7 @@ class Access:
 
     def lines(self) -> list[dict[str, Any]]:
         """Of this test, when all requests have ended."""
-        end = time.monotonic() + 20
-        while self._server.server.server_state.tasks:
-            assert time.monotonic() < end, "a request does not end"
-            time.sleep(0.01)
+        self._server.wait_until_answered()
         found = [json.loads(r.getMessage()) for r in self._caplog.records if r.name == "expertstream.access"]
         return [line for line in found if line["path"] != "/health"]
 

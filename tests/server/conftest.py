@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anthropic
@@ -65,6 +68,24 @@ class Server:
         while self.waiting() and time.monotonic() < end:
             time.sleep(0.01)
         assert self.waiting() == 0
+
+    def wait_until_answered(self) -> None:
+        """Until every request has ended: its line of the access log is written after its client has read the answer."""
+        end = time.monotonic() + 20
+        while self.server.server_state.tasks:
+            assert time.monotonic() < end, "a request does not end"
+            time.sleep(0.01)
+
+    @contextmanager
+    def access_log(self, caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
+        """A list that is given the lines of the requests in here when they have ended, and no line of a request from before."""
+        self.wait_until_answered()
+        caplog.clear()
+        lines: list[dict[str, Any]] = []
+        with caplog.at_level(logging.INFO, "expertstream.access"):
+            yield lines
+            self.wait_until_answered()
+        lines += [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
 
     def stop(self) -> None:
         for client in self._clients:  # one that is only collected may leave its socket to the garbage collector

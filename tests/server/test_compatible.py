@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,11 +111,9 @@ def test_context_overflow_is_said_as_the_apis_say_it(server: Server) -> None:
 
 
 def test_a_refused_request_is_logged_with_its_reason(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "expertstream.access"):
+    with server.access_log(caplog) as lines:
         body = {"messages": HELLO, "model": "claude", "temperature": -1}
         httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"user-agent": "agent/1"})
-        time.sleep(0.05)
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
     (line,) = [line for line in lines if line["agent"] == "agent/1"]
     assert line["status"] == 400 and line["agent"] == "agent/1" and line["model"] == "claude"
     assert "temperature" in line["error"] and line["id"].startswith("req_")

@@ -240,26 +240,24 @@ def test_bytes_of_a_token_are_its_own(server: Server, llm: LLM) -> None:
 def test_a_broken_stream_ends_with_the_apis_error_and_is_logged_as_one(
     server: Server, llm: LLM, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import logging
-
     def fail(_: str) -> str:
         raise ZeroDivisionError
 
-    caplog.set_level(logging.INFO, "expertstream.access")
-    with scripted(llm, fail):
-        for path, body in (
-            ("chat/completions", {"messages": HELLO}), ("messages", {"messages": HELLO, "max_tokens": 3}), ("responses", {"input": "x"}),
-        ):  # fmt: skip
-            answer = httpx.post(f"{server.url}/v1/{path}", json={**body, "stream": True, "model": "small"}, timeout=30)
-            last = json.loads([line for line in answer.text.splitlines() if line.startswith("data: {")][-1][6:])
-            assert "the server failed" in json.dumps(last), answer.text
-            assert path != "responses" or last["type"] == "response.failed"
-    with pytest.raises(openai.APIError), scripted(llm, fail):
-        chat(server)
-    with pytest.raises(anthropic.APIStatusError), scripted(llm, fail):
-        server.anthropic().messages.create(model="small", messages=HELLO, max_tokens=3)
-    time.sleep(0.1)
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
+    with server.access_log(caplog) as lines:
+        with scripted(llm, fail):
+            for path, body in (
+                ("chat/completions", {"messages": HELLO}), ("messages", {"messages": HELLO, "max_tokens": 3}), ("responses", {"input": "x"}),
+            ):  # fmt: skip
+                answer = httpx.post(
+                    f"{server.url}/v1/{path}", json={**body, "stream": True, "model": "small"}, timeout=30
+                )
+                last = json.loads([line for line in answer.text.splitlines() if line.startswith("data: {")][-1][6:])
+                assert "the server failed" in json.dumps(last), answer.text
+                assert path != "responses" or last["type"] == "response.failed"
+        with pytest.raises(openai.APIError), scripted(llm, fail):
+            chat(server)
+        with pytest.raises(anthropic.APIStatusError), scripted(llm, fail):
+            server.anthropic().messages.create(model="small", messages=HELLO, max_tokens=3)
     assert [line["status"] for line in lines] == [500] * 5
     assert all("the server failed" in line["error"] and line["model"] == "small" for line in lines)
 
@@ -269,8 +267,6 @@ def test_a_stream_that_its_client_leaves_is_logged_as_that(
     server: Server, llm: LLM, path: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if the engine has ended the job before the response looks."""
-    import logging
-
     original = Job.cancel
 
     def cancel(self: Job) -> None:
@@ -282,13 +278,11 @@ def test_a_stream_that_its_client_leaves_is_logged_as_that(
 
     monkeypatch.setattr(Job, "cancel", cancel)
     body = {"input": "x"} if path == "responses" else {"messages": HELLO, "max_tokens": 900}
-    with caplog.at_level(logging.INFO, "expertstream.access"), scripted(llm, "word " * 500, seconds_per_token=0.01):
+    with server.access_log(caplog) as lines, scripted(llm, "word " * 500, seconds_per_token=0.01):
         with httpx.stream("POST", f"{server.url}/v1/{path}", json={**body, "stream": True}, timeout=30) as answer:
             read = answer.iter_lines()
             for _ in range(12):
                 next(read)
         server.wait_until_idle()
-        time.sleep(0.2)
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
     (line,) = [line for line in lines if line["method"] == "POST"]
     assert line["status"] == 499 and line["error"] == "the client disconnected"

@@ -332,13 +332,9 @@ def test_the_status_page_in_a_browser(server: Server, tmp_path: Path) -> None:
 
 
 def test_each_request_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
-    with caplog.at_level(logging.INFO, "expertstream.access"):
+    with server.access_log(caplog) as lines:
         httpx.get(f"{server.url}/v1/models")
         httpx.get(f"{server.url}/no/such/path")
-        time.sleep(0.05)
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "expertstream.access"]
     assert [(line["path"], line["status"]) for line in lines] == [("/v1/models", 200), ("/no/such/path", 404)]
     httpx.get(f"{server.url}/health//")
     text = httpx.get(f"{server.url}/metrics").text

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -137,6 +138,22 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
+@contextlib.contextmanager
+def _access_log_on_stderr() -> Iterator[None]:
+    """Prints the access log, and nothing else, for as long as the server runs."""
+    access, handler = logging.getLogger("expertstream.access"), logging.StreamHandler()
+    before = access.level, access.propagate
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.addHandler(handler)
+    try:
+        yield
+    finally:
+        access.removeHandler(handler)
+        access.setLevel(before[0])
+        access.propagate = before[1]
+
+
 def _serve(options: argparse.Namespace) -> int:
     try:
         import uvicorn
@@ -163,12 +180,12 @@ def _serve(options: argparse.Namespace) -> int:
     if options.cache_memory is not None:
         given["prefix_cache_bytes"] = parse_bytes(options.cache_memory)
     disk = parse_bytes(options.cache_disk) if options.cache_dir is not None else 0
-    access = logging.getLogger("expertstream.access")
-    access.setLevel(logging.INFO)
-    access.propagate = False
-    access.addHandler(logging.StreamHandler())
     given["sequences"] = options.parallel
-    with contextlib.closing(_bound(options.host, options.port)) as listener, LLM(options.model, **given) as llm:
+    with (
+        _access_log_on_stderr(),
+        contextlib.closing(_bound(options.host, options.port)) as listener,
+        LLM(options.model, **given) as llm,
+    ):
         if options.cache_dir is not None:
             llm.keep_prefixes(options.cache_dir, disk)
         llm.sampling_params()  # a generation_config.json that cannot be used is told now
