@@ -1,67 +1,17 @@
 // The Python module: checks shapes and bounds, releases the GIL, calls. No arithmetic.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
+#include "bindings.h"
+
 #include <nanobind/stl/unique_ptr.h>
-#include <nanobind/stl/vector.h>
 
 #include <cstring>
-#include <string>
 
 #include "io/aligned.h"
 #include "io/reader.h"
-#include "ops.h"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace expertstream {
 namespace {
-
-using In = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using Ids = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
-using IdsOut = nb::ndarray<int64_t, nb::c_contig, nb::device::cpu>;
-using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using BytesOut = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Release = nb::call_guard<nb::gil_scoped_release>;
-
-void require(bool ok, const char* what) {
-  if (!ok) throw nb::value_error(what);
-}
-int64_t size_of(const auto& array) { return static_cast<int64_t>(array.size()); }
-
-// A matrix without its memory: what the bits of one tensor mean.
-Matrix make_format(int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype, bool symmetric) {
-  require(rows > 0 && cols > 0 && rows <= INT32_MAX && cols <= INT32_MAX,
-          "a matrix has at least one row and one column");
-  require(dtype == "f32" || dtype == "bf16" || dtype == "f16", "dtype is f32, bf16 or f16");
-  const DType type = dtype == "f32" ? DType::f32 : dtype == "bf16" ? DType::bf16 : DType::f16;
-  if (bits == 2 || bits == 4 || bits == 8) {
-    require(group_size == 32 || group_size == 64 || group_size == 128, "group_size is 32, 64 or 128");
-    require(cols % group_size == 0, "cols is a multiple of group_size");
-  } else {
-    require(bits == (type == DType::f32 ? 32 : 16), "bits is 2, 4, 8, or the size of a dense dtype");
-    require(!symmetric, "only quantized matrices are symmetric");
-    group_size = 0;
-  }
-  return {nullptr,    nullptr, nullptr,  static_cast<int32_t>(rows), static_cast<int32_t>(cols), bits,
-          group_size, type,    symmetric};
-}
-
-// A matrix in memory that Python owns; keeps the arrays alive.
-struct BoundMatrix {
-  Matrix m;
-  Bytes data, scales, biases;
-
-  BoundMatrix(const Matrix& format, Bytes d, Bytes s, Bytes b) : m(format), data(d), scales(s), biases(b) {
-    require(size_of(d) == data_bytes(m) && size_of(s) == scale_bytes(m) && size_of(b) == bias_bytes(m),
-            "the bytes of a matrix do not match its shape");
-    m.data = d.data();
-    m.scales = s.data();
-    m.biases = b.data();
-  }
-};
 
 // A list of (tokens, rows), new arrays that Python owns.
 nb::list project(Engine& engine, const std::vector<const BoundMatrix*>& w, In x) {
@@ -92,19 +42,13 @@ void embed(Engine& engine, const BoundMatrix& w, Ids rows, Out y) {
   engine.embed(w.m, rows.data(), size_of(rows), y.data());
 }
 
-// Experts that lie in an arena, checked. offsets (experts, 9): where each one's gate, up and down data, scales and
-// biases lie.
-std::vector<Expert> bind_experts(const Arena& arena, const std::vector<Matrix>& formats, const Ids& offsets,
-                                 const In& x, const Ids& pair_start, const Ids& pair_token) {
-  require(formats.size() == 3, "experts: three matrices");
-  const Matrix &gate = formats[0], &up = formats[1], &down = formats[2];
-  const int64_t count = size_of(offsets) / 9, pairs = size_of(pair_token), hidden = gate.cols,
-                tokens = size_of(x) / hidden;
-  require(up.rows == gate.rows && up.cols == hidden && down.cols == gate.rows && down.rows == hidden,
-          "experts: matrix shapes");
-  require(up.bits == gate.bits && up.group_size == gate.group_size && up.symmetric == gate.symmetric,
-          "experts: gate and up share bits and group_size");
-  require(size_of(offsets) == count * 9 && size_of(pair_start) == count + 1, "experts: offsets and pair_start");
+// Experts that lie in an arena, checked. offsets (experts, parts): where the parts of each one's gate, up and down lie,
+// a matrix's bias (float32) behind its other parts.
+std::vector<Expert> bind_experts(const Arena& arena, const ExpertFormat& format, const Ids& offsets, const In& x,
+                                 const Ids& pair_start, const Ids& pair_token) {
+  const int64_t parts = format.parts(), count = size_of(offsets) / parts, pairs = size_of(pair_token),
+                hidden = format.matrices[0].cols, tokens = size_of(x) / hidden;
+  require(size_of(offsets) == count * parts && size_of(pair_start) == count + 1, "experts: offsets and pair_start");
   require(tokens * hidden == size_of(x), "experts: x");
   require(pair_start.data()[0] == 0 && pair_start.data()[count] == pairs, "experts: pair_start");
   for (int64_t e = 0; e < count; ++e)
@@ -112,38 +56,41 @@ std::vector<Expert> bind_experts(const Arena& arena, const std::vector<Matrix>& 
   for (int64_t p = 0; p < pairs; ++p)
     require(pair_token.data()[p] >= 0 && pair_token.data()[p] < tokens, "experts: pair_token out of range");
   std::vector<Expert> bound(static_cast<size_t>(count));
-  for (int64_t e = 0; e < count; ++e) {
-    Matrix* parts[3] = {&bound[static_cast<size_t>(e)].gate, &bound[static_cast<size_t>(e)].up,
-                        &bound[static_cast<size_t>(e)].down};
+  const int64_t* at = offsets.data();
+  const auto next = [&](int64_t bytes) {
+    require(*at >= 0 && *at + bytes <= static_cast<int64_t>(arena.size()), "experts: offset outside the arena");
+    return arena.data() + *at++;
+  };
+  for (Expert& expert : bound) {
+    Matrix* matrices[3] = {&expert.gate, &expert.up, &expert.down};
     for (int i = 0; i < 3; ++i) {
-      *parts[i] = formats[static_cast<size_t>(i)];
-      const int64_t* at = offsets.data() + e * 9 + i * 3;
-      const int64_t needed[3] = {data_bytes(*parts[i]), scale_bytes(*parts[i]), bias_bytes(*parts[i])};
-      for (int j = 0; j < 3; ++j)
-        require(at[j] >= 0 && at[j] + needed[j] <= static_cast<int64_t>(arena.size()),
-                "experts: offset outside the arena");
-      parts[i]->data = arena.data() + at[0];
-      parts[i]->scales = arena.data() + at[1];
-      parts[i]->biases = arena.data() + at[2];
+      Matrix& m = *matrices[i] = format.matrices[i];
+      const uint8_t* begin[3] = {};
+      for (int part = 0; part < part_count(m); ++part) begin[part] = next(part_bytes(m, part));
+      point(m, begin);
+      if (format.biased) {
+        require(*at % 4 == 0, "experts: a bias lies at a multiple of 4");
+        m.row_bias = reinterpret_cast<const float*>(next(4 * m.rows));
+      }
     }
   }
   return bound;
 }
 
-void experts(Engine& engine, const Arena& arena, const std::vector<Matrix>& formats, Ids offsets, In x, Ids pair_start,
+void experts(Engine& engine, const Arena& arena, const ExpertFormat& format, Ids offsets, In x, Ids pair_start,
              Ids pair_token, Out y) {
-  const std::vector<Expert> bound = bind_experts(arena, formats, offsets, x, pair_start, pair_token);
-  require(size_of(y) == size_of(pair_token) * formats[0].cols, "experts: y");
+  const std::vector<Expert> bound = bind_experts(arena, format, offsets, x, pair_start, pair_token);
+  require(size_of(y) == size_of(pair_token) * format.matrices[0].cols, "experts: y");
   nb::gil_scoped_release release;
-  engine.experts(bound, x.data(), pair_start.data(), pair_token.data(), y.data());
+  engine.experts(bound, format.act, x.data(), pair_start.data(), pair_token.data(), y.data());
 }
 
-void moe(Engine& engine, const Arena& arena, const std::vector<Matrix>& formats, Ids offsets, In x, Ids pair_start,
+void moe(Engine& engine, const Arena& arena, const ExpertFormat& format, Ids offsets, In x, Ids pair_start,
          Ids pair_token, In weights, Out acc) {
-  const std::vector<Expert> bound = bind_experts(arena, formats, offsets, x, pair_start, pair_token);
+  const std::vector<Expert> bound = bind_experts(arena, format, offsets, x, pair_start, pair_token);
   require(size_of(weights) == size_of(pair_token) && size_of(acc) == size_of(x), "moe: weights and acc");
   nb::gil_scoped_release release;
-  engine.moe(bound, x.data(), pair_start.data(), pair_token.data(), weights.data(), acc.data());
+  engine.moe(bound, format.act, x.data(), pair_start.data(), pair_token.data(), weights.data(), acc.data());
 }
 
 void accumulate(Engine& engine, Out acc, In y, Ids pair_token, In weights) {
@@ -157,7 +104,8 @@ void accumulate(Engine& engine, Out acc, In y, Ids pair_token, In weights) {
   engine.accumulate(acc.data(), y.data(), pair_token.data(), weights.data(), pairs, hidden);
 }
 
-KVLayer kv_layer(nb::ndarray<nb::c_contig, nb::device::cpu>& keys, nb::ndarray<nb::c_contig, nb::device::cpu>& values) {
+KVLayer kv_layer(nb::ndarray<nb::c_contig, nb::device::cpu>& keys, nb::ndarray<nb::c_contig, nb::device::cpu>& values,
+                 int64_t first) {
   require(keys.ndim() == 3 && values.ndim() == 3 && keys.size() == values.size(),
           "attention: keys and values (kv_heads, capacity, d)");
   const bool f32 = keys.dtype() == nb::dtype<float>(), bf16 = keys.dtype() == nb::dtype<uint16_t>(),
@@ -173,56 +121,32 @@ KVLayer kv_layer(nb::ndarray<nb::c_contig, nb::device::cpu>& keys, nb::ndarray<n
                  : DType::i8,
           static_cast<int64_t>(keys.shape(0)),
           static_cast<int64_t>(keys.shape(1)),
-          static_cast<int64_t>(keys.shape(2)) - (i8 ? 4 : 0)};
+          static_cast<int64_t>(keys.shape(2)) - (i8 ? 4 : 0),
+          first};
 }
 
-// The weights of a mixer that are no matrices; keeps the arrays alive.
-struct BoundAttention {
-  AttentionParams p;
-  In q_norm, k_norm;
-
-  BoundAttention(In qn, In kn, int64_t heads, float eps) : q_norm(qn), k_norm(kn) {
-    require(size_of(qn) == size_of(kn) && heads > 0, "attention: norms of head_dim, at least one head");
-    p = {qn.data(), kn.data(), nullptr, nullptr, heads, 0, eps};
-  }
-};
-
-void attention(Engine& engine, const BoundAttention& bound, In q_gate, In k, In v, In cos, In sin,
+void attention(Engine& engine, const BoundAttention& bound, In q, In k, In v, In cos, In sin,
                nb::ndarray<nb::c_contig, nb::device::cpu> keys, nb::ndarray<nb::c_contig, nb::device::cpu> values,
-               int64_t position, Out out) {
-  const KVLayer kv = kv_layer(keys, values);
+               int64_t position, int64_t first, Out out) {
+  const KVLayer kv = kv_layer(keys, values, first);
   AttentionParams p = bound.p;
-  const int64_t d = kv.head_dim, tokens = size_of(q_gate) / (2 * p.heads * d);
-  require(size_of(bound.q_norm) == d && p.heads % kv.kv_heads == 0, "attention: heads are a multiple of kv_heads");
-  require(size_of(q_gate) == tokens * 2 * p.heads * d && size_of(out) == tokens * p.heads * d,
-          "attention: q_gate is (tokens, heads, 2, head_dim)");
+  const int64_t d = bound.head_dim, width = p.heads * d, tokens = size_of(out) / width;
+  require(kv.head_dim == d && kv.kv_heads == bound.kv_heads, "attention: keys and values (kv_heads, capacity, d)");
+  require(size_of(out) == tokens * width && size_of(q) == (p.gated ? 2 : 1) * size_of(out),
+          "attention: q is (tokens, heads, head_dim), or (tokens, heads, 2, head_dim) with gates");
   require(size_of(k) == tokens * kv.kv_heads * d && size_of(v) == size_of(k), "attention: k and v");
-  require(position >= 0 && position + tokens <= kv.capacity, "attention: past the cache's capacity");
+  require(first >= 0 && first % kKeys == 0, "attention: the first row's position is a multiple of 64");
+  require(position >= first && position - first + tokens <= kv.capacity, "attention: past the cache's capacity");
+  const int64_t seen = p.window == 0 || position < p.window ? 0 : position + 1 - p.window;
+  require(first <= seen, "attention: rows inside the window are gone");
   p.cos = cos.data();
   p.sin = sin.data();
   p.rotary_half = tokens ? size_of(cos) / tokens : 0;
   require(size_of(cos) == tokens * p.rotary_half && size_of(sin) == size_of(cos) && 2 * p.rotary_half <= d,
           "attention: cos and sin (tokens, half)");
   nb::gil_scoped_release release;
-  engine.attention(q_gate.data(), k.data(), v.data(), p, kv, tokens, position, out.data());
+  engine.attention(q.data(), k.data(), v.data(), p, kv, tokens, position, out.data());
 }
-
-struct BoundDelta {
-  DeltaParams p;
-  In conv_weight, a_log, dt_bias, norm_weight;
-
-  BoundDelta(In conv, In a, In dt, In norm, int64_t key_heads, int64_t value_heads, int64_t dk, float eps)
-      : conv_weight(conv), a_log(a), dt_bias(dt), norm_weight(norm) {
-    require(conv.ndim() == 2 && key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0 && dk > 0,
-            "delta_net: heads");
-    const int64_t kernel = static_cast<int64_t>(conv.shape(0)), dv = size_of(norm);
-    require(kernel >= 2 && kernel <= 8 &&
-                static_cast<int64_t>(conv.shape(1)) == 2 * key_heads * dk + value_heads * dv &&
-                size_of(a) == value_heads && size_of(dt) == value_heads,
-            "delta_net: weights");
-    p = {conv.data(), a.data(), dt.data(), norm.data(), kernel, key_heads, value_heads, dk, dv, eps};
-  }
-};
 
 void delta_net(Engine& engine, const BoundDelta& bound, bool chunked, Out qkv, In z, In a, In b, Out conv_state,
                Out state, Out out) {
@@ -250,19 +174,19 @@ void shared_expert(Engine& engine, const BoundMatrix& gate, const BoundMatrix& u
   engine.shared_expert(w, scale.m, x.data(), tokens, y.data());
 }
 
-void route(Engine& engine, const BoundMatrix& w, In x, int64_t top_k, Out weights, IdsOut selected) {
+void route(Engine& engine, const BoundMatrix& w, In x, int64_t top_k, bool renormalize, Out weights, IdsOut selected) {
   const int64_t tokens = size_of(x) / w.m.cols;
   require(tokens * w.m.cols == size_of(x) && top_k >= 1 && top_k <= w.m.rows && size_of(weights) == tokens * top_k &&
               size_of(selected) == tokens * top_k,
           "route: shapes");
   nb::gil_scoped_release release;
-  engine.route(w.m, x.data(), tokens, top_k, weights.data(), selected.data());
+  engine.route(w.m, x.data(), tokens, top_k, renormalize, weights.data(), selected.data());
 }
 
 nb::tuple quantize(Engine& engine, In w, int bits, int group_size, bool symmetric) {
   require(w.ndim() == 2, "quantize: w is (rows, cols)");
   const int64_t rows = static_cast<int64_t>(w.shape(0)), cols = static_cast<int64_t>(w.shape(1));
-  make_format(rows, cols, bits, group_size, "bf16", symmetric);
+  make_format(rows, cols, bits, group_size, "bf16", symmetric ? "symmetric" : "affine");
   const size_t groups = static_cast<size_t>(rows * cols / group_size),
                bytes = static_cast<size_t>(rows * cols * bits / 8);
   auto* packed = new uint8_t[bytes];
@@ -283,20 +207,23 @@ nb::tuple quantize(Engine& engine, In w, int bits, int group_size, bool symmetri
 
 // Rows as checkpoints have them → tiles. Sources have m.rows rows, destinations whole tiles; both may be one memory if
 // the rows fill their tiles.
-void tile(Engine& engine, const Matrix& m, Bytes data, Bytes scales, Bytes biases, BytesOut data_out,
-          BytesOut scales_out, BytesOut biases_out) {
-  require(m.bits < 16, "tile: only quantized matrices are tiled");
-  const int64_t groups = m.cols / m.group_size, values = m.rows * groups * value_bytes(m.dtype);
-  require(size_of(data) == static_cast<int64_t>(m.rows) * m.cols * m.bits / 8 && size_of(scales) == values &&
-              size_of(biases) == (m.symmetric ? 0 : values),
-          "tile: the bytes of a matrix do not match its shape");
-  require(size_of(data_out) == data_bytes(m) && size_of(scales_out) == scale_bytes(m) &&
-              size_of(biases_out) == bias_bytes(m),
-          "tile: destinations");
-  require(m.rows % kTileRows == 0 || data.data() != data_out.data(), "tile: in place only where rows fill tiles");
+void tile(Engine& engine, const Matrix& m, const std::vector<Bytes>& from, std::vector<BytesOut> to) {
+  require(m.codes != Codes::dense, "tile: only quantized matrices are tiled");
+  const int64_t values = static_cast<int64_t>(m.rows) * (m.cols / m.group_size) * value_bytes(m.dtype);
+  const int64_t stored[3] = {static_cast<int64_t>(m.rows) * m.cols * m.bits / 8, values, values};
+  const auto parts = static_cast<size_t>(part_count(m));
+  require(from.size() == parts && to.size() == parts, "tile: one array for each part of the matrix");
+  const uint8_t* in[3] = {};
+  uint8_t* out[3] = {};
+  for (size_t i = 0; i < parts; ++i) {
+    require(size_of(from[i]) == stored[i], "tile: the bytes of a matrix do not match its shape");
+    require(size_of(to[i]) == part_bytes(m, static_cast<int>(i)), "tile: destinations");
+    in[i] = from[i].data();
+    out[i] = to[i].data();
+  }
+  require(m.rows % kTileRows == 0 || in[0] != out[0], "tile: in place only where rows fill tiles");
   nb::gil_scoped_release release;
-  tile_rows(engine.pool, m, data.data(), scales.data(), biases.data(), data_out.data(), scales_out.data(),
-            biases_out.data());
+  tile_rows(engine.pool, m, in[0], in[1], in[2], out[0], out[1], out[2]);
 }
 
 // requests (n, 6): tag, fd, direct, offset, length, needed; dests: offsets in the arena.
@@ -345,13 +272,20 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Matrix* self, int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype,
-             bool symmetric) { new (self) Matrix(make_format(rows, cols, bits, group_size, dtype, symmetric)); },
-          "rows"_a, "cols"_a, "bits"_a, "group_size"_a, "dtype"_a, "symmetric"_a = false);
+             const std::string& codes) { new (self) Matrix(make_format(rows, cols, bits, group_size, dtype, codes)); },
+          "rows"_a, "cols"_a, "bits"_a, "group_size"_a, "dtype"_a, "codes"_a);
   nb::class_<BoundMatrix>(m, "Matrix")
-      .def(nb::init<const Matrix&, Bytes, Bytes, Bytes>(), "format"_a, "data"_a, "scales"_a, "biases"_a);
+      .def(nb::init<const Matrix&, std::vector<Bytes>, std::optional<In>>(), "format"_a, "parts"_a,
+           "bias"_a = nb::none());
+  nb::class_<ExpertFormat>(m, "ExpertFormat")
+      .def(nb::init<const Matrix&, const Matrix&, const Matrix&, bool, float, float>(), "gate"_a, "up"_a, "down"_a,
+           "biased"_a = false, "alpha"_a = 1.0f, "limit"_a = 0.0f);
 
   nb::class_<BoundAttention>(m, "Attention")
-      .def(nb::init<In, In, int64_t, float>(), "q_norm"_a, "k_norm"_a, "heads"_a, "eps"_a);
+      .def(nb::init<int64_t, int64_t, int64_t, float, std::optional<In>, std::optional<In>, bool, std::optional<In>,
+                    int64_t>(),
+           "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "q_norm"_a = nb::none(), "k_norm"_a = nb::none(),
+           "gated"_a = false, "sinks"_a = nb::none(), "window"_a = 0);
   nb::class_<BoundDelta>(m, "DeltaNet")
       .def(nb::init<In, In, In, In, int64_t, int64_t, int64_t, float>(), "conv_weight"_a, "a_log"_a, "dt_bias"_a,
            "norm_weight"_a, "key_heads"_a, "value_heads"_a, "dk"_a, "eps"_a);
@@ -407,6 +341,8 @@ NB_MODULE(_native, m) {
           },
           "threads"_a, "isa"_a, "activation_bits"_a)
       .def_prop_ro("isa", [](const Engine& e) { return e.k.name; })
+      .def_prop_ro("buffer_bytes", &Engine::buffer_bytes)
+      .def("release_buffers", &Engine::release_buffers)
       .def_prop_ro("threads", [](const Engine& e) { return e.pool.threads(); })
       .def(
           "read_memory",
@@ -436,18 +372,17 @@ NB_MODULE(_native, m) {
       .def("project", &project, "w"_a, "x"_a)
       .def("embed", &embed)
       .def("experts", &experts)
-      .def("moe", &moe, "arena"_a, "formats"_a, "offsets"_a, "x"_a, "pair_start"_a, "pair_token"_a, "weights"_a,
+      .def("moe", &moe, "arena"_a, "format"_a, "offsets"_a, "x"_a, "pair_start"_a, "pair_token"_a, "weights"_a,
            "acc"_a.noconvert())
       .def("shared_expert", &shared_expert, "gate"_a, "up"_a, "down"_a, "scale"_a, "x"_a, "y"_a.noconvert())
       .def("accumulate", &accumulate, "acc"_a.noconvert(), "y"_a, "pair_token"_a, "weights"_a)
-      .def("attention", &attention, "params"_a, "q_gate"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "keys"_a.noconvert(),
-           "values"_a.noconvert(), "position"_a, "out"_a.noconvert())
+      .def("attention", &attention, "params"_a, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "keys"_a.noconvert(),
+           "values"_a.noconvert(), "position"_a, "first"_a, "out"_a.noconvert())
       .def("delta_net", &delta_net, "params"_a, "chunked"_a, "qkv"_a.noconvert(), "z"_a, "a"_a, "b"_a,
            "conv_state"_a.noconvert(), "state"_a.noconvert(), "out"_a.noconvert())
       .def("quantize", &quantize, "w"_a, "bits"_a, "group_size"_a, "symmetric"_a = false)
-      .def("tile", &tile, "format"_a, "data"_a, "scales"_a, "biases"_a, "data_out"_a.noconvert(),
-           "scales_out"_a.noconvert(), "biases_out"_a.noconvert())
-      .def("route", &route, "w"_a, "x"_a, "top_k"_a, "weights"_a.noconvert(), "selected"_a.noconvert())
+      .def("tile", &tile, "format"_a, "parts"_a, "tiles"_a.noconvert())
+      .def("route", &route, "w"_a, "x"_a, "top_k"_a, "renormalize"_a, "weights"_a.noconvert(), "selected"_a.noconvert())
       .def(
           "rms_norm",
           [](Engine& e, In x, In weight, float eps, Out y) {

@@ -11,17 +11,24 @@
 
 namespace expertstream {
 
-// The three matrices of one expert: y = down · (silu(gate·x) ∘ (up·x)).
+// The three matrices of one expert: y = down · act(gate·x, up·x).
 struct Expert {
   Matrix gate, up, down;
 };
 
-// Grouped-query attention of one layer: norms of queries and keys (head_dim), angles of this call's tokens
-// (tokens, rotary_half).
+// act: silu(gate)·up where limit is 0, else Kernels::clamped_swiglu.
+struct ExpertActivation {
+  float alpha = 1.0f, limit = 0.0f;
+};
+
+// Grouped-query attention of one layer: norms of queries and keys (head_dim) or null, sinks (heads) or null, angles of
+// this call's tokens (tokens, rotary_half). gated: each head's query is followed by its output gate. window: positions
+// that a query sees, 0 for all before it.
 struct AttentionParams {
-  const float *q_norm, *k_norm, *cos, *sin;
-  int64_t heads, rotary_half;
+  const float *q_norm, *k_norm, *sinks, *cos, *sin;
+  int64_t heads, rotary_half, window;
   float eps;
+  bool gated;
 };
 
 // A gated-delta layer. Channels of qkv: q (key_heads, dk), k (key_heads, dk), v (value_heads, dv).
@@ -39,11 +46,23 @@ struct PreparedActivations {
   int group_size = 0, zero_point = 0;
 };
 
+// At least n values, old ones lost. Never smaller again: passes of one size take no memory anew, and no more than this.
+template <class T>
+void make_space(std::vector<T>& buffer, size_t n) {
+  if (buffer.size() >= n) return;
+  std::vector<T>().swap(buffer);
+  buffer.resize(n);
+}
+
 class Engine {
  public:
   // activation_bits 8 or 16: what products with quantized weights round their activations to.
   Engine(int threads, const Kernels* kernels, int activation_bits)
       : pool(threads), k(*kernels), planes(activation_bits / 8) {}
+
+  // What the engine keeps between calls, as large as the largest call needed; and gives it back.
+  int64_t buffer_bytes() const;
+  void release_buffers();
 
   ThreadPool pool;
   const Kernels& k;
@@ -57,34 +76,38 @@ class Engine {
   void shared_expert(const Expert& w, const Matrix& scale, const float* x, int64_t tokens, float* y);
   // Row p of y (pairs, hidden) = expert of p applied to row pair_token[p] of x (tokens, hidden). Pairs
   // [pair_start[e], pair_start[e+1]) belong to experts[e]; all experts have the same shapes and bits.
-  void experts(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start, const int64_t* pair_token,
-               float* y);
+  void experts(const std::vector<Expert>& experts, ExpertActivation act, const float* x, const int64_t* pair_start,
+               const int64_t* pair_token, float* y);
   // The same, summed at once: acc[pair_token[p]] += weights[p]·(expert of p applied to x[pair_token[p]]), p ascending.
   // The bits are those of experts() and then accumulate().
-  void moe(const std::vector<Expert>& experts, const float* x, const int64_t* pair_start, const int64_t* pair_token,
-           const float* weights, float* acc);
+  void moe(const std::vector<Expert>& experts, ExpertActivation act, const float* x, const int64_t* pair_start,
+           const int64_t* pair_token, const float* weights, float* acc);
   // acc[pair_token[p]] += weights[p]·y[p], p ascending. Splits columns, never the order.
   void accumulate(float* acc, const float* y, const int64_t* pair_token, const float* weights, int64_t pairs,
                   int64_t hidden);
-  // q_gate (tokens, heads, 2, head_dim): queries and output gates; k_in, v_in (tokens, kv_heads, head_dim) are normed,
-  // rotated and appended at `position`; token t sees positions [0, position + t]. out (tokens, heads, head_dim).
-  void attention(const float* q_gate, const float* k_in, const float* v_in, const AttentionParams& p, const KVLayer& kv,
+  // q_in (tokens, heads, head_dim), or (tokens, heads, 2, head_dim) with gates; k_in, v_in (tokens, kv_heads, head_dim)
+  // are normed, rotated and stored at `position`; token t sees positions [0, position + t], or the last `window` of
+  // them. out (tokens, heads, head_dim).
+  void attention(const float* q_in, const float* k_in, const float* v_in, const AttentionParams& p, const KVLayer& kv,
                  int64_t tokens, int64_t position, float* out);
   // qkv (tokens, channels) is overwritten; z, out (tokens, value_heads, dv); a, b (tokens, value_heads); conv_state
   // (kernel − 1, channels) and state (value_heads, dk, dv) move on. Value head h reads key head h / (value_heads /
   // key_heads).
   void delta_net(bool chunked, float* qkv, const float* z, const float* a, const float* b, const DeltaParams& p,
                  int64_t tokens, float* conv_state, float* state, float* out);
-  // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum, in ascending order of
-  // expert; of equals, the lower indices are chosen.
-  void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, float* weights, int64_t* selected);
+  // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum if `renormalize`, in
+  // ascending order of expert; of equals, the lower indices are chosen.
+  void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, bool renormalize, float* weights,
+             int64_t* selected);
 
  private:
-  // The first half of experts(): silu(gate·x)·(up·x) of every pair, ready for down, in inner_.
-  void experts_inner(const Expert* experts, int64_t count, const float* x, const int64_t* pair_start,
-                     const int64_t* pair_token);
+  // Kernels::matmul_rows, and the matrix's bias added.
+  void multiply(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) const;
+  // The first half of experts(): act(gate·x, up·x) of every pair, ready for down, in inner_.
+  void experts_inner(const Expert* experts, int64_t count, ExpertActivation act, const float* x,
+                     const int64_t* pair_start, const int64_t* pair_token);
   // moe() of a few experts; at least one has pairs.
-  void moe_group(const Expert* experts, int64_t count, const float* x, const int64_t* pair_start,
+  void moe_group(const Expert* experts, int64_t count, ExpertActivation act, const float* x, const int64_t* pair_start,
                  const int64_t* pair_token, const float* weights, float* acc);
   // body(expert, first row, end row) over all experts that have pairs, rows in multiples of `unit`.
   template <class Body>

@@ -84,4 +84,55 @@ void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t col
   });
 }
 
+namespace {
+// 32 bits of a row, columns ascending from the least significant bits, to four bytes of a tile: byte b, plane p is
+// column 4p + b. Swaps of ever smaller fields, as a bit matrix is transposed (Warren, Hacker's Delight, 7-3).
+uint32_t to_planes(uint32_t x, int bits) {
+  auto swap = [&](int distance, uint32_t mask) {
+    const uint32_t t = (x ^ (x >> distance)) & mask;
+    x ^= t ^ (t << distance);
+  };
+  if (bits == 4) {
+    swap(8, 0x0000ff00);
+    swap(4, 0x00f000f0);
+  } else if (bits == 2) {
+    swap(6, 0x00cc00cc);
+    swap(12, 0x0000f0f0);
+  }
+  return x;
+}
+}  // namespace
+
+void tile_rows(ThreadPool& pool, const Matrix& m, const uint8_t* data, const uint8_t* scales, const uint8_t* biases,
+               uint8_t* data_out, uint8_t* scales_out, uint8_t* biases_out) {
+  const int64_t groups = m.cols / m.group_size, words = static_cast<int64_t>(m.cols) * m.bits / 32;
+  const int64_t size = value_bytes(m.dtype);
+  pool.parallel_for(row_tiles(m.rows), 4, [&](int64_t begin, int64_t end, int) {
+    std::vector<uint32_t> rows(static_cast<size_t>(kTileRows * words));
+    std::vector<uint8_t> values(static_cast<size_t>(kTileRows * groups * size));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t present = std::min<int64_t>(kTileRows, m.rows - tile * kTileRows);
+      std::fill(rows.begin(), rows.end(), 0);
+      std::memcpy(rows.data(), data + tile * kTileRows * words * 4, static_cast<size_t>(present * words) * 4);
+      uint8_t* out = data_out + tile * kTileRows * words * 4;
+      for (int64_t v = 0; v < words; ++v) {
+        uint32_t lanes[kTileRows];
+        for (int64_t r = 0; r < kTileRows; ++r) lanes[r] = to_planes(rows[static_cast<size_t>(r * words + v)], m.bits);
+        std::memcpy(out + v * 64, lanes, 64);
+      }
+      auto transpose = [&](const uint8_t* from, uint8_t* to) {
+        std::fill(values.begin(), values.end(), uint8_t{0});
+        std::memcpy(values.data(), from + tile * kTileRows * groups * size,
+                    static_cast<size_t>(present * groups * size));
+        for (int64_t g = 0; g < groups; ++g)
+          for (int64_t r = 0; r < kTileRows; ++r)
+            std::memcpy(to + ((tile * groups + g) * kTileRows + r) * size, values.data() + (r * groups + g) * size,
+                        static_cast<size_t>(size));
+      };
+      transpose(scales, scales_out);
+      if (m.codes == Codes::affine) transpose(biases, biases_out);
+    }
+  });
+}
+
 }  // namespace expertstream

@@ -19,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expertstream import LLM, CheckpointError, ConvertError, _native
+from expertstream import LLM, CheckpointError, ConvertError
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
 from expertstream.convert import convert
-from expertstream.models.qwen3_5_moe import Config, expert_layouts
-from expertstream.ops import to_bf16
+from expertstream.formats import Affine
+from expertstream.formats.numbers import to_bf16
+from expertstream.models import config_of, expert_layouts
 
 from . import oracle
 from .conftest import SMALL
@@ -56,7 +57,9 @@ def test_dense_matrices_of_an_mlx_source_stay_dense(hf_folder: Path, tmp_path: P
     ).read_bytes()
     checkpoint = open_checkpoint(tmp_path / "q")
     assert all(
-        checkpoint.matrix_format(n, *s.shape).bits == 16 for n, s in _specs(checkpoint).items() if s.kind == "matrix"
+        checkpoint.matrix_format(n, *s.shape).kernel.bits == 16
+        for n, s in _specs(checkpoint).items()
+        if s.kind == "matrix"
     )
 
 
@@ -64,8 +67,8 @@ def test_symmetric_weights_have_no_bias(hf_folder: Path, tmp_path: Path) -> None
     convert(hf_folder, tmp_path / "pack", BitPolicy(4, 32, 8, symmetric=True), threads=2)
     checkpoint = open_checkpoint(tmp_path / "pack")
     assert not any(name.endswith(".biases") for name in checkpoint.tensors)
-    matrix = checkpoint.experts(0, SMALL["num_experts"], 64, 128).format.gate
-    assert matrix.symmetric and matrix.nbytes * 8 == matrix.rows * matrix.cols * 4.5
+    matrix = expert_layouts(config_of(checkpoint), checkpoint)[0].format.gate
+    assert isinstance(matrix, Affine) and matrix.symmetric and matrix.nbytes * 8 == matrix.rows * matrix.cols * 4.5
     model = oracle.dequantized_oracle(tmp_path / "pack", SMALL)
     tokens = oracle.random_tokens(SMALL, 40)
     with LLM(tmp_path / "pack", exact=True, kv_dtype="f32", memory="64MiB", context_length=256) as llm:
@@ -96,7 +99,9 @@ def test_records_are_aligned_padded_and_where_the_manifest_says(pack_folder: Pat
 def test_trunk_policy(pack_folder: Path) -> None:
     checkpoint = open_checkpoint(pack_folder)
     formats = {
-        n: checkpoint.matrix_format(n, *s.shape).bits for n, s in _specs(checkpoint).items() if s.kind == "matrix"
+        n: checkpoint.matrix_format(n, *s.shape).kernel.bits
+        for n, s in _specs(checkpoint).items()
+        if s.kind == "matrix"
     }
     for name, bits in formats.items():
         sensitive = name.endswith((".mlp.gate", "shared_expert_gate", "in_proj_a", "in_proj_b"))
@@ -104,22 +109,19 @@ def test_trunk_policy(pack_folder: Path) -> None:
 
 
 def _specs(checkpoint: Any) -> Any:
-    from expertstream.models.qwen3_5_moe import weight_map
+    from expertstream.models import weight_map
 
-    return weight_map(Config.from_json(checkpoint.config, ""))
+    return weight_map(config_of(checkpoint))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_quantizing_is_as_good_as_the_grid_allows(bits: int) -> None:
     w = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
-    from expertstream.ops import MatrixFormat
     from expertstream.ops.cpu import CpuOps
-    from expertstream.ops.reference import dequantize
 
     q, scales, biases = CpuOps(2).quantize(w, bits, 64)
-    back = dequantize(
-        MatrixFormat(64, 256, bits, 64, "bf16"), q.ravel(), scales.view(np.uint8).ravel(), biases.view(np.uint8).ravel()
-    )
+    parts = [part.view(np.uint8).ravel() for part in (q, scales, biases)]
+    back = Affine(64, 256, bits, 64, "bf16").dequantize(parts)
     groups, got = w.reshape(-1, 64), back.reshape(-1, 64)
     # Never worse than the plain grid from least to largest value.
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
@@ -356,6 +358,5 @@ def test_memory_stays_small(tmp_path: Path) -> None:
 
 def test_layouts_of_a_pack_are_one_range(pack_folder: Path) -> None:
     checkpoint = open_checkpoint(pack_folder)
-    for layout in expert_layouts(Config.from_json(checkpoint.config, ""), checkpoint):
+    for layout in expert_layouts(config_of(checkpoint), checkpoint):
         assert len(layout.lengths) == 1 and layout.checksums is not None
-    assert "scalar" in _native.available_isas()

@@ -215,9 +215,9 @@ def test_a_snapshot_at_the_end_of_a_pass_is_copied_once(llm: LLM, monkeypatch: p
     copied: list[int] = []
     original = DeltaState.copies
 
-    def counted(self: DeltaState) -> list[F32]:
+    def counted(self: DeltaState, position: int) -> list[F32]:
         copied.append(1)
-        return original(self)
+        return original(self, position)
 
     monkeypatch.setattr(DeltaState, "copies", counted)
     monkeypatch.setattr("expertstream.session.KEEP_EVERY", 256)

@@ -34,7 +34,20 @@ ARROWS = {
         "text",
         "visible",
     },
-    "bench": {"engine", "generate", "models", "experts", "checkpoint", "kv_cache", "ops", "machine", "_native"},
+    "bench": {
+        "batch",
+        "engine",
+        "generate",
+        "models",
+        "layers",
+        "experts",
+        "checkpoint",
+        "kv_cache",
+        "ops",
+        "formats",
+        "machine",
+        "_native",
+    },
     "chat": {"engine", "experts", "machine", "options", "text", "visible"},
     "server": {
         "batch",
@@ -50,7 +63,7 @@ ARROWS = {
         "text",
         "tokenizer",
     },
-    "convert": {"models", "checkpoint", "ops", "tokenizer"},
+    "convert": {"models", "checkpoint", "formats", "ops", "tokenizer"},
     "summary": {"kv_cache", "models", "experts", "checkpoint", "ops", "machine"},
     "engine": {
         "generate",
@@ -74,30 +87,31 @@ ARROWS = {
         "engine",
         "generate",
         "kv_cache",
-        "ops",
+        "formats",
         "prefix_cache",
         "responses",
         "sampling",
         "state_file",
         "tokenizer",
     },
-    "prefix_cache": {"kv_cache", "ops", "state_file"},
+    "prefix_cache": {"formats", "kv_cache", "state_file"},
     "state_file": set(),
     "responses": {"experts"},
     "generate": {"kv_cache", "ops", "sampling"},
-    "models": {"batch", "layers", "ops", "experts", "checkpoint", "kv_cache"},
-    "layers": {"checkpoint", "ops"},
-    "ops": {"_native"},
+    "models": {"layers", "formats", "checkpoint", "kv_cache"},
+    "layers": {"batch", "checkpoint", "formats", "kv_cache", "ops"},
+    "ops": {"formats", "_native"},
+    "formats": set(),
     "experts": {"checkpoint", "ops", "_native"},
-    "checkpoint": {"ops"},
+    "checkpoint": {"formats", "ops"},
     "sampling": {"ops"},
     "template": set(),
     "template_worker": {"template"},
     "text": set(),
     "visible": set(),
     "tokenizer": {"checkpoint", "ops", "template", "text"},
-    "kv_cache": {"ops"},
-    "batch": {"kv_cache", "ops"},
+    "kv_cache": {"formats"},
+    "batch": {"formats", "kv_cache"},
     "machine": set(),
     "options": set(),
     "config": {"machine"},
@@ -143,10 +157,8 @@ def test_native_parts_do_not_know_each_other() -> None:
         ), path
     for path in (NATIVE / "kernels").iterdir():
         assert not re.search(r'#include ".*(io/|ops|thread_pool)', path.read_text()), path
-    bindings = (NATIVE / "bindings.cpp").read_text()
-    assert "nanobind" in bindings and all(
-        "nanobind" not in p.read_text() for p in NATIVE.rglob("*.*") if p.name != "bindings.cpp"
-    )
+    bindings = {NATIVE / "bindings.cpp", NATIVE / "bindings.h"}
+    assert {p for p in NATIVE.rglob("*.*") if "nanobind" in p.read_text()} == bindings
 
 
 def test_environment_is_read_in_one_place() -> None:

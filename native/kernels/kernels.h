@@ -11,28 +11,36 @@
 
 namespace expertstream {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e8m0 = 4 };  // e8m0: 2^(byte − 127)
+
+// What the integers of a quantized matrix stand for: w = q·scale + bias; (q − 2^(bits−1))·scale; or four-bit floating
+// point, a code's value times scale, where twice the value is a whole number from −12 to 12.
+enum class Codes : int32_t { dense = 0, affine = 1, symmetric = 2, e2m1 = 3 };
+constexpr uint8_t kE2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // twice the value, + 12
 
 // One weight matrix as it lies in memory; owns nothing.
 //
-// bits 2, 4, 8: affine, w = q·scale + bias, or symmetric, w = (q − 2^(bits−1))·scale with biases null. cols is a
-// multiple
-//   of group_size. Rows lie in tiles of 16, the last one padded with anything; a tile is cols·bits/32 vectors of 64
+// bits 2, 4, 8: see Codes; biases is null where they have none. cols is a multiple of group_size. Rows lie in tiles of
+// 16, the last one padded with anything; a tile is cols·bits/32 vectors of 64
 //   bytes, and lane r of a vector is four bytes of the tile's row r: bits [p·bits, (p+1)·bits) of byte b of vector v
 //   are column v·32/bits + 4p + b. So one vector meets four activations of each plane p, broadcast, and sums of 16 rows
 //   stay in the lanes. scales and biases: (tiles, groups, 16 rows) of `dtype`. tile_rows() makes this from rows.
 // bits 16, 32: dense (rows, cols) of `dtype`, row after row; scales and biases are null.
+// row_bias (rows), or null: added to every product with the matrix; kernels do not look at it.
 struct Matrix {
   const uint8_t* data;
   const uint8_t* scales;
   const uint8_t* biases;
   int32_t rows, cols, bits, group_size;
   DType dtype;
-  bool symmetric;
+  Codes codes;
+  const float* row_bias;
 };
 
 constexpr int64_t kTileRows = 16;
-static inline int64_t value_bytes(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+static inline int64_t value_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::i8 || dtype == DType::e8m0 ? 1 : 2;
+}
 static inline int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 static inline int64_t data_bytes(const Matrix& m) {
   return (m.bits >= 16 ? m.rows : row_tiles(m.rows) * kTileRows) * (static_cast<int64_t>(m.cols) * m.bits / 8);
@@ -40,7 +48,13 @@ static inline int64_t data_bytes(const Matrix& m) {
 static inline int64_t scale_bytes(const Matrix& m) {
   return m.bits >= 16 ? 0 : row_tiles(m.rows) * kTileRows * (m.cols / m.group_size) * value_bytes(m.dtype);
 }
-static inline int64_t bias_bytes(const Matrix& m) { return m.symmetric ? 0 : scale_bytes(m); }
+static inline int64_t bias_bytes(const Matrix& m) { return m.codes == Codes::affine ? scale_bytes(m) : 0; }
+// Arrays that a matrix consists of: values, scales, biases.
+static inline int part_count(const Matrix& m) { return m.codes == Codes::dense ? 1 : m.codes == Codes::affine ? 3 : 2; }
+// What has to be taken from every stored integer, where nothing is added instead.
+static inline int zero_point(const Matrix& m) {
+  return m.codes == Codes::symmetric ? 1 << (m.bits - 1) : m.codes == Codes::e2m1 ? 12 : 0;
+}
 
 // Activations of several tokens, ready for matrices of one group size.
 //
@@ -56,7 +70,7 @@ struct Activations {
   const int8_t* xq;     // as above; a token takes planes·cols bytes
   const float* dx;      // (blocks, groups, m)
   const float* xsum;    // (blocks, groups, m): dx·Σq, what a group's bias multiplies
-  const int32_t* zsum;  // (blocks, groups, m·planes): −2^(bits−1)·Σq of each line, where a symmetric dot product begins
+  const int32_t* zsum;  // (blocks, groups, m·planes): −zero_point·Σq of each line, where a dot product begins
 };
 constexpr int64_t kBlockLines = 12;
 
@@ -68,13 +82,13 @@ struct ActivationsOut {
   int64_t lines;     // of the block
 };
 
-// Keys and values of one layer: (kv_heads, capacity) rows of head_dim values of f32, bf16, or i8, and then a row ends
-// with the float that its values are times.
+// Keys and values of one layer: (kv_heads, capacity) rows of head_dim values of f32, bf16, or i8, where each row ends
+// with its scale. Row 0 is position `first`, a multiple of kKeys.
 struct KVLayer {
   void* k;
   void* v;
   DType dtype;
-  int64_t kv_heads, capacity, head_dim;
+  int64_t kv_heads, capacity, head_dim, first;
 
   int64_t row_bytes() const { return head_dim * value_bytes(dtype) + (dtype == DType::i8 ? 4 : 0); }
 };
@@ -82,7 +96,7 @@ struct KVLayer {
 struct Kernels {
   const char* name;
 
-  // One token: x (cols) → lines, scales and sums as described at Activations; zero_point: 2^(bits−1) or 0.
+  // One token: x (cols) → lines, scales and sums as described at Activations.
   void (*quantize_activations)(const float* x, int64_t cols, int group_size, int planes, int zero_point,
                                const ActivationsOut& out);
   // y[t·ldy + r] = Σ_c w[r, c]·x[t, c] for rows [begin, end) and all tokens; begin is a multiple of 16.
@@ -103,6 +117,8 @@ struct Kernels {
   void (*l2_norm)(const float* x, int64_t n, float eps, float scale, float* y);
   // y ← silu(gate)·up. y may be gate or up.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+  // y ← (clamp(up, ±limit) + 1)·g·sigmoid(alpha·g) with g = min(gate, limit). y may be gate or up.
+  void (*clamped_swiglu)(const float* gate, const float* up, int64_t n, float alpha, float limit, float* y);
   // y ← y·sigmoid(gate).
   void (*sigmoid_gate)(float* y, const float* gate, int64_t n);
   // y ← y + a·x.
@@ -126,11 +142,12 @@ struct Kernels {
                int64_t begin, int64_t end, float* y);
 
   // One segment of attention: `rows` scaled queries q (rows, head_dim) against positions [begin, end) of one KV head,
-  // end − begin ≤ kSegment; row r sees those below visible[r]. Per row: the largest score, Σ e^(score − largest), and
-  // Σ e^(score − largest)·v in out (rows, head_dim); nothing seen gives −1e30, 0, 0. scratch: segment_scratch(head_dim,
-  // rows) floats.
-  void (*attend_segment)(const float* q, int64_t rows, const int64_t* visible, const KVLayer& kv, int64_t kv_head,
-                         int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch);
+  // end − begin ≤ kSegment; row r sees those below visible[r], and of these the last `window` (all if 0).
+  // Per row: the largest score, Σ e^(score − largest), and Σ e^(score − largest)·v in out (rows, head_dim); nothing
+  // seen gives −1e30, 0, 0. scratch: segment_scratch(head_dim, rows) floats.
+  void (*attend_segment)(const float* q, int64_t rows, const int64_t* visible, int64_t window, const KVLayer& kv,
+                         int64_t kv_head, int64_t begin, int64_t end, float* largest, float* sum, float* out,
+                         float* scratch);
   // Merges a later segment of the same rows into (largest, sum, out).
   void (*merge_segments)(int64_t rows, int64_t head_dim, float* largest, float* sum, float* out,
                          const float* next_largest, const float* next_sum, const float* next_out);

@@ -21,6 +21,7 @@ inline F load_values(const uint8_t* p, DType dtype, int64_t n) {
   if (dtype == DType::bf16) return f_load_bf16(p);
   if (dtype == DType::f16) return f_load_f16(p);
   if (dtype == DType::i8) return f_load_i8(p);
+  if (dtype == DType::e8m0) return f_load_e8m0(p);
   float f[16];
   std::memcpy(f, p, 64);
   return f_load(f);
@@ -35,14 +36,16 @@ struct Lines {
 };
 
 // Quantized weights: one tile of 16 rows by TOKENS tokens.
-// Σ_c (q·s + b)·x = Σ_groups dx·(s·Σ q·xq + b·Σ xq); the inner sums are exact integers.
-template <int BITS, int PLANES, int TOKENS>
+// Σ_c (q·s + b)·x = Σ_groups dx·(s·Σ q·xq + b·Σ xq); the inner sums are exact integers. E2M1: q is looked up, and half
+// of it counts.
+template <int BITS, int PLANES, int TOKENS, bool E2M1>
 inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float* y, int64_t ldy) {
   constexpr int kLines = TOKENS * PLANES, kPerByte = 8 / BITS;
   constexpr int kSums = kLines == 1 ? 4 : kLines == 2 ? 2 : 1;  // sums a line: one would wait for its own last addition
   constexpr int64_t kAhead = 2048;  // bytes: far enough that memory has answered when the loop gets there
   const int64_t groups = w.cols / w.group_size, vectors = static_cast<int64_t>(w.group_size) * BITS / 32;
   const int64_t values = 16 * value_bytes(w.dtype), stride = 4 * x.tokens * PLANES;
+  const bool affine = !E2M1 && w.codes == Codes::affine;
   const uint8_t* p = w.data + tile * groups * vectors * 64;
   const uint8_t* scales = w.scales + tile * groups * values;
   const uint8_t* biases = w.biases + tile * groups * values;
@@ -55,7 +58,7 @@ inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float*
     I sum[kLines][kSums];
 #pragma GCC unroll 12
     for (int l = 0; l < kLines; ++l) {
-      sum[l][0] = i_set1(w.symmetric ? x.zsum[g * x.tokens * PLANES + l] : 0);
+      sum[l][0] = i_set1(affine ? 0 : x.zsum[g * x.tokens * PLANES + l]);
 #pragma GCC unroll 4
       for (int i = 1; i < kSums; ++i) sum[l][i] = i_set1(0);
     }
@@ -67,7 +70,8 @@ inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float*
         p += 64;
 #pragma GCC unroll 4
         for (int plane = 0; plane < kPerByte; ++plane) {
-          const W q = w_plane<BITS>(packed, plane);
+          W q = w_plane<BITS>(packed, plane);
+          if (E2M1) q = w_lookup(q, kE2M1);
 #pragma GCC unroll 12
           for (int l = 0; l < kLines; ++l) {
             I& s = sum[l][(pair * kPerByte + plane) % kSums];
@@ -77,7 +81,8 @@ inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float*
         }
       }
     }
-    const F scale = load_values(scales, w.dtype, 16);
+    F scale = load_values(scales, E2M1 ? DType::e8m0 : w.dtype, 16);
+    if (E2M1) scale = f_mul(scale, f_set1(0.5f));
     scales += values;
 #pragma GCC unroll 12
     for (int t = 0; t < TOKENS; ++t) {
@@ -88,7 +93,7 @@ inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float*
       const I dot = PLANES == 1 ? sum[t][0] : i_join(sum[t * PLANES][0], sum[t * PLANES + PLANES - 1][0]);
       total[t] = f_fma(f_mul(f_from_int(dot), f_set1(x.dx[g * x.tokens + t])), scale, total[t]);
     }
-    if (!w.symmetric) {
+    if (affine) {
       const F bias = load_values(biases, w.dtype, 16);
       biases += values;
 #pragma GCC unroll 12
@@ -101,10 +106,10 @@ inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float*
 }
 
 // A tile by all tokens of a block, the most at a time that registers hold.
-template <int BITS, int PLANES, int TOKENS>
+template <int BITS, int PLANES, int TOKENS, bool E2M1>
 inline void quantized_block(const Matrix& w, int64_t tile, Lines x, int64_t left, float* y, int64_t ldy) {
   for (; left >= TOKENS; left -= TOKENS) {
-    quantized_tile<BITS, PLANES, TOKENS>(w, tile, x, y, ldy);
+    quantized_tile<BITS, PLANES, TOKENS, E2M1>(w, tile, x, y, ldy);
     x.xq += 4 * PLANES * TOKENS;
     x.dx += TOKENS;
     x.xsum += TOKENS;
@@ -112,10 +117,10 @@ inline void quantized_block(const Matrix& w, int64_t tile, Lines x, int64_t left
     y += TOKENS * ldy;
   }
   constexpr int kNext = TOKENS > 8 ? 8 : TOKENS > 4 ? 4 : TOKENS > 2 ? 2 : 1;
-  if constexpr (TOKENS > 1) quantized_block<BITS, PLANES, kNext>(w, tile, x, left, y, ldy);
+  if constexpr (TOKENS > 1) quantized_block<BITS, PLANES, kNext, E2M1>(w, tile, x, left, y, ldy);
 }
 
-template <int BITS, int PLANES>
+template <int BITS, int PLANES, bool E2M1 = false>
 void quantized_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
   constexpr int64_t kBlock = kBlockLines / PLANES;
   const int64_t groups = w.cols / w.group_size, blocks = (x.tokens + kBlock - 1) / kBlock;
@@ -127,7 +132,7 @@ void quantized_rows(const Matrix& w, int64_t begin, int64_t end, const Activatio
         const int64_t t = b * kBlock, m = x.tokens - t < kBlock ? x.tokens - t : kBlock;
         const Lines lines{x.xq + t * PLANES * w.cols, x.dx + t * groups, x.xsum + t * groups,
                           x.zsum + t * PLANES * groups, m};
-        quantized_block<BITS, PLANES, kMaxLines / PLANES>(w, tile, lines, m, y + t * ldy + tile * kTileRows, ldy);
+        quantized_block<BITS, PLANES, kMaxLines / PLANES, E2M1>(w, tile, lines, m, y + t * ldy + tile * kTileRows, ldy);
       }
 }
 
@@ -183,6 +188,9 @@ void dense_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& 
 }
 
 void matmul_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
+  if (w.codes == Codes::e2m1)
+    return x.planes == 1 ? quantized_rows<4, 1, true>(w, begin, end, x, y, ldy)
+                         : quantized_rows<4, 2, true>(w, begin, end, x, y, ldy);
   if (w.bits == 4)
     return x.planes == 1 ? quantized_rows<4, 1>(w, begin, end, x, y, ldy)
                          : quantized_rows<4, 2>(w, begin, end, x, y, ldy);
@@ -197,7 +205,7 @@ void matmul_rows(const Matrix& w, int64_t begin, int64_t end, const Activations&
   return dense_rows<DType::f32>(w, begin, end, x, y, ldy);
 }
 
-// Values of one row as float32; affine: fma(q, scale, bias).
+// Values of one row as float32; quantized: fma(q, scale, bias).
 void dequantize_row(const Matrix& w, int64_t row, float* y) {
   const int64_t size = value_bytes(w.dtype);
   if (w.bits >= 16) {
@@ -213,10 +221,10 @@ void dequantize_row(const Matrix& w, int64_t row, float* y) {
     const int64_t at = ((tile * groups + g) * kTileRows + lane) * size;
     float one[16];
     f_store(one, load_values(w.scales + at, w.dtype, 1));
-    const float scale = one[0];
-    const float zero = static_cast<float>(1 << (w.bits - 1));
-    float bias = -zero * scale;
-    if (!w.symmetric) {
+    const bool e2m1 = w.codes == Codes::e2m1;
+    const float scale = e2m1 ? 0.5f * one[0] : one[0];
+    float bias = -static_cast<float>(zero_point(w)) * scale;
+    if (w.codes == Codes::affine) {
       f_store(one, load_values(w.biases + at, w.dtype, 1));
       bias = one[0];
     }
@@ -224,7 +232,8 @@ void dequantize_row(const Matrix& w, int64_t row, float* y) {
       float q[16];
       for (int i = 0; i < 16; ++i) {
         const int64_t within = (c + i) % per_vector;
-        q[i] = static_cast<float>((data[(c + i) / per_vector * 64 + within % 4] >> (within / 4 * w.bits)) & mask);
+        const int code = (data[(c + i) / per_vector * 64 + within % 4] >> (within / 4 * w.bits)) & mask;
+        q[i] = static_cast<float>(e2m1 ? kE2M1[code] : code);
       }
       f_store(y + c, f_fma(f_load(q), f_set1(scale), f_set1(bias)));
     }

@@ -14,11 +14,12 @@ inline void scale_columns(float* scores, int64_t rows, int64_t n, const uint8_t*
   }
 }
 
-void attend_segment(const float* q, int64_t rows, const int64_t* visible, const KVLayer& kv, int64_t kv_head,
-                    int64_t begin, int64_t end, float* largest, float* sum, float* out, float* scratch) {
+void attend_segment(const float* q, int64_t rows, const int64_t* visible, int64_t window, const KVLayer& kv,
+                    int64_t kv_head, int64_t begin, int64_t end, float* largest, float* sum, float* out,
+                    float* scratch) {
   const int64_t d = kv.head_dim, size = value_bytes(kv.dtype), row = kv.row_bytes();
-  const uint8_t* keys = static_cast<const uint8_t*>(kv.k) + kv_head * kv.capacity * row;
-  const uint8_t* values = static_cast<const uint8_t*>(kv.v) + kv_head * kv.capacity * row;
+  const uint8_t* keys = static_cast<const uint8_t*>(kv.k) + (kv_head * kv.capacity - kv.first) * row;
+  const uint8_t* values = static_cast<const uint8_t*>(kv.v) + (kv_head * kv.capacity - kv.first) * row;
   float *turned = scratch, *wide = turned + kKeys * d,
         *scores = wide + kKeys * d;  // (d, kKeys), (kKeys, d), (rows, kKeys)
   for (int64_t r = 0; r < rows; ++r) {
@@ -53,9 +54,12 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, const 
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scores + r * kKeys;
       const int64_t seen = visible[r] - p0 < 0 ? 0 : visible[r] - p0 < n ? visible[r] - p0 : n;
+      const int64_t start = visible[r] - window - p0;
+      const int64_t unseen = window == 0 || start < 0 ? 0 : start < seen ? start : seen;  // before the window
       float most = largest[r];
-      for (int64_t p = 0; p < seen; ++p) most = s[p] > most ? s[p] : most;
-      const float total = exp_and_sum(s, seen, most);
+      for (int64_t p = unseen; p < seen; ++p) most = s[p] > most ? s[p] : most;
+      const float total = exp_and_sum(s + unseen, seen - unseen, most);
+      for (int64_t p = 0; p < unseen; ++p) s[p] = 0.0f;
       for (int64_t p = seen; p < n; ++p) s[p] = 0.0f;
       if (most > largest[r]) {
         const float keep = exp_one(largest[r] - most);

@@ -74,6 +74,15 @@ void swiglu(const float* gate, const float* up, int64_t n, float* y) {
       n, [&](int64_t c, int64_t m) { f_store_n(y + c, f_mul(f_silu(f_load_n(gate + c, m)), f_load_n(up + c, m)), m); });
 }
 
+void clamped_swiglu(const float* gate, const float* up, int64_t n, float alpha, float limit, float* y) {
+  const F most = f_set1(limit), least = f_set1(-limit), one = f_set1(1.0f);
+  for_lanes(n, [&](int64_t c, int64_t m) {
+    // The limits come first, so that NaN stays NaN.
+    const F g = f_min(most, f_load_n(gate + c, m)), u = f_max(least, f_min(most, f_load_n(up + c, m)));
+    f_store_n(y + c, f_mul(f_mul(f_add(u, one), g), f_sigmoid(f_mul(f_set1(alpha), g))), m);
+  });
+}
+
 void sigmoid_gate(float* y, const float* gate, int64_t n) {
   for_lanes(n, [&](int64_t c, int64_t m) {
     f_store_n(y + c, f_mul(f_load_n(y + c, m), f_sigmoid(f_load_n(gate + c, m))), m);

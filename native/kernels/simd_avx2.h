@@ -79,6 +79,16 @@ inline F f_load_i8(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
 }
+inline __m256 load_e8m0(const uint8_t* p) {
+  const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i zero = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256()),
+                nan = _mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255));
+  __m256i bits = _mm256_slli_epi32(byte, 23);
+  bits = _mm256_or_si256(bits, _mm256_and_si256(zero, _mm256_set1_epi32(0x400000)));
+  bits = _mm256_or_si256(bits, _mm256_and_si256(nan, _mm256_set1_epi32(0x7fc00000)));
+  return _mm256_castsi256_ps(bits);
+}
+inline F f_load_e8m0(const uint8_t* p) { return {load_e8m0(p), load_e8m0(p + 8)}; }
 inline F f_load_f16(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
@@ -153,6 +163,10 @@ inline W w_plane(W w, int plane) {
   return {_mm256_and_si256(_mm256_srli_epi16(w.lo, plane * BITS), mask),
           _mm256_and_si256(_mm256_srli_epi16(w.hi, plane * BITS), mask)};
 }
+inline W w_lookup(W w, const uint8_t* table) {
+  const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm256_shuffle_epi8(lanes, w.lo), _mm256_shuffle_epi8(lanes, w.hi)};
+}
 inline I i_set1(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 inline I i_add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline I i_join(I high, I low) {
@@ -168,7 +182,7 @@ inline I i_dot(I acc, W w, const int8_t* x) {
   return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, xs), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, xs)};
 #else
   if (BITS <= 4) {
-    // Pairs are below 2·15·128 and so fit the 16 bits that this instruction saturates to.
+    // Pairs are below 2·32·128 and so fit the 16 bits that this instruction saturates to.
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w.lo, xs), ones)),
             _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, xs), ones))};

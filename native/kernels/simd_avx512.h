@@ -45,6 +45,13 @@ inline F f_load_bf16(const uint8_t* p) {
 inline F f_load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline F f_load_e8m0(const uint8_t* p) {
+  const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m512i bits = _mm512_slli_epi32(byte, 23);
+  bits = _mm512_mask_set1_epi32(bits, _mm512_cmpeq_epi32_mask(byte, _mm512_setzero_si512()), 0x400000);
+  bits = _mm512_mask_set1_epi32(bits, _mm512_cmpeq_epi32_mask(byte, _mm512_set1_epi32(255)), 0x7fc00000);
+  return _mm512_castsi512_ps(bits);
+}
 inline F f_load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -101,6 +108,10 @@ inline W w_plane(W w, int plane) {
   if (BITS == 8) return w;
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
   return _mm512_and_si512(plane ? _mm512_srli_epi16(w, static_cast<unsigned>(plane * BITS)) : w, mask);
+}
+inline W w_lookup(W w, const uint8_t* table) {
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), w);
 }
 inline I i_set1(int32_t a) { return _mm512_set1_epi32(a); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }

@@ -73,6 +73,20 @@ inline F f_load_i8(const uint8_t* p) {
   }
   return r;
 }
+inline F f_load_e8m0(const uint8_t* p) {
+  F r;
+  for (int i = 0; i < 4; ++i) {
+    uint32_t four;
+    std::memcpy(&four, p + 4 * i, 4);
+    const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+    const uint32x4_t byte = vmovl_u16(vget_low_u16(wide));
+    uint32x4_t bits = vshlq_n_u32(byte, 23);
+    bits = vorrq_u32(bits, vandq_u32(vceqq_u32(byte, vdupq_n_u32(0)), vdupq_n_u32(0x400000)));
+    bits = vorrq_u32(bits, vandq_u32(vceqq_u32(byte, vdupq_n_u32(255)), vdupq_n_u32(0x7fc00000)));
+    r.v[i] = vreinterpretq_f32_u32(bits);
+  }
+  return r;
+}
 inline F f_load_f16(const uint8_t* p) { QUARTERS(vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)))); }
 inline void f_store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < 4; ++i) {
@@ -112,6 +126,11 @@ inline W w_plane(W w, int plane) {
   if (BITS == 8) return w;
   const uint8x16_t mask = vdupq_n_u8((1 << BITS) - 1);
   for (int i = 0; i < 4; ++i) w.v[i] = vandq_u8(vshlq_u8(w.v[i], vdupq_n_s8(static_cast<int8_t>(-plane * BITS))), mask);
+  return w;
+}
+inline W w_lookup(W w, const uint8_t* table) {
+  const uint8x16_t lanes = vld1q_u8(table);
+  for (int i = 0; i < 4; ++i) w.v[i] = vqtbl1q_u8(lanes, w.v[i]);
   return w;
 }
 inline I i_set1(int32_t a) { return {{vdupq_n_s32(a), vdupq_n_s32(a), vdupq_n_s32(a), vdupq_n_s32(a)}}; }

@@ -83,6 +83,14 @@ inline float f16_to_f32(uint16_t h) {
 inline F f_load_bf16(const uint8_t* p) { LANEWISE(bf16_to_f32(half_at(p, i))); }
 inline F f_load_i8(const uint8_t* p) { LANEWISE(static_cast<float>(static_cast<int8_t>(p[i]))); }
 inline F f_load_f16(const uint8_t* p) { LANEWISE(f16_to_f32(half_at(p, i))); }
+// 2^(byte − 127); 255 is NaN.
+inline float e8m0_to_f32(uint8_t byte) {
+  const uint32_t bits = byte == 0 ? 0x400000u : byte == 255 ? 0x7fc00000u : static_cast<uint32_t>(byte) << 23;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline F f_load_e8m0(const uint8_t* p) { LANEWISE(e8m0_to_f32(p[i])); }
 // Round to nearest even; a NaN stays one.
 inline void f_store_bf16(uint16_t* p, F a) {
   for (int i = 0; i < 16; ++i) {
@@ -123,6 +131,11 @@ inline W w_plane(W w, int plane) {
   for (int i = 0; i < 64; ++i) w.v[i] = static_cast<uint8_t>((w.v[i] >> (plane * BITS)) & ((1 << BITS) - 1));
   return w;
 }
+// table[byte] of every byte, which is below 16.
+inline W w_lookup(W w, const uint8_t* table) {
+  for (int i = 0; i < 64; ++i) w.v[i] = table[w.v[i]];
+  return w;
+}
 inline I i_set1(int32_t a) {
   I r;
   for (int i = 0; i < 16; ++i) r.v[i] = a;
@@ -137,7 +150,7 @@ inline I i_join(I high, I low) {
   for (int i = 0; i < 16; ++i) high.v[i] = high.v[i] * 256 + low.v[i];
   return high;
 }
-// Lane r: acc + Σ over its four bytes of w·x[0..3]; w below 2^BITS.
+// Lane r: acc + Σ over its four bytes of w·x[0..3]; w below 2^BITS, or 32 if BITS is 4.
 template <int BITS>
 inline I i_dot(I acc, W w, const int8_t* x) {
   for (int i = 0; i < 64; ++i) acc.v[i / 4] += w.v[i] * x[i % 4];

@@ -7,10 +7,10 @@
    read_memory,    multiply,             \
    rms_norm,       gated_rms_norm,       \
    l2_norm,        swiglu,               \
-   sigmoid_gate,   axpy,                 \
-   scale,          softmax,              \
-   sigmoid,        decay,                \
-   rotary,         to_bf16,              \
-   conv,           attend_segment,       \
-   merge_segments, delta_step,           \
-   delta_chunk}
+   clamped_swiglu, sigmoid_gate,         \
+   axpy,           scale,                \
+   softmax,        sigmoid,              \
+   decay,          rotary,               \
+   to_bf16,        conv,                 \
+   attend_segment, merge_segments,       \
+   delta_step,     delta_chunk}

@@ -63,10 +63,25 @@ struct RandomFile {
 // A random matrix that owns its bytes, allocated to the last byte so that a sanitizer sees any read past it.
 struct OwnedMatrix {
   std::vector<uint8_t> data, scales, biases;
+  std::vector<float> row_bias;
   Matrix m;
 
-  OwnedMatrix(int rows, int cols, int bits, int group, DType dtype, bool symmetric = false) {
-    m = {nullptr, nullptr, nullptr, rows, cols, bits, bits < 16 ? group : 0, dtype, symmetric};
+  OwnedMatrix(int rows, int cols, int bits, int group, DType dtype, bool symmetric = false, bool biased = false) {
+    const Codes codes = bits >= 16             ? Codes::dense
+                        : dtype == DType::e8m0 ? Codes::e2m1
+                        : symmetric            ? Codes::symmetric
+                                               : Codes::affine;
+    if (biased) row_bias = floats(static_cast<size_t>(rows));
+    m = {nullptr,
+         nullptr,
+         nullptr,
+         rows,
+         cols,
+         bits,
+         bits < 16 ? group : 0,
+         dtype,
+         codes,
+         biased ? row_bias.data() : nullptr};
     const auto value = static_cast<size_t>(value_bytes(dtype));
     if (bits < 16) {
       data.resize(static_cast<size_t>(data_bytes(m)));
@@ -89,7 +104,9 @@ struct OwnedMatrix {
     for (size_t i = 0; i < count; ++i) {
       // Small magnitudes; as f16 these bit patterns are other numbers, which is as good.
       const uint16_t half = bf16(v[i]) & (m.dtype == DType::f16 ? 0xbfff : 0xffff);
-      if (value == 2)
+      if (value == 1)
+        bytes[i] = static_cast<uint8_t>(rng() % 256 < 3 ? rng() % 4 : 100 + rng() % 40);
+      else if (value == 2)
         std::memcpy(bytes.data() + 2 * i, &half, 2);
       else
         std::memcpy(bytes.data() + 4 * i, &v[i], 4);

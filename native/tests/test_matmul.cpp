@@ -80,6 +80,17 @@ void test_matmul(const std::vector<const Kernels*>& tables) {
     for (int cols : {1, 15, 16, 40, 129})
       test_matmul_of({dtype == DType::f32 ? 32 : 16, 0, 9, cols, dtype, false}, 8, tables);
 
+  for (int rows : {7, 40, 1})
+    for (int activation_bits : {8, 16})
+      test_matmul_of({4, 32, rows, 32 * rows, DType::e8m0, false}, activation_bits, tables);
+  // What is no number stays none.
+  OwnedMatrix nan(16, 32, 4, 32, DType::e8m0);
+  nan.scales[3] = 255;
+  for (const Kernels* k : tables) {
+    const std::vector<float> y = project_with(*k, nan.m, std::vector<float>(32, 1.0f), 1, 8);
+    check(std::isnan(y[3]) && !std::isnan(y[2]), "a scale of 255 is NaN");
+  }
+
   // Matrices of several kinds on one input, as each alone.
   std::vector<OwnedMatrix> owned;
   owned.emplace_back(40, 128, 4, 64, DType::bf16);
@@ -87,6 +98,8 @@ void test_matmul(const std::vector<const Kernels*>& tables) {
   owned.emplace_back(24, 128, 8, 64, DType::f16);
   owned.emplace_back(16, 128, 4, 32, DType::bf16, true);
   owned.emplace_back(5, 128, 2, 32, DType::f32);
+  owned.emplace_back(19, 128, 4, 32, DType::e8m0, false, true);
+  owned.emplace_back(7, 128, 16, 0, DType::bf16, false, true);
   const std::vector<float> x = floats(7 * 128);
   for (int threads : {1, 3}) {
     Engine engine(threads, tables.back(), 8);
@@ -115,7 +128,9 @@ void test_quantize() {
         std::vector<uint16_t> scales(groups), biases(symmetric ? 0 : groups);
         quantize_affine(pool, w.data(), rows, 128, bits, 64, packed.data(), scales.data(),
                         symmetric ? nullptr : biases.data());
-        Matrix m{nullptr, nullptr, nullptr, rows, 128, bits, 64, DType::bf16, symmetric};
+        Matrix m{
+            nullptr, nullptr, nullptr, rows, 128, bits, 64, DType::bf16, symmetric ? Codes::symmetric : Codes::affine,
+            nullptr};
         auto as_bytes = [](std::vector<uint16_t>& v) { return reinterpret_cast<uint8_t*>(v.data()); };
         std::vector<uint8_t> data(static_cast<size_t>(data_bytes(m)));
         std::vector<uint16_t> tiled_scales(static_cast<size_t>(scale_bytes(m)) / 2),

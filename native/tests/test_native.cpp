@@ -112,11 +112,12 @@ void test_mixers(const std::vector<const Kernels*>& tables) {
         Engine engine(threads, &k, 8);
         std::vector<float> keys(static_cast<size_t>(kv_heads * capacity * d)), values(keys.size()),
             out(static_cast<size_t>(tokens * heads * d));
-        const KVLayer layer{keys.data(), values.data(), dtype, kv_heads, capacity, d};
+        const KVLayer layer{keys.data(), values.data(), dtype, kv_heads, capacity, d, 0};
         for (int64_t t = 0, n; t < tokens; t += n) {
           n = std::min(cut, tokens - t);
-          const AttentionParams p{norm.data(), norm.data(), angle.data() + t * half, angle.data() + t * half, heads,
-                                  half,        1e-6f};
+          const AttentionParams p{
+              norm.data(), norm.data(), nullptr, angle.data() + t * half, angle.data() + t * half, heads, half,
+              0,           1e-6f,       true};
           engine.attention(q_gate.data() + t * heads * 2 * d, kv.data() + t * kv_heads * d,
                            kv.data() + t * kv_heads * d, p, layer, n, t, out.data() + t * heads * d);
         }
@@ -164,12 +165,58 @@ void test_mixers(const std::vector<const Kernels*>& tables) {
   }
 }
 
+// A window and sinks over more than a segment: however the text is cut, and wherever the rows that are left begin.
+void test_windows(const std::vector<const Kernels*>& tables) {
+  const int64_t d = 32, heads = 4, kv_heads = 2, tokens = 1300, half = d / 2;
+  const std::vector<float> q = floats(static_cast<size_t>(tokens * heads * d)),
+                           kv = floats(static_cast<size_t>(tokens * kv_heads * d)),
+                           angle = floats(static_cast<size_t>(tokens * half)),
+                           sinks = floats(static_cast<size_t>(heads));
+  for (int64_t window : {1, 64, 100, 1100}) {
+    // Rows that are not needed any more are dropped when there is no room.
+    auto run = [&](const Kernels& k, int threads, int64_t cut, bool dropping) {
+      Engine engine(threads, &k, 8);
+      const int64_t capacity = dropping ? (window + 63) / 64 * 64 + 64 + cut : tokens;
+      std::vector<float> keys(static_cast<size_t>(kv_heads * capacity * d)), values(keys.size()),
+          out(static_cast<size_t>(tokens * heads * d));
+      KVLayer layer{keys.data(), values.data(), DType::f32, kv_heads, capacity, d, 0};
+      for (int64_t t = 0, n; t < tokens; t += n) {
+        n = std::min(cut, tokens - t);
+        if (t + n - layer.first > capacity) {
+          const int64_t first = std::max<int64_t>(0, t + 1 - window) / 64 * 64, gone = first - layer.first;
+          for (auto* rows : {&keys, &values})
+            for (int64_t h = 0; h < kv_heads; ++h)
+              std::memmove(rows->data() + h * capacity * d, rows->data() + (h * capacity + gone) * d,
+                           static_cast<size_t>((t - first) * d) * 4);
+          layer.first = first;
+        }
+        const AttentionParams p{
+            nullptr, nullptr, sinks.data(), angle.data() + t * half, angle.data() + t * half, heads, half,
+            window,  1e-6f,   false};
+        engine.attention(q.data() + t * heads * d, kv.data() + t * kv_heads * d, kv.data() + t * kv_heads * d, p, layer,
+                         n, t, out.data() + t * heads * d);
+      }
+      return out;
+    };
+    const std::string name = "window " + std::to_string(window);
+    const std::vector<float> expected = run(*tables.back(), 1, tokens, false);
+    compare(tables, name, [&](const Kernels& k) { return run(k, 1, 300, true); });
+    for (int threads : {1, 3})
+      for (int64_t cut : {1, 90, 700})
+        check(same_bits(expected, run(*tables.back(), threads, cut, true)), "cut " + name);
+  }
+}
+
 void test_experts(const std::vector<const Kernels*>& tables) {
   const int hidden = 96, inner = 64;
-  for (int bits : {4, 16}) {
+  // Affine; dense; and gpt-oss's: MXFP4, biases, clamped.
+  for (int kind : {0, 1, 2}) {
+    const ExpertActivation act = kind == 2 ? ExpertActivation{1.702f, 7.0f} : ExpertActivation{};
+    const int bits = kind == 1 ? 16 : 4;
     std::vector<OwnedMatrix> owned;
     for (int i = 0; i < 9; ++i)
-      owned.emplace_back(i % 3 == 2 ? hidden : inner, i % 3 == 2 ? inner : hidden, bits, 32, DType::bf16, i % 3 == 2);
+      owned.emplace_back(i % 3 == 2 ? hidden : inner, i % 3 == 2 ? inner : hidden, bits, 32,
+                         kind == 2 ? DType::e8m0 : DType::bf16, i % 3 == 2, kind == 2);
     std::vector<Expert> experts;
     for (size_t e = 0; e < 3; ++e) experts.push_back({owned[3 * e].m, owned[3 * e + 1].m, owned[3 * e + 2].m});
     const std::vector<float> x = floats(4 * hidden);
@@ -178,10 +225,10 @@ void test_experts(const std::vector<const Kernels*>& tables) {
     auto run = [&](const Kernels& k, int threads) {
       Engine engine(threads, &k, 8);
       std::vector<float> y(8 * hidden), acc(4 * hidden);
-      engine.experts(experts, x.data(), start.data(), token.data(), y.data());
+      engine.experts(experts, act, x.data(), start.data(), token.data(), y.data());
       engine.accumulate(acc.data(), y.data(), token.data(), weights.data(), 8, hidden);
       std::vector<float> at_once(4 * hidden);
-      engine.moe(experts, x.data(), start.data(), token.data(), weights.data(), at_once.data());
+      engine.moe(experts, act, x.data(), start.data(), token.data(), weights.data(), at_once.data());
       check(same_bits(acc, at_once), "moe is experts and accumulate");
       y.insert(y.end(), acc.begin(), acc.end());
       return y;
@@ -189,6 +236,7 @@ void test_experts(const std::vector<const Kernels*>& tables) {
     compare(tables, "experts", [&](const Kernels& k) { return run(k, 1); });
     for (int threads : {2, 4})
       check(same_bits(run(*tables.back(), 1), run(*tables.back(), threads)), "threads experts");
+    if (kind == 2) continue;
     // The shared expert is an expert times a gate.
     const OwnedMatrix gate(1, hidden, 16, 0, DType::bf16);
     auto shared = [&](const Kernels& k, int threads) {
@@ -202,7 +250,7 @@ void test_experts(const std::vector<const Kernels*>& tables) {
     const std::vector<int64_t> all = {0, 4}, each = {0, 1, 2, 3};
     std::vector<float> alone(4 * hidden), logits = project_with(*tables.back(), gate.m, x, 4, 8);
     Engine engine(1, tables.back(), 8);
-    engine.experts({experts[1]}, x.data(), all.data(), each.data(), alone.data());
+    engine.experts({experts[1]}, act, x.data(), all.data(), each.data(), alone.data());
     tables.back()->sigmoid(logits.data(), 4, logits.data());
     for (size_t t = 0; t < 4; ++t) tables.back()->scale(alone.data() + t * hidden, logits[t], hidden);
     check(same_bits(alone, shared(*tables.back(), 1)), "the shared expert is an expert");
@@ -213,9 +261,9 @@ void test_experts(const std::vector<const Kernels*>& tables) {
   std::vector<int64_t> selected(2);
   for (size_t c = 0; c < 8; ++c) router[3 * 8 + c] = router[7 * 8 + c] = 1.0f;
   const auto* bytes = reinterpret_cast<const uint8_t*>(router.data());
-  const Matrix w{bytes, nullptr, nullptr, 12, 8, 32, 0, DType::f32, false};
+  const Matrix w{bytes, nullptr, nullptr, 12, 8, 32, 0, DType::f32, Codes::dense, nullptr};
   Engine engine(2, tables.back(), 8);
-  engine.route(w, x.data(), 1, 2, weights_out.data(), selected.data());
+  engine.route(w, x.data(), 1, 2, true, weights_out.data(), selected.data());
   check(selected[0] == 3 && selected[1] == 7 && weights_out[0] == 0.5f && weights_out[1] == 0.5f,
         "route breaks ties by index");
 }
@@ -294,6 +342,7 @@ int main() {
   test_matmul(tables);
   test_rows(tables);
   test_mixers(tables);
+  test_windows(tables);
   test_experts(tables);
   test_quantize();
   test_readers();

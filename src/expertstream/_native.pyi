@@ -8,23 +8,39 @@ from numpy.typing import NDArray
 SHORT_READ: int
 
 class Format:
-    """A matrix without its memory. Raises ValueError for sizes or bits that cannot be."""
+    """A matrix without its memory. codes: dense, affine, symmetric or e2m1. Raises ValueError for sizes or bits that no kernel reads."""
 
-    def __init__(
-        self, rows: int, cols: int, bits: int, group_size: int, dtype: str, symmetric: bool = False
-    ) -> None: ...
+    def __init__(self, rows: int, cols: int, bits: int, group_size: int, dtype: str, codes: str) -> None: ...
 
 class Matrix:
     """A matrix in memory that NumPy owns; keeps the arrays alive."""
 
     def __init__(
-        self, format: Format, data: NDArray[np.uint8], scales: NDArray[np.uint8], biases: NDArray[np.uint8]
+        self, format: Format, parts: list[NDArray[np.uint8]], bias: NDArray[np.float32] | None = None
+    ) -> None: ...
+
+class ExpertFormat:
+    """What all experts of a layer have in common."""
+
+    def __init__(
+        self, gate: Format, up: Format, down: Format, biased: bool = False, alpha: float = 1.0, limit: float = 0.0
     ) -> None: ...
 
 class Attention:
     """What attention needs beside its projections; keeps the arrays alive."""
 
-    def __init__(self, q_norm: NDArray[np.float32], k_norm: NDArray[np.float32], heads: int, eps: float) -> None: ...
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        q_norm: NDArray[np.float32] | None = None,
+        k_norm: NDArray[np.float32] | None = None,
+        gated: bool = False,
+        sinks: NDArray[np.float32] | None = None,
+        window: int = 0,
+    ) -> None: ...
 
 class DeltaNet:
     """What a gated-delta layer needs beside its projections; keeps the arrays alive."""

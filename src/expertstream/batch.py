@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .errors import RequestError
-from .kv_cache import KVCache
-from .ops import F32, I64
+from .formats.numbers import I64
+from .kv_cache import KVCache, SnapshotState, State
 
 __all__ = ["Batch", "Segment"]
 
@@ -25,6 +25,19 @@ class Segment:
     end: int
     position: int
     cuts: tuple[int, ...]
+
+    def parts(self, state: State) -> Iterator[tuple[slice, int]]:
+        """Rows to take into a state one part after another, and the position of each part's first: no more than the state has room for,
+        and up to each cut if it cannot be rewound. After a cut it is kept."""
+        begin = self.begin
+        for cut in self.cuts if isinstance(state, SnapshotState) else (self.end,):
+            while begin < cut:
+                position = self.position + begin - self.begin
+                end = begin + state.reserve(position, cut - begin)
+                yield slice(begin, end), position
+                begin = end
+            if isinstance(state, SnapshotState):
+                state.keep_if_asked(self.cache, self.position + cut - self.begin)
 
 
 class Batch:
@@ -80,8 +93,6 @@ class Batch:
         if len(self.segments) == 1:
             self.segments[0].cache.between_layers()
 
-    def last_rows(self, h: F32) -> F32:
-        """(S, H): the last row of each sequence."""
-        if len(self.segments) == h.shape[0]:
-            return h
-        return np.ascontiguousarray(h[[segment.end - 1 for segment in self.segments]])
+    def last_rows(self) -> list[int]:
+        """The last row of each sequence."""
+        return [segment.end - 1 for segment in self.segments]

@@ -24,6 +24,7 @@ from .checkpoint.format import (
     PACK_VERSION,
     ExpertLayout,
     TensorInfo,
+    make_record,
     record_pieces,
 )
 from .checkpoint.pack import TRUNK, experts_file, write_records
@@ -33,8 +34,9 @@ from .checkpoint.safetensors import header_bytes, read_tensor
 from .config import format_bytes
 from .errors import ConvertError
 from .files import MAX_TEXT, open_regular, read_text
-from .models import find_model
-from .ops import ExpertFormat, MatrixFormat, to_f32
+from .formats import Affine, Dense, ExpertFormat, MatrixFormat
+from .formats.numbers import to_f32
+from .models import config_of, expert_layouts, weight_map
 from .ops.cpu import CpuOps
 from .tokenizer import Tokenizer
 
@@ -46,7 +48,7 @@ _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "LICENSE", "README.md", "MODEL_CARD.md",
 )  # fmt: skip
-_DTYPE_NAMES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+_DTYPE_NAMES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "e8m0": "U8"}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -87,10 +89,9 @@ class _Conversion:
         self.checkpoint, self.destination, self.policy, self.progress = checkpoint, destination, policy, progress
         self.work = destination.with_name(destination.name + ".partial")
         self.ops = CpuOps(threads)
-        module = find_model(checkpoint.config, str(checkpoint.path))
-        self.config = module.Config.from_json(checkpoint.config, str(checkpoint.path))
-        self.specs = module.weight_map(self.config)
-        self.layouts: list[ExpertLayout] = module.expert_layouts(self.config, checkpoint)
+        self.config = config_of(checkpoint)
+        self.specs = weight_map(self.config)
+        self.layouts: list[ExpertLayout] = expert_layouts(self.config, checkpoint)
         self.expert_formats = [self._expert_format(layout) for layout in self.layouts]
         self.trunk = self._plan_trunk()
         self.done = 0
@@ -100,16 +101,17 @@ class _Conversion:
         )
 
     def _expert_format(self, layout: ExpertLayout) -> ExpertFormat:
-        if self.checkpoint.quantization or self.policy.bits == 16:
-            return layout.format
-        formats = [quantized_format(m, self.policy.bits, self.policy) for m in layout.format.matrices]
-        for m in formats:
-            if not m.quantized:
+        source = layout.format
+        gate, up, down = source.matrices
+        if not self.checkpoint.quantization and self.policy.bits < 16:
+            gate, up, down = (quantized_format(m, self.policy.bits, self.policy) for m in source.matrices)
+        for m in (gate, up, down):
+            if not (self.checkpoint.quantization or self.policy.bits == 16 or m.quantized):
                 raise ConvertError(
                     f"experts of {m.rows}×{m.cols} cannot be quantized: {m.cols} is not a multiple of 32; take --bits 16"
                 )
         # gate and up are multiplied with the same quantized activations, so they share their groups: they have the same columns.
-        return ExpertFormat(*formats)
+        return ExpertFormat(gate, up, down, source.activation, "f32" if source.bias_dtype else "")
 
     def _plan_trunk(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """name → dtype, shape, bytes of every tensor of the trunk file."""
@@ -119,14 +121,15 @@ class _Conversion:
                 info = self.checkpoint.tensor(name)
                 tensors[name] = (info.dtype, info.shape, info.nbytes)
                 continue
-            m = self._trunk_format(name)
-            if not m.quantized:
-                tensors[f"{name}.weight"] = (_DTYPE_NAMES[m.dtype], (m.rows, m.cols), m.data_bytes)
-                continue
-            groups = (m.rows, m.cols // m.group_size)
-            tensors[f"{name}.weight"] = ("U32", (m.rows, m.cols * m.bits // 32), m.data_bytes)
-            for suffix in _value_suffixes(m):
-                tensors[f"{name}.{suffix}"] = (_DTYPE_NAMES[m.dtype], groups, m.scale_bytes)
+            m, k = self._trunk_format(name), self._trunk_format(name).kernel
+            for part, size in zip(m.parts, m.part_bytes, strict=True):
+                if part.name != "weight":
+                    tensor = _DTYPE_NAMES[k.dtype], (m.rows, m.cols // k.group_size), size
+                elif m.quantized:
+                    tensor = "U32", (m.rows, m.cols * k.bits // 32), size
+                else:
+                    tensor = _DTYPE_NAMES[k.dtype], (m.rows, m.cols), size
+                tensors[f"{name}.{part.name}"] = tensor
         return tensors
 
     def _source_format(self, module: str) -> MatrixFormat:
@@ -136,7 +139,7 @@ class _Conversion:
         m = self._source_format(module)
         if self.checkpoint.quantization:  # somebody has chosen bits already, dense ones too
             return m
-        return quantized_format(m, self.policy.trunk_bits_of(module), self.policy)
+        return quantized_format(m, self.policy.trunk_bits_of(self.specs[module]), self.policy)
 
     def run(self) -> None:
         with self._errors_with_advice(), self._own_folder():
@@ -314,24 +317,25 @@ class _Conversion:
             return
         source, target = self._source_format(name), self._trunk_format(name)
         if source == target:
-            for suffix in ("weight", *_value_suffixes(source)):
-                yield f"{name}.{suffix}", self._copy(self.checkpoint.tensor(f"{name}.{suffix}"))
+            for part in source.parts:
+                yield f"{name}.{part.name}", self._copy(self.checkpoint.tensor(f"{name}.{part.name}"))
             return
+        assert isinstance(source, Dense) and isinstance(target, Affine)
         # Scales and biases follow the weights in the file but come out of the same pass over the source; they are small.
         info = self.checkpoint.tensor(f"{name}.weight")
-        kept: tuple[list[Any], list[Any]] = ([], [])
+        kept: list[list[Any]] = [[] for _ in target.parts[1:]]
 
         def packed() -> Iterator[memoryview]:
             for begin, end, first, last in row_blocks(source):
                 values = to_f32(read_tensor(info, first, last), source.dtype).reshape(end - begin, source.cols)
-                q, scales, biases = self._quantize(check_finite(values, f"{info.file}: tensor {info.name}"), target)
-                kept[0].append(scales)
-                kept[1].append(biases)
+                q, *others = self._quantize(check_finite(values, f"{info.file}: tensor {info.name}"), target)
+                for known, more in zip(kept, others, strict=True):
+                    known.append(more)
                 yield memoryview(q).cast("B")
 
         yield f"{name}.weight", packed()
-        for suffix, parts in zip(_value_suffixes(target), kept, strict=False):
-            yield f"{name}.{suffix}", iter([memoryview(np.concatenate(parts)).cast("B")])
+        for part, blocks in zip(target.parts[1:], kept, strict=True):
+            yield f"{name}.{part.name}", iter([memoryview(np.concatenate(blocks)).cast("B")])
 
     def _copy(self, info: TensorInfo) -> Iterator[memoryview]:
         step = 16 << 20
@@ -353,39 +357,42 @@ class _Conversion:
                 file.close()
 
     def _records(self, layout: ExpertLayout, format: ExpertFormat, files: Sequence[BinaryIO]) -> Iterator[Any]:
-        offsets, record_bytes = record_pieces(format)
         for expert in range(layout.num_experts):
-            record = np.zeros(record_bytes, np.uint8)
-            for at, piece in zip(offsets, self._expert_pieces(layout, format, files, expert), strict=True):
-                record[at : at + piece.shape[0]] = piece
+            stored = self._stored_parts(layout, files, expert)
+            if layout.format.matrices != format.matrices:
+                where = f"{files[0].name}: layer {layout.layer}, expert {expert}"
+                stored = self._quantized_parts(layout.format, format, stored, where)
+            kept = ExpertFormat(*format.matrices, format.activation, layout.format.bias_dtype)
+            record = make_record(kept, stored, self.ops.tiled)
             yield record
-            self._advance(record_bytes)
+            self._advance(record.shape[0])
 
-    def _expert_pieces(
-        self, layout: ExpertLayout, format: ExpertFormat, files: Sequence[BinaryIO], expert: int
-    ) -> Iterator[Any]:
-        """The nine parts of one expert in the target format, flat uint8."""
-        ranges = []
+    def _stored_parts(self, layout: ExpertLayout, files: Sequence[BinaryIO], expert: int) -> list[Any]:
+        """The parts of one expert as the source has them, flat uint8."""
+        memory, starts = np.empty(layout.bytes_per_expert, np.uint8), np.cumsum((0, *layout.lengths))
         for r, length in enumerate(layout.lengths):
             file = files[layout.file_index[expert, r]]
-            data = np.empty(length, np.uint8)
+            data = memory[starts[r] : starts[r + 1]]
             if os.preadv(file.fileno(), [data.data], int(layout.offsets[expert, r])) != length:
                 raise ConvertError(f"{file.name}: layer {layout.layer}, expert {expert}: the file ends too early")
             os.posix_fadvise(file.fileno(), int(layout.offsets[expert, r]), length, os.POSIX_FADV_DONTNEED)
-            ranges.append(data)
-        for i, (source, target) in enumerate(zip(layout.format.matrices, format.matrices, strict=True)):
-            parts = [
-                ranges[r][at : at + size]
-                for (r, at), size in zip(layout.pieces[3 * i : 3 * i + 3], source.part_bytes, strict=True)
-            ]
-            if source != target:
-                values = to_f32(parts[0], source.dtype).reshape(source.rows, source.cols)
-                where = f"{files[0].name}: layer {layout.layer}, expert {expert}"
-                parts = [p.view(np.uint8).ravel() for p in self._quantize(check_finite(values, where), target)]
-            yield from self.ops.tiled(target, *parts) if target.quantized else parts
+        return layout.stored_parts(memory, [int(starts[r]) + at for r, at in layout.pieces])
 
-    def _quantize(self, values: Any, target: MatrixFormat) -> tuple[Any, Any, Any]:
-        return self.ops.quantize(values, target.bits, target.group_size, target.symmetric)
+    def _quantized_parts(self, source: ExpertFormat, target: ExpertFormat, stored: list[Any], where: str) -> list[Any]:
+        found = []
+        for m, wanted in zip(source.matrices, target.matrices, strict=True):
+            parts, stored = stored[: len(m.parts)], stored[len(m.parts) :]
+            if m != wanted:
+                assert isinstance(wanted, Affine)
+                quantized = self._quantize(check_finite(m.dequantize(parts), where), wanted)
+                parts = [p.view(np.uint8).ravel() for p in quantized]
+            found += parts
+            if source.bias_dtype:
+                found.append(stored.pop(0))
+        return found
+
+    def _quantize(self, values: Any, target: Affine) -> Sequence[Any]:
+        return self.ops.quantize(values, target.bits, target.group_size, target.symmetric)[: len(target.parts)]
 
     def _finish(self, journal: dict[str, Any]) -> None:
         """Config, tokenizer and manifest; then the folder gets its name."""
@@ -394,7 +401,11 @@ class _Conversion:
                 shutil.copyfileobj(source, file)
         config = {k: v for k, v in self.checkpoint.config.items() if k not in ("quantization", "quantization_config")}
         table = {
-            name: {"bits": m.bits, "group_size": m.group_size}
+            name: {
+                "bits": m.kernel.bits,
+                "group_size": m.kernel.group_size,
+                **({} if isinstance(m, Affine) else {"mode": str(m).lower()}),
+            }
             for name, spec in self.specs.items()
             if spec.kind == "matrix" and (m := self._trunk_format(name)).quantized
         }
@@ -441,11 +452,6 @@ def _copied_files(source: Path) -> list[Path]:
         if path.stat().st_size > MAX_TEXT:
             raise ConvertError(f"{path}: larger than {format_bytes(MAX_TEXT)}")
     return found
-
-
-def _value_suffixes(m: MatrixFormat) -> tuple[str, ...]:
-    """The tensors that stand beside a matrix's values."""
-    return () if not m.quantized else ("scales",) if m.symmetric else ("scales", "biases")
 
 
 def _sync_folder(path: Path) -> None:

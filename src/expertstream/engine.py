@@ -23,9 +23,8 @@ from .experts.store import ExpertStore
 from .kv_cache import state_bytes
 from .layers import LoadedWeights
 from .machine import available_bytes, usable_processors
-from .models import find_model
+from .models import build, config_of, expert_layouts, scratch_bytes, weight_map
 from .ops import I64, Ops, make_ops
-from .ops.cpu import CpuOps
 from .prefix_cache import PrefixCache
 from .responses import GenerationResponse
 from .sampling import SamplingParams
@@ -34,7 +33,7 @@ from .text.control import ChatPrompt
 from .tokenizer import Tokenizer
 
 # Goes up when a change makes states of before useless: another layout, other arithmetic.
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 __all__ = ["LLM", "Session", "embedded_model"]
 
@@ -72,8 +71,7 @@ class LLM:
             raise UsageError("give either config or options")
         self.path = Path(path) if path is not None else embedded_model()
         self.checkpoint: Checkpoint = open_checkpoint(self.path)
-        model_module = find_model(self.checkpoint.config, str(self.path))
-        self.model_config = model_module.Config.from_json(self.checkpoint.config, str(self.path))
+        self.model_config = config_of(self.checkpoint)
         self.tokenizer = Tokenizer(self.path)
         generation = self.path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
@@ -103,10 +101,10 @@ class LLM:
                 )
             lossy.append(f"context of {self.context_length} tokens, trained for {longest}")
         self.lossy = ", ".join(lossy)
-        layouts = model_module.expert_layouts(self.model_config, self.checkpoint)
+        layouts = expert_layouts(self.model_config, self.checkpoint)
         store = ExpertStore(layouts, direct=c.residency != "os")
         try:
-            self.plan, self.prefill_chunk = self._plan(model_module, store)
+            self.plan, self.prefill_chunk = self._plan(store)
             if self.plan.residency == "os" and c.residency == "auto":
                 store.close()
                 store = ExpertStore(layouts, direct=False)
@@ -120,13 +118,13 @@ class LLM:
                 reader,
                 self.plan.residency,
                 c.verify,
-                self.ops.tile,
+                self.ops,
                 self.plan.ahead_slots,
                 MemoryWatch(available_bytes, self.plan.available_bytes),
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
             weights, experts = LoadedWeights(self.checkpoint, ops), RoutedExperts(self.experts, ops)
-            self.model = model_module.Model(self.model_config, weights, experts, self.top_k)
+            self.model = build(self.model_config, weights, experts, self.top_k)
             self.prefixes: PrefixCache | None = None
             if c.prefix_cache_bytes:
                 self.keep_prefixes()
@@ -146,17 +144,17 @@ class LLM:
             context = max(DEFAULT_CONTEXT, context // 2)
         return context
 
-    def _plan(self, model_module: Any, store: ExpertStore) -> tuple[MemoryPlan, int]:
+    def _plan(self, store: ExpertStore) -> tuple[MemoryPlan, int]:
         """The memory plan, and how many tokens of a prompt go through together."""
         c, m = self.config, self.model_config
         return plan_with_chunk(
-            lambda tokens: m.scratch_bytes(tokens, self.context_length, c.thread_count),
+            lambda tokens: scratch_bytes(m, tokens, self.context_length, c.thread_count),
             # No larger than the context, but whole chunks of the gated-delta form.
             min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
             LEAST_CHUNK,
             memory_bytes=c.memory_bytes,
             available_bytes=available_bytes(),
-            trunk_bytes=self.checkpoint.trunk_bytes(model_module.weight_map(m)),
+            trunk_bytes=self.checkpoint.trunk_bytes(weight_map(m)),
             state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype) + c.prefix_cache_bytes,
             slot_bytes=store.slot_bytes,
             layers=m.num_hidden_layers,
@@ -189,9 +187,7 @@ class LLM:
         return context + (f", prefixes {format_bytes(kept)}" if kept else "")
 
     def _isa(self) -> str:
-        if not isinstance(self.ops, CpuOps):
-            return ""
-        return f", {self.ops.engine.isa}, {self.config.activation_bits}-bit activations"
+        return f", {self.ops.description}"
 
     def keep_prefixes(self, directory: Path | None = None, disk_bytes: int = 0) -> None:
         """Keeps what is computed of prompts, in memory as far as config.prefix_cache_bytes go, and in `directory`; later sessions go
@@ -210,8 +206,7 @@ class LLM:
     def state_fingerprint(self) -> str:
         """Of all that a text's state depends on: the checkpoint, and how it is computed. 40 hex digits."""
         c = self.config
-        # Not of the instruction set: all give the same bits.
-        parts = (self.checkpoint.fingerprint(), c.ops, c.activation_bits, c.kv_dtype, self.top_k, STATE_VERSION)
+        parts = (self.checkpoint.fingerprint(), self.ops.fingerprint, c.kv_dtype, self.top_k, STATE_VERSION)
         return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
     def checked(self, tokens: I64, params: SamplingParams, position: int = 0, unread: Sequence[int] = ()) -> I64:

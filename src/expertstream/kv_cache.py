@@ -1,16 +1,20 @@
-"""What a model remembers of a text: keys and values of attention layers, conv window and state of gated-delta layers."""
+"""What a model remembers of a sequence: rows of keys and values for each token, or a state that has no past.
+
+A state of the second kind cannot be rewound, so copies are taken of it on the way past the positions where a prompt may be resumed.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .ops import F32
+from .formats.numbers import F32
 
 __all__ = [
     "AttentionSpec",
@@ -19,66 +23,173 @@ __all__ = [
     "DeltaSpec",
     "DeltaState",
     "KVCache",
+    "SnapshotState",
+    "State",
     "StateSpec",
+    "WindowState",
     "make_cache",
     "state_bytes",
 ]
+
+ArrayShape = tuple[str, tuple[int, ...]]  # dtype's name, shape
+_BLOCK = 64  # positions; rows are dropped in whole blocks, which attention works on together
+_SPARE = 1024  # rows of a window beside those it needs: how often the rest is moved to the front
 
 
 class CancelledError(Exception):
     """The request was cancelled."""
 
 
+class State(ABC):
+    """One layer's memory of a sequence."""
+
+    @property
+    @abstractmethod
+    def arrays(self) -> list[Any]:
+        """All of it, as it lies in memory."""
+
+    def reserve(self, position: int, count: int) -> int:
+        """How many of `count` tokens from `position` on can be taken in now, at least one."""
+        return count
+
+    def reset(self) -> None:
+        """Back to a sequence without tokens."""
+        return
+
+
 @dataclass
-class AttentionState:
+class AttentionState(State):
     """keys, values (kv_heads, capacity, head_dim): float32, or bfloat16 bits as uint16; or (kv_heads, capacity, head_dim + 4) uint8,
-    int8 values with the float32 that they are times behind each row."""
+    int8 values with their float32 scale at the end of each row. Row 0 is position `first`."""
 
     keys: Any
     values: Any
+    first: int = 0
+
+    @property
+    def arrays(self) -> list[Any]:
+        return [self.keys, self.values]
 
     def rows(self, begin: int, end: int) -> list[Any]:
         """Copies of what was kept of tokens [begin, end)."""
         return [np.ascontiguousarray(a[:, begin:end]) for a in self.arrays]
 
     def put(self, begin: int, rows: Sequence[Any]) -> None:
+        """What rows() gave."""
         for mine, given in zip(self.arrays, rows, strict=True):
             mine[:, begin : begin + given.shape[1]] = given
+
+    def row_shapes(self, tokens: int) -> list[ArrayShape]:
+        """Of what rows() gives for so many tokens."""
+        return [(a.dtype.name, (a.shape[0], tokens, *a.shape[2:])) for a in self.arrays]
+
+
+class SnapshotState(State):
+    """A state that is copied whole. kept: copies of it as it was after some tokens, where the cache was asked to keep them."""
+
+    kept: dict[int, list[Any]]
+
+    @abstractmethod
+    def copies(self, position: int) -> list[Any]:
+        """The state after `position` tokens, which is where it is."""
+
+    @abstractmethod
+    def restore(self, position: int, arrays: Sequence[Any]) -> None:
+        """What copies() gave."""
+
+    @abstractmethod
+    def shapes(self) -> list[ArrayShape]:
+        """Of what copies() gives."""
+
+    def keep_if_asked(self, cache: KVCache, position: int) -> None:
+        """Keeps copies if the cache is to keep this state as it is after `position` tokens."""
+        if position in cache.keep and position not in self.kept:
+            self.kept[position] = self.copies(position)
+
+
+@dataclass
+class WindowState(SnapshotState):
+    """Keys and values as in an AttentionState, of the last `window` positions at least: row 0 is position `first`, a multiple of 64.
+    copies() are the last `window` rows, the newest last; zeros stand for those before the first token."""
+
+    keys: Any
+    values: Any
+    window: int
+    first: int = 0
+    kept: dict[int, list[Any]] = field(default_factory=dict)
 
     @property
     def arrays(self) -> list[Any]:
         return [self.keys, self.values]
 
+    def reserve(self, position: int, count: int) -> int:
+        capacity = int(self.keys.shape[1])
+        if position + count - self.first > capacity:
+            first = max(0, position + 1 - self.window) // _BLOCK * _BLOCK
+            if first > self.first:
+                for rows in self.arrays:
+                    rows[:, : position - first] = rows[:, first - self.first : position - self.first].copy()
+                self.first = first
+        return min(count, capacity - (position - self.first))
+
+    def reset(self) -> None:
+        self.first = 0
+        self.kept.clear()
+
+    def copies(self, position: int) -> list[Any]:
+        found = []
+        for rows, (_, shape) in zip(self.arrays, self.shapes(), strict=True):
+            copy = np.zeros(shape, rows.dtype)
+            count = min(self.window, position)
+            copy[:, self.window - count :] = rows[:, position - count - self.first : position - self.first]
+            found.append(copy)
+        return found
+
+    def restore(self, position: int, arrays: Sequence[Any]) -> None:
+        begin = max(0, position - self.window)
+        self.first = begin // _BLOCK * _BLOCK
+        for rows, given in zip(self.arrays, arrays, strict=True):
+            rows[:, : begin - self.first] = 0
+            rows[:, begin - self.first : position - self.first] = given[:, self.window - (position - begin) :]
+
+    def shapes(self) -> list[ArrayShape]:
+        return [(a.dtype.name, (a.shape[0], self.window, *a.shape[2:])) for a in self.arrays]
+
 
 @dataclass
-class DeltaState:
+class DeltaState(SnapshotState):
     """conv_state (kernel − 1, channels) holds the last inputs; recurrent_state (value_heads, key_dim, value_dim)."""
 
     conv_state: F32
     recurrent_state: F32
-    # Copies of both as they were after some tokens, where the cache was asked to keep them.
-    kept: dict[int, list[F32]] = field(default_factory=dict)
+    kept: dict[int, list[Any]] = field(default_factory=dict)
 
-    def copies(self) -> list[F32]:
+    @property
+    def arrays(self) -> list[Any]:
+        return [self.conv_state, self.recurrent_state]
+
+    def reset(self) -> None:
+        self.conv_state[:] = 0
+        self.recurrent_state[:] = 0
+        self.kept.clear()
+
+    def copies(self, position: int) -> list[F32]:
         return [self.conv_state.copy(), self.recurrent_state.copy()]
 
-    def keep_if_asked(self, cache: KVCache, position: int) -> None:
-        """Keeps copies if the cache is to keep this state as it is after `position` tokens."""
-        if position in cache.keep and position not in self.kept:
-            self.kept[position] = self.copies()
+    def restore(self, position: int, arrays: Sequence[F32]) -> None:
+        self.conv_state[:], self.recurrent_state[:] = arrays
 
-    def put(self, states: Sequence[F32]) -> None:
-        self.conv_state[:], self.recurrent_state[:] = states
+    def shapes(self) -> list[ArrayShape]:
+        return [(a.dtype.name, a.shape) for a in self.arrays]
 
 
 class KVCache:
-    """The state of one text. `position` tokens have been seen; at most `capacity` can be.
+    """The state of one sequence. `position` tokens have been seen; at most `capacity` can be.
 
-    `keep`: positions, multiples of 64, at which the gated-delta states are kept on the way past, in each one's `kept`: they cannot be
-    rewound, as keys and values can. A forward pass that fails leaves the cache in between two tokens: `valid` is False then, and it
-    must be reset."""
+    `keep`: positions, multiples of 64, at which the states that cannot be rewound are kept on the way past, in each one's `kept`. A
+    forward pass that fails leaves the cache in between two tokens: `valid` is False then, and it must be reset."""
 
-    def __init__(self, layers: list[AttentionState | DeltaState], capacity: int) -> None:
+    def __init__(self, layers: list[State], capacity: int) -> None:
         self.layers, self.capacity = layers, capacity
         self.position = 0
         self.valid = True
@@ -98,31 +209,44 @@ class KVCache:
         if self.pause is not None:
             self.pause()
 
+    @property
+    def rows(self) -> list[AttentionState]:
+        """The layers that have rows for each token."""
+        return [layer for layer in self.layers if isinstance(layer, AttentionState)]
+
+    @property
+    def snapshots(self) -> list[SnapshotState]:
+        """The layers whose state is copied whole."""
+        return [layer for layer in self.layers if isinstance(layer, SnapshotState)]
+
     def reset(self) -> None:
         for layer in self.layers:
-            if isinstance(layer, DeltaState):
-                layer.conv_state[:] = 0
-                layer.recurrent_state[:] = 0
-                layer.kept.clear()
+            layer.reset()
         self.position, self.valid, self.keep = 0, True, frozenset()
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Keys and values (kv_heads, head_dim) of every token."""
+    """Keys and values (kv_heads, head_dim) of every token, or, with a window, of the last ones."""
 
     kv_heads: int
     head_dim: int
+    window: int = 0
+
+    def _rows(self, capacity: int) -> int:
+        needed = -(-self.window // _BLOCK) * _BLOCK + _BLOCK + _SPARE
+        return min(needed, capacity) if self.window else capacity
 
     def nbytes(self, capacity: int, dtype: str) -> int:
         row = {"bf16": 2 * self.head_dim, "f32": 4 * self.head_dim, "int8": self.head_dim + 4}[dtype]
-        return 2 * self.kv_heads * row * capacity
+        return 2 * self.kv_heads * row * self._rows(capacity)
 
-    def make(self, capacity: int, dtype: str) -> AttentionState:
-        # Pages are touched only as the text grows.
+    def make(self, capacity: int, dtype: str) -> State:
+        # Pages are touched only as the sequence grows.
         kind = {"bf16": np.uint16, "f32": np.float32, "int8": np.uint8}[dtype]
-        shape = (self.kv_heads, capacity, self.head_dim + (4 if dtype == "int8" else 0))
-        return AttentionState(np.zeros(shape, kind), np.zeros(shape, kind))
+        shape = (self.kv_heads, self._rows(capacity), self.head_dim + (4 if dtype == "int8" else 0))
+        keys, values = np.zeros(shape, kind), np.zeros(shape, kind)
+        return WindowState(keys, values, self.window) if self.window else AttentionState(keys, values)
 
 
 @dataclass(frozen=True)

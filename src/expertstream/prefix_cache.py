@@ -1,7 +1,7 @@
 """What was computed of prompts, kept for the prompts that begin like them: in memory under one budget, on disk under another.
 
-A tree. A node holds the tokens from its parent's position to its own, their keys and values, and the gated-delta states after the last of
-them. It can be gone on from, and only at its end, since those states cannot be rewound. Positions are multiples of 64, where a prompt's
+A tree. A node holds the tokens from its parent's position to its own, their keys and values, and the states after the last of them that
+cannot be rewound. A prompt can be resumed at a node's end, and nowhere else. Positions are multiples of 64, where a prompt's
 chunked form may be cut, so what is computed after a restored prefix is bit for bit what a whole prefill would have given.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from .kv_cache import AttentionState, DeltaState, KVCache
-from .ops import I64
-from .state_file import StateFile, StateFileError, is_state_file, write_state
+from .formats.numbers import I64
+from .kv_cache import KVCache
+from .state_file import StateFile, StateFileError, array_bytes, is_state_file, write_state
 
 __all__ = ["GRAIN", "PrefixCache", "snapshot_positions"]
 
@@ -50,7 +50,7 @@ class Node:
     parent: Node | None
     tokens: I64
     position: int  # of its end
-    # In memory: for each attention layer keys and values, then, if it is whole, each delta layer's states.
+    # In memory: each layer's rows for these tokens, then, if it is whole, the states that cannot be rewound.
     arrays: list[Any] | None = None
     whole: bool = True
     file: StateFile | None = None
@@ -131,13 +131,12 @@ class PrefixCache:
 
     def holds(self, cache: KVCache) -> bool:
         """Whether even one of this text's states would find room."""
-        states = [layer for layer in cache.layers if isinstance(layer, DeltaState)]
-        size = sum(s.conv_state.nbytes + s.recurrent_state.nbytes for s in states)
+        size = sum(array_bytes(shape) for state in cache.snapshots for shape in state.shapes())
         return size <= max(self.memory_limit, self.disk_limit if self._directory is not None else 0)
 
     def insert(self, tokens: I64, cache: KVCache) -> None:
         """Keeps what the cache kept on its way through a prompt that begins with tokens; forgets it in the cache."""
-        states = [layer for layer in cache.layers if isinstance(layer, DeltaState)]
+        states = cache.snapshots
         # A pass that was broken off may have kept what it did not finish.
         kept = set.intersection(*(set(s.kept) for s in states)) if states else cache.keep
         positions = sorted(p for p in kept if p <= cache.position)
@@ -156,9 +155,8 @@ class PrefixCache:
                 part = tokens[node.position : position]
                 key = _key(node.key, part)
                 arrays: list[Any] = []
-                for layer in cache.layers:
-                    if isinstance(layer, AttentionState):
-                        arrays += layer.rows(node.position, position)
+                for layer in cache.rows:
+                    arrays += layer.rows(node.position, position)
                 self._rows = len(arrays)
                 for state in states:
                     arrays += state.kept[position]
@@ -226,16 +224,17 @@ class PrefixCache:
         """A node's arrays, from memory or disk; only keys and values unless `whole`."""
         if node.arrays is not None and (node.whole or not whole):
             return node.arrays
-        attention, delta = _shapes(cache, node.tokens.shape[0])
+        rows = [shape for layer in cache.rows for shape in layer.row_shapes(node.tokens.shape[0])]
+        states = [shape for state in cache.snapshots for shape in state.shapes()]
         file = node.file
         if file is None:
             raise StateFileError("a piece of it has gone")
         _touch(file.path)
         if not whole:
-            return file.read(0, len(attention), attention)
-        arrays = file.read(0, len(attention) + len(delta), attention + delta)
+            return file.read(0, len(rows), rows)
+        arrays = file.read(0, len(rows) + len(states), rows + states)
         with self._lock:
-            self._rows = len(attention)
+            self._rows = len(rows)
             if node.parent is not None and node.parent.children.get(node.key) is node:  # not dropped meanwhile
                 self.memory_bytes -= node.memory_bytes
                 node.arrays, node.whole = arrays, True
@@ -245,14 +244,14 @@ class PrefixCache:
     def _fill(self, cache: KVCache, node: Node, arrays: list[Any], whole: bool) -> None:
         """One node's part of a cache."""
         at = 0
-        for layer in cache.layers:
-            if isinstance(layer, AttentionState):
-                per = len(layer.arrays)
-                layer.put(node.position - node.tokens.shape[0], arrays[at : at + per])
-                at += per
-        for state in (layer for layer in cache.layers if whole and isinstance(layer, DeltaState)):
-            state.put(arrays[at : at + 2])
-            at += 2
+        for layer in cache.rows:
+            count = len(layer.arrays)
+            layer.put(node.position - node.tokens.shape[0], arrays[at : at + count])
+            at += count
+        for state in cache.snapshots if whole else ():
+            count = len(state.shapes())
+            state.restore(node.position, arrays[at : at + count])
+            at += count
         node.used = time.time()
 
     def _trim_memory(self, spare: Node | None) -> None:
@@ -418,17 +417,6 @@ def _below(node: Node) -> Iterator[Node]:
 
 def _key(parent: str, tokens: I64) -> str:
     return hashlib.blake2b(parent.encode() + tokens.astype("<i8").tobytes(), digest_size=20).hexdigest()
-
-
-def _shapes(cache: KVCache, tokens: int) -> tuple[list[Any], list[Any]]:
-    """dtype and shape of a node's arrays: of attention layers, and of delta layers."""
-    attention, delta = list[Any](), list[Any]()
-    for layer in cache.layers:
-        if isinstance(layer, AttentionState):
-            attention += [(a.dtype.name, (a.shape[0], tokens, *a.shape[2:])) for a in layer.arrays]
-        else:
-            delta += [(a.dtype.name, a.shape) for a in (layer.conv_state, layer.recurrent_state)]
-    return attention, delta
 
 
 def _touch(path: Path) -> None:

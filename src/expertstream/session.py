@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
+from .formats.numbers import F32, I64
 from .generate import Forward, NotFiniteError, Step, drive, stream_generate
-from .kv_cache import AttentionState, DeltaState, make_cache
-from .ops import F32, I64
+from .kv_cache import make_cache
 from .prefix_cache import GRAIN, PrefixCache, snapshot_positions
 from .responses import ExpertSpans, GenerationResponse, GenerationStats, StopStrings, TokenLogprob
 from .sampling import Choice, Constraint, Sampler, SamplingParams, scored
@@ -77,8 +77,10 @@ class Session:
         if not self.cache.valid:
             raise RequestError("this session stopped in the middle of a token; reset() it")
         arrays: list[Any] = []
-        for layer in self.cache.layers:
-            arrays += layer.rows(0, self.cache.position) if isinstance(layer, AttentionState) else layer.copies()
+        for rows in self.cache.rows:
+            arrays += rows.rows(0, self.cache.position)
+        for state in self.cache.snapshots:
+            arrays += state.copies(self.cache.position)
         header = {"of": self.llm.state_fingerprint(), "position": self.cache.position, "unread": self._unread}
         write_state(path, header, arrays)
 
@@ -94,16 +96,14 @@ class Session:
             if position >= self.cache.capacity:
                 raise StateFileError(f"{path}: a text of {position} tokens does not fit this context")
             at = 0
-            for layer in self.cache.layers:
-                rows = isinstance(layer, AttentionState)
-                mine = layer.arrays if isinstance(layer, AttentionState) else layer.copies()
-                expected = [(a.dtype.name, (a.shape[0], position, *a.shape[2:]) if rows else a.shape) for a in mine]
-                found = file.read(at, at + len(mine), expected)
-                at += len(mine)
-                if isinstance(layer, AttentionState):
-                    layer.put(0, found)
-                else:
-                    layer.put(found)
+            for layer in self.cache.rows:
+                expected = layer.row_shapes(position)
+                layer.put(0, file.read(at, at + len(expected), expected))
+                at += len(expected)
+            for state in self.cache.snapshots:
+                expected = state.shapes()
+                state.restore(position, file.read(at, at + len(expected), expected))
+                at += len(expected)
             unread = file.header.get("unread")
             known = range(self.llm.model_config.vocab_size)
             if not isinstance(unread, list) or not all(type(t) is int and t in known for t in unread):
@@ -221,15 +221,15 @@ class Session:
         position = self.cache.position
         if not position or position % GRAIN:
             return None
-        return position, [layer.copies() for layer in self.cache.layers if isinstance(layer, DeltaState)]
+        return position, [state.copies(position) for state in self.cache.snapshots]
 
     def _snapshot(self) -> tuple[int, list[list[F32]]] | None:
         """What _states() gives, where the pass that has just ended kept it already; nothing is copied."""
         position = self.cache.position
-        layers = [layer for layer in self.cache.layers if isinstance(layer, DeltaState)]
-        if not all(position in layer.kept for layer in layers):
+        states = self.cache.snapshots
+        if position % GRAIN or not all(position in state.kept for state in states):
             return None
-        return position, [layer.kept[position] for layer in layers]
+        return position, [state.kept[position] for state in states]
 
     def _keep_abandoned(self, prefixes: PrefixCache, tokens: I64, begun: tuple[int, list[list[F32]]] | None) -> None:
         """Keeps what was computed of a prompt that is cancelled, without the pass that was under way: begun is from before it."""
@@ -237,9 +237,8 @@ class Session:
         if found is None:
             return
         position, states = found
-        layers = [layer for layer in self.cache.layers if isinstance(layer, DeltaState)]
-        for layer, copies in zip(layers, states, strict=True):
-            layer.kept[position] = copies
+        for state, copies in zip(self.cache.snapshots, states, strict=True):
+            state.kept[position] = copies
         self.cache.keep |= {position}
         try:
             prefixes.insert(tokens, self.cache)

@@ -20,7 +20,7 @@ import xxhash
 
 from .files import open_regular
 
-__all__ = ["StateFile", "StateFileError", "is_state_file", "write_state"]
+__all__ = ["StateFile", "StateFileError", "array_bytes", "is_state_file", "write_state"]
 
 _MAGIC = b"ESSTATE1"
 _DTYPES = ("float32", "uint16", "int64", "uint8", "int8")
@@ -139,10 +139,13 @@ def _check_entry(path: Path, entry: Any, size: int) -> None:
         raise StateFileError(f"{path}: the header lists an array that is larger than the file")
 
 
+def array_bytes(shape: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of an array of a dtype and a shape."""
+    return math.prod(shape[1]) * int(np.dtype(shape[0]).itemsize)
+
+
 def _bytes(entry: dict[str, Any]) -> int:
-    items: int = math.prod(entry["shape"])
-    width: int = np.dtype(entry["dtype"]).itemsize
-    return items * width
+    return array_bytes((entry["dtype"], entry["shape"]))
 
 
 def _raw(array: np.ndarray) -> np.ndarray:

@@ -11,8 +11,7 @@ from .experts.budget import default_budget
 from .experts.store import slot_bytes
 from .kv_cache import state_bytes
 from .machine import available_bytes, memory_limit_bytes
-from .models import find_model
-from .ops import MatrixFormat
+from .models import config_of, expert_layouts, scratch_bytes, weight_map
 from .visible import one_line
 
 __all__ = ["summarize", "summary_text"]
@@ -21,9 +20,8 @@ __all__ = ["summarize", "summary_text"]
 def summarize(path: str | Path) -> dict[str, Any]:
     """Architecture, parameters, bits and bytes, and what of it fits this machine. Raises CheckpointError."""
     checkpoint = open_checkpoint(path)
-    module = find_model(checkpoint.config, str(path))
-    config = module.Config.from_json(checkpoint.config, str(path))
-    specs, layouts = module.weight_map(config), module.expert_layouts(config, checkpoint)
+    config = config_of(checkpoint)
+    specs, layouts = weight_map(config), expert_layouts(config, checkpoint)
     trunk_bytes = checkpoint.trunk_bytes(specs)
     trunk_parameters = embedding_bytes = 0
     trunk_formats: dict[str, int] = {}
@@ -34,19 +32,19 @@ def summarize(path: str | Path) -> dict[str, Any]:
         trunk_parameters += count
         if spec.kind == "matrix":
             m = checkpoint.matrix_format(name, *spec.shape)
-            trunk_formats[_format_name(m)] = trunk_formats.get(_format_name(m), 0) + m.nbytes
+            trunk_formats[str(m)] = trunk_formats.get(str(m), 0) + m.nbytes
             if name == "model.embed_tokens" and not config.tie_word_embeddings:
                 embedding_bytes = m.nbytes  # one row of it is read a token
-    format = layouts[0].format
-    expert_parameters = sum(m.rows * m.cols for m in format.matrices)
-    experts = config.num_hidden_layers * config.num_experts
-    bytes_per_expert = layouts[0].bytes_per_expert
-    routed = config.num_hidden_layers * config.num_experts_per_tok * bytes_per_expert
+    expert_parameters = [sum(m.rows * m.cols for m in layout.format.matrices) for layout in layouts]
+    experts = sum(layout.num_experts for layout in layouts)
+    expert_bytes = [layout.bytes_per_expert for layout in layouts]
+    routed = config.num_experts_per_tok * sum(expert_bytes)
+    formats = {", ".join(dict.fromkeys(map(str, layout.format.matrices[:2]))): None for layout in layouts}
     # What `run` would need with its defaults: everything but the slots, and one layer's experts.
     settings = EngineConfig.from_options({})
     context = min(DEFAULT_CONTEXT, config.max_position_embeddings)
     state = state_bytes(config.states, context, settings.kv_dtype)
-    fixed = trunk_bytes + state + config.scratch_bytes(LEAST_CHUNK, context, settings.thread_count)
+    fixed = trunk_bytes + state + scratch_bytes(config, LEAST_CHUNK, context, settings.thread_count)
     slot = max(slot_bytes(layout) for layout in layouts)
     available = available_bytes()
     fit = max(0, min(experts, (default_budget(available) - fixed) // slot))
@@ -61,16 +59,14 @@ def summarize(path: str | Path) -> dict[str, Any]:
         "num_experts_per_tok": config.num_experts_per_tok,
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
-        "parameters_total": trunk_parameters + experts * expert_parameters,
-        "parameters_active": trunk_parameters
-        + config.num_hidden_layers * config.num_experts_per_tok * expert_parameters,
-        "expert_format": _format_name(format.gate)
-        if format.gate == format.up
-        else f"{_format_name(format.gate)}, {_format_name(format.up)}",
+        "parameters_total": trunk_parameters
+        + sum(layout.num_experts * n for layout, n in zip(layouts, expert_parameters, strict=True)),
+        "parameters_active": trunk_parameters + config.num_experts_per_tok * sum(expert_parameters),
+        "expert_format": "; ".join(formats),
         "trunk_formats_bytes": trunk_formats,
         "trunk_bytes": trunk_bytes,
-        "bytes_per_expert": bytes_per_expert,
-        "experts_bytes": experts * bytes_per_expert,
+        "bytes_per_expert": max(expert_bytes),
+        "experts_bytes": sum(layout.num_experts * n for layout, n in zip(layouts, expert_bytes, strict=True)),
         "routed_bytes_per_token": routed,
         "bytes_per_token": routed + trunk_bytes - embedding_bytes,
         "context_tokens": context,
@@ -84,10 +80,6 @@ def summarize(path: str | Path) -> dict[str, Any]:
             "share_of_experts_that_fit": fit / experts,
         },
     }
-
-
-def _format_name(m: MatrixFormat) -> str:
-    return f"{m.bits}-bit affine, groups of {m.group_size}, {m.dtype} scales" if m.quantized else m.dtype
 
 
 def summary_text(s: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from .files import read_text
 from .ops import I64
 from .template import render_template
 from .text.control import ChatPrompt, ControlText
+from .text.family import Family, family_of
 from .text.messages import standard_messages
 
 __all__ = ["Detokenizer", "Tokenizer"]
@@ -46,6 +47,7 @@ class Tokenizer:
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._bytes: _TokenBytes | None = None
         self._chat_template: str | None = None
+        self._family: Family | None = None
 
     def _eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those of config.json, generation_config.json and the tokenizer's own."""
@@ -110,8 +112,8 @@ class Tokenizer:
         return count, cuts
 
     def message_starts(self, tokens: I64) -> list[int]:
-        """Where messages begin in a prompt of this family's chat templates; none for others."""
-        start = self._tokenizer.token_to_id("<|im_start|>")
+        """Where messages begin in a prompt; none where the tokenizer has no token for it."""
+        start = self._tokenizer.token_to_id(self.family.message_start)
         return [] if start is None else np.flatnonzero(tokens == start).tolist()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -143,10 +145,10 @@ class Tokenizer:
         tokens come from the template alone: what looks like one in a message, a tool or another variable is plain text, unless
         `parse_control_tokens`. The template runs in a sandboxed process with limits on time and memory. Raises RequestError if there is no
         template or it refuses the messages."""
-        template = self._template()
-        given: dict[str, Any] = {"tools": None, **(template_variables or {}), **variables}
+        template, family = self._template(), self.family
+        given: dict[str, Any] = {"tools": None, **family.variables(dict(template_variables or {})), **variables}
         tokens = () if parse_control_tokens else self.control_tokens(template)
-        messages = standard_messages(messages)
+        messages = family.messages(standard_messages(messages))
         control = ControlText(tokens, (messages, given))
         values: dict[str, Any] = {"add_generation_prompt": True}
         values |= {name: self._special(name) for name in ("bos_token", "eos_token")} | control.mark(given)
@@ -169,12 +171,16 @@ class Tokenizer:
         writes. Others, such as runs of spaces or HTML tags of some vocabularies, are ordinary text."""
         return [t.content for t in self._added.values() if t.special or (t.content.strip() and t.content in template)]
 
-    def writes_xml_calls(self) -> bool:
-        """Whether the template teaches calls as <function=NAME><parameter=KEY>…, not as JSON."""
-        try:
-            return "<function=" in self._template()
-        except RequestError:
-            return True
+    @property
+    def family(self) -> Family:
+        """How models of this chat template write."""
+        if self._family is None:
+            try:
+                template = self._template()
+            except RequestError:
+                template = ""
+            self._family = family_of(template)
+        return self._family
 
     def _template(self) -> str:
         """The chat template, as it was when it was first used. Raises CheckpointError, RequestError."""

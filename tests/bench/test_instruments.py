@@ -95,9 +95,9 @@ def test_costs_are_what_the_model_touches(pack_folder: Path) -> None:
 
 
 def _head(c: Any) -> Any:
-    from expertstream.ops import MatrixFormat
+    from expertstream.formats import Affine
 
-    return MatrixFormat(c.vocab_size, c.hidden_size, 8, 64, "bf16")
+    return Affine(c.vocab_size, c.hidden_size, 8, 64, "bf16")
 
 
 def test_decode_and_prefill_benches(pack_folder: Path) -> None:

@@ -14,8 +14,9 @@ from expertstream.bench.speed import bench_decode, read_trace
 from expertstream.bench.synth import write_synthetic
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
-from expertstream.models.qwen3_5_moe import Config, expert_layouts, weight_map
-from expertstream.ops.reference import dequantize, untile
+from expertstream.models import config_of, expert_layouts, read_config, weight_map
+
+from ..oracle import dequantize_expert
 
 TINY: dict[str, Any] = {
     **GEOMETRIES["small"], "hidden_size": 128, "num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 2, "vocab_size": 512,
@@ -28,7 +29,7 @@ TWIN = BitPolicy(4, 32, 8, symmetric=True)
 def test_geometries_have_the_published_sizes() -> None:
     bytes_at_4_bits = {"qwen3.5-397b-a17b": 217e9, "qwen3.5-122b-a10b": 65e9, "qwen3.5-35b-a3b": 18e9}
     for name, expected in bytes_at_4_bits.items():
-        c = Config.from_json(geometry_config(name), name)
+        c = read_config(geometry_config(name), name)
         experts = c.num_hidden_layers * c.num_experts * 3 * c.hidden_size * c.moe_intermediate_size * 4.5 / 8
         assert experts == pytest.approx(expected, rel=0.02)
     assert geometry_config("397b") == geometry_config("qwen3.5-397b-a17b")
@@ -93,9 +94,9 @@ def test_a_recorded_trace_is_followed(tmp_path: Path) -> None:
     ):  # fmt: skip
         np.savez(tmp_path / "bad.npz", experts=bad)
         with pytest.raises(UsageError, match=message):
-            read_trace(tmp_path / "bad.npz", Config.from_json(TINY, ""))
+            read_trace(tmp_path / "bad.npz", read_config(TINY, ""))
     with pytest.raises(UsageError, match="not a routing trace"):
-        read_trace(tmp_path / "none.npz", Config.from_json(TINY, ""))
+        read_trace(tmp_path / "none.npz", read_config(TINY, ""))
 
 
 def test_a_gguf_twin_holds_the_same_values(tmp_path: Path) -> None:
@@ -104,12 +105,12 @@ def test_a_gguf_twin_holds_the_same_values(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     theirs = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     checkpoint = open_checkpoint(tmp_path / "m")
-    c = Config.from_json(checkpoint.config, "")
+    c = config_of(checkpoint)
     specs = weight_map(c)
 
     def ours(name: str) -> np.ndarray:
         w = checkpoint.weight(name, specs[name])
-        return dequantize(w.format, w.data, w.scales, w.biases)
+        return w.format.dequantize(w.parts)
 
     # Value heads change places: theirs pairs head h with key head h mod 2, ours with h div 2.
     heads = np.array([0, 2, 1, 3])
@@ -128,11 +129,8 @@ def test_a_gguf_twin_holds_the_same_values(tmp_path: Path) -> None:
         theirs["output_norm.weight"], checkpoint.vector("model.norm.weight", specs["model.norm.weight"])
     )
     layout = expert_layouts(c, checkpoint)[2]
-    record = np.fromfile(layout.files[0], np.uint8, layout.lengths[0], offset=int(layout.offsets[5, 0]))
-    for i, part in enumerate(("gate", "up", "down")):
-        m = layout.format.matrices[i]
-        parts = [record[at : at + n] for (_, at), n in zip(layout.pieces[3 * i : 3 * i + 3], m.part_bytes, strict=True)]
-        assert np.array_equal(theirs[f"blk.2.ffn_{part}_exps.weight"][5], dequantize(m, *untile(m, *parts)))
+    for part, values in zip(("gate", "up", "down"), dequantize_expert(layout, 5)[0], strict=True):
+        assert np.array_equal(theirs[f"blk.2.ffn_{part}_exps.weight"][5], values)
     # A tensor of theirs that we do not name would be left at nothing.
     assert len(theirs) == 3 + 4 * 10 + 3 * 9 + 6
 

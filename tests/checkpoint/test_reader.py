@@ -93,7 +93,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no config": ("hf", lambda f: (f / "config.json").unlink(), "no config.json"),
     "config not JSON": ("hf", lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
     "config a list": ("hf", lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
-    "other model": ("hf", lambda f: edit_config(f, lambda c: c.update(model_type="llama")), "unsupported model_type 'llama'; supported: qwen3_5_moe"),
+    "other model": ("hf", lambda f: edit_config(f, lambda c: c.update(model_type="llama")), "unsupported model_type 'llama'; supported: gpt_oss, qwen3_5_moe, qwen3_moe, qwen3_next"),
     "no weights": ("hf", lambda f: (f / "model.safetensors").unlink(), "no \\*.safetensors"),
     "truncated": ("hf", lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5000]), "out of range"),
     "missing tensor": ("hf", lambda f: edit_tensors(f, lambda t: t.pop(GATE)), f"missing tensor {GATE}"),
@@ -102,7 +102,8 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "wrong dtype": ("hf", lambda f: edit_tensors(f, lambda t: t.update({GATE: t[GATE].to(torch.int32)})), "has dtype I32, expected one of BF16, F16, F32"),
     "expert shape": ("hf", lambda f: edit_config(f, lambda c: c.update(num_experts=25)), "has shape"),
     "GPTQ": ("hf", lambda f: edit_config(f, lambda c: c.update(quantization_config={"quant_method": "gptq"})), "quantization 'gptq' is not supported"),
-    "unknown mode": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(mode="mxfp4")), "unknown quantization 'mxfp4'"),
+    "unknown mode": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(mode="mxfp8")), "unknown quantization 'mxfp8' in config.json; affine and mxfp4 are supported"),
+    "mxfp4 in other groups": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(mode="mxfp4")), "unknown quantization of the model"),
     "3 bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(bits=3)), "quantized with 3 bits"),
     "no bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].pop("bits")), "unknown quantization of the model"),
     "no table": ("mlx", lambda f: edit_config(f, lambda c: (c.pop("quantization"), c.pop("quantization_config"))), "quantized with 0 bits"),
@@ -195,7 +196,7 @@ PATHS = [
 @example(path=("version",), value=True)
 @example(path=("version",), value=1.0)
 def test_any_manifest_is_read_or_refused(pack_folder: Path, tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
-    from expertstream.models.qwen3_5_moe import Config, expert_layouts
+    from expertstream.models import config_of, expert_layouts
 
     folder = tmp_path / "fuzzed"
     if not folder.exists():
@@ -208,7 +209,7 @@ def test_any_manifest_is_read_or_refused(pack_folder: Path, tmp_path: Path, path
     (folder / "expertstream.json").write_text(json.dumps(manifest))
     try:
         checkpoint = open_checkpoint(folder)
-        expert_layouts(Config.from_json(checkpoint.config, ""), checkpoint)
+        expert_layouts(config_of(checkpoint), checkpoint)
     except CheckpointError as error:
         assert "\n" not in str(error)
     else:

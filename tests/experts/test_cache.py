@@ -15,6 +15,7 @@ import pytest
 from expertstream import LLM, ReadError, _native
 from expertstream.experts.prefetch import Prefetcher
 from expertstream.experts.store import ExpertStore
+from expertstream.models import scratch_bytes
 
 from .. import oracle
 from ..conftest import SMALL
@@ -38,7 +39,7 @@ def budget_for(folder: Path, experts: int) -> int:
     with LLM(folder, context_length=256, prefill_chunk=64, memory="1GiB", threads=1) as llm:
         p = llm.plan
         # Scratch grows with threads; four is the most that these tests take.
-        scratch = llm.model_config.scratch_bytes(llm.prefill_chunk, 256, 4)
+        scratch = scratch_bytes(llm.model_config, llm.prefill_chunk, 256, 4)
         return p.trunk_bytes + p.state_bytes + scratch + experts * p.slot_bytes
 
 

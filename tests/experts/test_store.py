@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from expertstream.checkpoint.format import ALIGNMENT, ExpertLayout
 from expertstream.experts.store import plan_read, slot_bytes
-from expertstream.ops import ExpertFormat, MatrixFormat
+from expertstream.formats import Affine, ExpertFormat
 
-FORMAT = ExpertFormat(*[MatrixFormat(1, 1, 16, 0, "bf16")] * 3)
+FORMAT = ExpertFormat(*[Affine(1, 32, 2, 32, "bf16")] * 3)
 
 
 def layout(offsets: list[list[int]], lengths: list[int]) -> ExpertLayout:

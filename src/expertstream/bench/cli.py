@@ -49,8 +49,9 @@ def _add_synth(commands: Any, style: dict[str, Any]) -> None:
         help="write a checkpoint of a model's sizes with random weights, to measure with",
         description=(
             "Writes a pack with the sizes of a known model (qwen3.5-397b-a17b, qwen3.5-122b-a10b, qwen3.5-35b-a3b,\n"
-            "qwen3-next-80b, small; a unique part of a name will do) or of a config.json, and random weights: so that a\n"
-            "machine can be measured before the real model is downloaded. It writes no sense."
+            "qwen3-next-80b, qwen3-235b-a22b, qwen3-30b-a3b, gpt-oss-120b, gpt-oss-20b, small; a unique part of a name\n"
+            "will do) or of a config.json, and random weights: so that a machine can be measured before the real model is\n"
+            "downloaded. It writes no sense."
         ),
         **style,
     )
@@ -79,7 +80,7 @@ def _synth(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..models.qwen3_5_moe import Config
+    from ..models import read_config
     from .geometry import geometry_config
     from .speed import read_trace
     from .synth import write_synthetic
@@ -92,7 +93,7 @@ def _synth(options: argparse.Namespace) -> int:
         options.symmetric, options.group_size = True, 32
     config = geometry_config(options.geometry, options.layers)
     if options.trace is not None:
-        read_trace(options.trace, Config.from_json(config, options.geometry))
+        read_trace(options.trace, read_config(config, options.geometry))
     bar = Progress(console=Console(stderr=True), transient=True)
     task = bar.add_task(f"writing {options.out}", total=None)
 

@@ -1,4 +1,4 @@
-"""The sizes of known models, as the config.json of a Qwen3.5-MoE checkpoint."""
+"""The sizes of known models, as config.json has them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.reader import read_json
 from ..errors import UsageError
-from ..models.qwen3_5_moe import Config
+from ..models import read_config
 
 __all__ = ["GEOMETRIES", "TRACE", "geometry_config"]
 
@@ -32,12 +32,39 @@ def _sizes(
     }  # fmt: skip
 
 
-# The sizes of the releases' config.json; of qwen3-next-80b the sizes only: its tensors have other names.
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+    "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False, "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "eos_token_id": None,
+}  # fmt: skip
+_GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
+    "attention_bias": True, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 150000, "tie_word_embeddings": False,
+    "max_position_embeddings": 131072, "eos_token_id": None,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+}  # fmt: skip
+
+# The sizes of the releases' config.json.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "qwen3.5-397b-a17b": _sizes(4096, 60, 32, 64, 512, 10, 1024),
     "qwen3.5-122b-a10b": _sizes(3072, 48, 32, 64, 256, 8, 1024),
     "qwen3.5-35b-a3b": _sizes(2048, 40, 16, 32, 256, 8, 512),
-    "qwen3-next-80b": _sizes(2048, 48, 16, 32, 512, 10, 512, vocab_size=151936),
+    "qwen3-next-80b": _sizes(
+        2048, 48, 16, 32, 512, 10, 512, model_type="qwen3_next", vocab_size=151936, norm_topk_prob=True, mlp_only_layers=[]
+    ),
+    "qwen3-235b-a22b": {
+        **_QWEN3, "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN3, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "moe_intermediate_size": 768,
+    },
+    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
+    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
     # For tests and quick looks: seconds to write, and larger than a small control group.
     "small": _sizes(
         1024, 12, 8, 8, 128, 4, 512, head_dim=128, linear_num_key_heads=4, linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=8192
@@ -55,14 +82,16 @@ def geometry_config(name: str, layers: int = 0) -> dict[str, Any]:
         for key in ("quantization", "quantization_config"):
             config.pop(key, None)
     else:
-        found = [known for known in GEOMETRIES if name.lower() in known]
+        # A whole word of a name goes before a part of one: 35b is not 235b.
+        found = [known for known in GEOMETRIES if name.lower() in known.split("-")]
+        found = found or [known for known in GEOMETRIES if name.lower() in known]
         if name not in GEOMETRIES and len(found) != 1:
             raise UsageError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}, or give a config.json")
         config = dict(GEOMETRIES[name if name in GEOMETRIES else found[0]])
     if layers:
-        c = Config.from_json(config, name)
+        c = read_config(config, name)
         if not 0 < layers <= c.num_hidden_layers:
             raise UsageError(f"{name} has {c.num_hidden_layers} layers, so --layers is 1 to that, not {layers}")
         config |= {"num_hidden_layers": layers, "layer_types": list(c.layer_types[:layers])}
-    Config.from_json(config, name)
+    read_config(config, name)
     return config

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from ..models.qwen3_5_moe import LINEAR, Config, weight_map
-from ..ops import ExpertFormat, MatrixFormat, from_bf16
+from ..formats import ExpertFormat, MatrixFormat
+from ..formats.numbers import from_bf16
+from ..layers import DecoderConfig
+from ..models import weight_map
+from ..models.qwen3_5_moe import LINEAR, Config
 
-__all__ = ["GGUFTwin"]
+__all__ = ["GGUFTwin", "config_for_twin"]
 
 # Ours to llama.cpp's; those of a layer without their prefix.
 _NAMES = {
@@ -51,6 +54,13 @@ _NAMES = {
 _EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 
 
+def config_for_twin(c: DecoderConfig) -> Config:
+    """The config of a model that a twin can be written of. Raises UsageError."""
+    if type(c) is not Config:
+        raise UsageError("a GGUF twin can be written of Qwen3.5-MoE's sizes only")
+    return c
+
+
 class GGUFTwin:
     """Written as the pack is: tensors in the order of weight_map(), then the experts layer by layer."""
 
@@ -80,8 +90,8 @@ class GGUFTwin:
         if m is None or not m.quantized:
             self.writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
             return
-        kind = self.gguf.GGMLQuantizationType.Q4_0 if m.bits == 4 else self.gguf.GGMLQuantizationType.Q8_0
-        row_bytes = m.cols // 32 * (2 + 4 * m.bits)
+        kind = self.gguf.GGMLQuantizationType.Q4_0 if m.kernel.bits == 4 else self.gguf.GGMLQuantizationType.Q8_0
+        row_bytes = m.cols // 32 * (2 + 4 * m.kernel.bits)
         nbytes = int(np.prod(shape[:-1])) * row_bytes
         self.writer.add_tensor_info(name, (*shape[:-1], row_bytes), np.dtype(np.uint8), nbytes, raw_dtype=kind)
 
@@ -109,7 +119,7 @@ class GGUFTwin:
         w.add_ssm_state_size(c.linear_key_head_dim)
         w.add_ssm_group_count(c.linear_num_key_heads)
         w.add_ssm_time_step_rank(c.linear_num_value_heads)
-        w.add_ssm_inner_size(c.value_dim)
+        w.add_ssm_inner_size(c.delta.values)
         w.add_array("qwen35moe.attention.recurrent_layers", [kind == LINEAR for kind in c.layer_types])
         model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
         added = {t["content"] for t in model["added_tokens"]}
@@ -136,10 +146,10 @@ class GGUFTwin:
                 values = values[self._value_heads(1)]
             self.writer.write_tensor_data(np.ascontiguousarray(values if m.rows > 1 else values[0]))
             return
-        blocks = _blocks(m, w.data, w.scales)  # (rows, cols/32, block bytes)
+        blocks = _blocks(m, w.data, w.parts[1])  # (rows, cols/32, block bytes)
         if part == "in_proj_qkv":
             order = np.concatenate(
-                [np.arange(2 * c.key_dim), 2 * c.key_dim + self._value_heads(c.linear_value_head_dim)]
+                [np.arange(2 * c.delta.keys), 2 * c.delta.keys + self._value_heads(c.linear_value_head_dim)]
             )
             blocks = blocks[order]
         elif part == "in_proj_z":
@@ -156,7 +166,7 @@ class GGUFTwin:
             values = values[self._value_heads(1)]
         elif "conv1d" in name:
             order = np.concatenate(
-                [np.arange(2 * c.key_dim), 2 * c.key_dim + self._value_heads(c.linear_value_head_dim)]
+                [np.arange(2 * c.delta.keys), 2 * c.delta.keys + self._value_heads(c.linear_value_head_dim)]
             )
             values = values[:, 0][order]
         elif not name.endswith("linear_attn.norm.weight"):
@@ -168,9 +178,9 @@ class GGUFTwin:
         if expert == 0:
             if part == 0:
                 self._pending = []
-            blocks = w.format.cols // 32 * (2 + 4 * w.format.bits)
+            blocks = w.format.cols // 32 * (2 + 4 * w.format.kernel.bits)
             self._pending.append(np.empty((self.c.num_experts, w.format.rows, blocks), np.uint8))
-        self._pending[part][expert] = _blocks(w.format, w.data, w.scales).reshape(w.format.rows, -1)
+        self._pending[part][expert] = _blocks(w.format, w.data, w.parts[1]).reshape(w.format.rows, -1)
         if expert == self.c.num_experts - 1 and part == 2:
             for tensor in self._pending:
                 self.writer.write_tensor_data(tensor)
@@ -196,10 +206,10 @@ def _blocks(m: MatrixFormat, data: NDArray[np.uint8], scales: NDArray[np.uint8])
     """(rows, cols/32, bytes): Q4_0, a float16 scale and 16 bytes whose low halves are the first 16 values, or Q8_0, a scale and 32
     signed bytes. (ggml, ggml-common.h.)"""
     groups = m.cols // 32
-    out = np.empty((m.rows, groups, 2 + 4 * m.bits), np.uint8)
+    out = np.empty((m.rows, groups, 2 + 4 * m.kernel.bits), np.uint8)
     out[..., :2] = scales.reshape(m.rows, groups, 2)
     packed = data.reshape(m.rows, groups, -1)
-    if m.bits == 8:
+    if m.kernel.bits == 8:
         out[..., 2:] = packed ^ 0x80
         return out
     values = np.empty((m.rows, groups, 32), np.uint8)

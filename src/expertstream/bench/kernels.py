@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import _native
-from ..ops import F32, MatrixFormat, Weight, to_bf16
+from ..formats import Affine, Dense, MatrixFormat
+from ..formats.numbers import F32, to_bf16
+from ..ops import Weight
 from ..ops.cpu import CpuOps
 from .machine import arithmetic_peak, memory_bandwidth, timed
 
@@ -30,16 +32,20 @@ SHAPES = (
 )  # an expert's gate and down, a projection, more than caches hold
 
 
+def _format(rows: int, cols: int, bits: int, group: int, dtype: str, symmetric: bool) -> MatrixFormat:
+    return Affine(rows, cols, bits, group, dtype, symmetric) if bits < 16 else Dense(rows, cols, dtype)
+
+
 def _weight(m: MatrixFormat, rng: np.random.Generator) -> Weight:
-    data, _, biases = m.part_bytes
-    if not m.quantized:
+    data, *others = m.part_bytes
+    if not isinstance(m, Affine):
         values = to_bf16(rng.standard_normal(min(m.rows * m.cols, 1 << 20), np.float32)).view(np.uint8)
-        return Weight(m, np.resize(values, data), np.empty(0, np.uint8), np.empty(0, np.uint8))
+        return Weight(m, (np.resize(values, data),))
     count = m.rows * m.cols // m.group_size
     scale = (rng.random(count, np.float32) * np.float32(0.01)).astype(np.float16)
     values = scale.view(np.uint8) if m.dtype == "f16" else to_bf16(scale.astype(np.float32)).view(np.uint8)
     packed = np.resize(rng.integers(0, 256, min(data, 1 << 22), np.uint8), data)
-    return Weight(m, packed, values, values[:biases].copy())
+    return Weight(m, (packed, *(values.copy() for _ in others)))
 
 
 def _run(ops: CpuOps, x: F32, weight: Weight, runs: int) -> None:
@@ -63,12 +69,12 @@ def bench_kernels(
             for name, (bits, group, dtype, symmetric) in FORMATS.items():
                 if bits == 16 and activation_bits == 16:
                     continue  # dense weights meet float32 activations either way
-                small = MatrixFormat(48, 256, bits, group, dtype, symmetric)
+                small = _format(48, 256, bits, group, dtype, symmetric)
                 x = rng.standard_normal((13, 256), np.float32)
                 check = [o.project(x, [o.bind(_weight(small, np.random.default_rng(1)))])[0] for o in (ops, plain)]
                 same = bool(np.array_equal(check[0], check[1]))
                 for shape in SHAPES if isa != "scalar" else SHAPES[:1]:
-                    m = MatrixFormat(*shape, bits, group, dtype, symmetric)
+                    m = _format(*shape, bits, group, dtype, symmetric)
                     weight = ops.bind(_weight(m, rng))
                     for count in tokens if isa != "scalar" else tokens[:1]:
                         if count * m.rows * m.cols > 2 << 30:

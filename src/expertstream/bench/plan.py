@@ -19,7 +19,8 @@ from ..config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig
 from ..errors import BudgetError
 from ..experts.budget import plan_with_chunk
 from ..kv_cache import state_bytes
-from ..models.qwen3_5_moe import Config, expert_layouts
+from ..layers import DecoderConfig
+from ..models import config_of, expert_layouts, read_config, scratch_bytes
 from .costs import TokenCost, token_cost
 from .geometry import geometry_config
 from .speed import trunk_formats_of
@@ -45,7 +46,7 @@ class Machine:
 @dataclass(frozen=True)
 class Model:
     name: str
-    config: Config
+    config: DecoderConfig
     cost: TokenCost
     trunk_bytes: int  # in memory, the embedding included
     slot_bytes: int
@@ -69,12 +70,12 @@ def load_model(name: str, layers: int, policy: BitPolicy) -> Model:
     path = Path(name)
     if (path / "config.json").is_file() and not layers and any(path.glob("*.safetensors")):
         checkpoint = open_checkpoint(path)
-        c = Config.from_json(checkpoint.config, name)
+        c = config_of(checkpoint)
         trunk, layouts = trunk_formats_of(checkpoint, c), expert_layouts(c, checkpoint)
-        expert = sum(m.nbytes for m in layouts[0].format.matrices)
+        expert = sum(m.nbytes for layout in layouts for m in layout.format.matrices) // len(layouts)
         slot = max(layout.bytes_per_expert for layout in layouts)
     else:
-        c = Config.from_json(geometry_config(name, layers), name)
+        c = read_config(geometry_config(name, layers), name)
         trunk, format = trunk_formats(c, policy, "bf16"), expert_format(c, policy, "bf16")
         expert, slot = sum(m.nbytes for m in format.matrices), record_pieces(format)[1]
     trunk_bytes = sum(m.nbytes for m in trunk.values())
@@ -105,7 +106,7 @@ def predict(
     settings = EngineConfig(context_length=context, memory_bytes=budget_bytes)
     try:
         plan, chunk = plan_with_chunk(
-            lambda tokens: c.scratch_bytes(tokens, context, threads),
+            lambda tokens: scratch_bytes(c, tokens, context, threads),
             min(settings.prefill_chunk, -(-context // LEAST_CHUNK) * LEAST_CHUNK),
             LEAST_CHUNK,
             memory_bytes=budget_bytes,

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ..batch import Batch
 from ..engine import LLM
 from ..errors import UsageError
-from ..ops import Ops
+from ..ops import F32, Ops
 
 __all__ = ["PHASES", "Profiler"]
 
@@ -70,9 +71,9 @@ class Profiler:
         llm.experts.reader = _Clock(llm.experts.reader, self, frozenset(("wait", "submit")))
         forward, fetch, resident = llm.model._forward, llm.experts.fetch, llm.experts.resident_block
 
-        def noted(batch: Any, *args: Any) -> Any:
+        def noted(batch: Batch, all_logits: bool) -> F32:
             begin, self._layer = time.perf_counter(), 0
-            result = forward(batch, *args)
+            result = forward(batch, all_logits)
             self.spans.append((begin, time.perf_counter(), int(batch.tokens.shape[0])))
             return result
 
@@ -86,7 +87,7 @@ class Profiler:
                 self._count(layer, experts)
             return block
 
-        llm.model._forward = noted
+        llm.model._forward = noted  # type: ignore[method-assign]
         llm.experts.fetch = counted  # type: ignore[method-assign]
         llm.experts.resident_block = counted_resident  # type: ignore[method-assign]
 

@@ -15,10 +15,13 @@ from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..config import format_bytes
 from ..engine import LLM
 from ..errors import BudgetError, UsageError
+from ..formats import MatrixFormat
+from ..formats.numbers import F32, I64, to_bf16
 from ..generate import prefill
 from ..kv_cache import AttentionState, KVCache
-from ..models.qwen3_5_moe import Config, weight_map
-from ..ops import F32, I64, MatrixFormat, Ops, Weight, to_bf16
+from ..layers import DecoderConfig
+from ..models import config_of, weight_map
+from ..ops import Ops, Weight
 from .costs import TokenCost, token_cost
 from .geometry import TRACE
 from .machine import arithmetic_peak, disk_rates, memory_bandwidth
@@ -39,14 +42,14 @@ def drop_page_cache(folder: Path) -> None:
             os.close(fd)
 
 
-def trunk_formats_of(checkpoint: Checkpoint, c: Config) -> dict[str, MatrixFormat]:
+def trunk_formats_of(checkpoint: Checkpoint, c: DecoderConfig) -> dict[str, MatrixFormat]:
     return {n: checkpoint.matrix_format(n, *s.shape) for n, s in weight_map(c).items() if s.kind == "matrix"}
 
 
 def checkpoint_cost(llm: LLM) -> TokenCost:
     """Of the checkpoint that is open."""
-    layout = llm.experts.store.layouts[0]
-    expert = sum(m.nbytes for m in layout.format.matrices)
+    layouts = llm.experts.store.layouts
+    expert = sum(m.nbytes for layout in layouts for m in layout.format.matrices) // len(layouts)
     return token_cost(llm.model_config, trunk_formats_of(llm.checkpoint, llm.model_config), expert, llm.top_k)
 
 
@@ -88,7 +91,7 @@ class _Traced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
-    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
+    def route(self, x: F32, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[F32, I64]:
         layer = self._layers.setdefault(id(weight), len(self._layers))
         begin, count = self._at.get(layer, 0), x.shape[0]
         self._at[layer] = begin + count
@@ -97,7 +100,7 @@ class _Traced:
         return np.full(selected.shape, 1 / top_k, np.float32), np.ascontiguousarray(selected)
 
 
-def read_trace(path: Path, c: Config) -> I64:
+def read_trace(path: Path, c: DecoderConfig) -> I64:
     """The routing trace beside a synthetic model: experts (tokens, layers, top_k), distinct in each row. Raises UsageError."""
     experts = load_trace(path).experts
     layers, top_k = c.num_hidden_layers, c.num_experts_per_tok
@@ -115,7 +118,7 @@ def _with_trace(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Options that make a model follow the trace in its folder, if there is one. Guesses would all be right then: none are made."""
     if not (path / TRACE).is_file():
         return options
-    c = Config.from_json(open_checkpoint(path).config, str(path))
+    c = config_of(open_checkpoint(path))
     trace = read_trace(path / TRACE, c)
 
     def instrument(ops: Ops) -> Ops:

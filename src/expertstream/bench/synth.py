@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from ..checkpoint.safetensors import header_bytes
 from ..config import format_bytes
 from ..engine import embedded_model
 from ..errors import UsageError
-from ..models.qwen3_5_moe import Config, weight_map
-from ..ops import ExpertFormat, MatrixFormat, to_bf16, to_f32
+from ..formats import Affine, Dense, ExpertFormat, MatrixFormat
+from ..formats.numbers import to_bf16, to_f32
+from ..layers import DecoderConfig
+from ..models import read_config, weight_map
 from ..ops.cpu import CpuOps
 from .geometry import TRACE
 from .traces import load_trace, save_trace
@@ -45,18 +47,20 @@ _MARK = ".synth"  # in a folder that is being written
 
 @dataclass(frozen=True)
 class Matrix:
-    """One random matrix as a checkpoint stores it, row after row. Dense: values (rows, cols) of bf16 bits, no scales."""
+    """One random matrix as a checkpoint stores it: its parts, row after row."""
 
     format: MatrixFormat
-    data: NDArray[np.uint8]
-    scales: NDArray[np.uint8]
-    biases: NDArray[np.uint8]
+    parts: tuple[NDArray[np.uint8], ...]
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.parts[0]
 
 
 class Synthesizer:
     """Draws matrices. Bytes come from a pool of random ones, at ever other places: as random as a benchmark needs, and far faster."""
 
-    def __init__(self, c: Config, policy: BitPolicy, routing: str, seed: int, scale_dtype: str) -> None:
+    def __init__(self, c: DecoderConfig, policy: BitPolicy, routing: str, seed: int, scale_dtype: str) -> None:
         self.config, self.policy, self.routing, self.scale_dtype = c, policy, routing, scale_dtype
         self.rng = np.random.default_rng(seed)
         self.pools: dict[int, NDArray[np.uint8]] = {}
@@ -78,24 +82,22 @@ class Synthesizer:
             at += step
         return out
 
-    def quantized(self, m: MatrixFormat, deviation: float) -> Matrix:
+    def quantized(self, m: Affine, deviation: float) -> Matrix:
         """Values of this standard deviation, scales within a factor of 1.25 either way."""
         groups = m.rows * m.cols // m.group_size
         step = deviation / _SPREAD[m.bits] * self.rng.uniform(0.8, 1.25, min(groups, 65536))
         scales = np.resize(_narrow(step, m.dtype), groups)
-        empty = np.empty(0, np.uint8)
-        biases = (
-            empty
-            if m.symmetric
-            else _narrow(-(1 << (m.bits - 1)) * to_f32(scales.view(np.uint8), m.dtype), m.dtype).view(np.uint8)
-        )
-        return Matrix(m, self._bytes(m.bits, m.data_bytes), scales.view(np.uint8), biases)
+        parts = self._bytes(m.bits, m.part_bytes[0]), scales.view(np.uint8)
+        if m.symmetric:
+            return Matrix(m, parts)
+        biases = _narrow(-(1 << (m.bits - 1)) * to_f32(scales.view(np.uint8), m.dtype), m.dtype).view(np.uint8)
+        return Matrix(m, (*parts, biases))
 
-    def matrix(self, module: str, m: MatrixFormat) -> Matrix:
+    def matrix(self, module: str, m: MatrixFormat, spec: WeightSpec) -> Matrix:
         """A trunk matrix by its role."""
         embedding, back = module == "model.embed_tokens", module.endswith(_BACK)
         deviation = 1.0 if embedding else m.cols**-0.5 * (0.3 if back else 1.0)
-        if m.quantized:
+        if isinstance(m, Affine):
             w = self.quantized(m, deviation)
             return self._with_constant_channel(w) if embedding else self._without_first_row(w) if back else w
         values = self.rng.standard_normal((m.rows, m.cols), np.float32) * np.float32(deviation)
@@ -103,11 +105,10 @@ class Synthesizer:
             values[:, 0] = 2.0
         elif back:
             values[0] = 0.0
-        elif module.endswith(".mlp.gate"):
+        elif spec.sensitive and m.rows == self.config.num_experts:
             values *= 2  # sharp enough that rounding does not often change who is chosen
             values[:, 0] = self._log_shares(m.rows)
-        empty = np.empty(0, np.uint8)
-        return Matrix(m, to_bf16(values).view(np.uint8).ravel(), empty, empty)
+        return Matrix(m, (to_bf16(values).view(np.uint8).ravel(),))
 
     def _log_shares(self, experts: int) -> Any:
         if self.routing != "zipf":
@@ -117,13 +118,13 @@ class Synthesizer:
 
     def _with_constant_channel(self, w: Matrix) -> Matrix:
         """Column 0 of every row the largest code, so that its values differ only as their scales do."""
-        w.data.reshape(w.format.rows, -1)[:, 0] |= (1 << w.format.bits) - 1
+        w.data.reshape(w.format.rows, -1)[:, 0] |= (1 << w.format.kernel.bits) - 1
         return w
 
     def _without_first_row(self, w: Matrix) -> Matrix:
         """Row 0, which writes to channel 0 of the residual stream, all zero."""
-        middle = 1 << (w.format.bits - 1)
-        byte = sum(middle << shift for shift in range(0, 8, w.format.bits))
+        middle = 1 << (w.format.kernel.bits - 1)
+        byte = sum(middle << shift for shift in range(0, 8, w.format.kernel.bits))
         w.data[: w.data.size // w.format.rows] = byte
         return w
 
@@ -133,7 +134,7 @@ class Synthesizer:
             return np.log(self.rng.uniform(1, 16, spec.shape)).astype(np.float32)
         if name.endswith("dt_bias"):
             return np.full(spec.shape, -4, np.float32)
-        if name.endswith("linear_attn.norm.weight"):
+        if spec.kind == "vector" and name.endswith("norm.weight"):
             return np.ones(spec.shape, np.float32)
         if spec.kind == "conv":
             return self.rng.standard_normal(spec.shape, np.float32) * np.float32(0.5)
@@ -143,6 +144,7 @@ class Synthesizer:
         """gate, up and down of one expert, for ever."""
         while True:
             for i, m in enumerate(format.matrices):
+                assert isinstance(m, Affine)
                 w = self.quantized(m, m.cols**-0.5 * (0.3 if i == 2 else 1.0))
                 yield self._without_first_row(w) if i == 2 else w
 
@@ -151,28 +153,33 @@ def _narrow(values: Any, dtype: str) -> NDArray[Any]:
     return to_bf16(np.asarray(values, np.float32)) if dtype == "bf16" else np.asarray(values, np.float16)
 
 
-def _dense(rows: int, cols: int) -> MatrixFormat:
-    return MatrixFormat(rows, cols, 16, 0, "bf16")
-
-
 def _with_scales(m: MatrixFormat, dtype: str) -> MatrixFormat:
-    return MatrixFormat(m.rows, m.cols, m.bits, m.group_size, dtype, m.symmetric) if m.quantized else m
+    return replace(m, dtype=dtype) if isinstance(m, Affine) else m
 
 
-def trunk_formats(c: Config, policy: BitPolicy, scale_dtype: str) -> dict[str, MatrixFormat]:
+def trunk_formats(c: DecoderConfig, policy: BitPolicy, scale_dtype: str) -> dict[str, MatrixFormat]:
     """module → format of every trunk matrix."""
     return {
-        name: _with_scales(quantized_format(_dense(*spec.shape), policy.trunk_bits_of(name), policy), scale_dtype)
+        name: _with_scales(
+            quantized_format(Dense(*_two(spec.shape), "bf16"), policy.trunk_bits_of(spec), policy), scale_dtype
+        )
         for name, spec in weight_map(c).items()
         if spec.kind == "matrix"
     }
 
 
-def expert_format(c: Config, policy: BitPolicy, scale_dtype: str) -> ExpertFormat:
-    shapes = ((c.moe_intermediate_size, c.hidden_size),) * 2 + ((c.hidden_size, c.moe_intermediate_size),)
-    return ExpertFormat(
-        *(_with_scales(quantized_format(_dense(*shape), policy.bits, policy), scale_dtype) for shape in shapes)
+def expert_format(c: DecoderConfig, policy: BitPolicy, scale_dtype: str) -> ExpertFormat:
+    spec = c.experts[0]
+    gate, up, down = (
+        _with_scales(quantized_format(Dense(*shape, "bf16"), policy.bits, policy), scale_dtype)
+        for shape in spec.shapes.values()
     )
+    return ExpertFormat(gate, up, down, spec.activation, "f32" if spec.biased else "")
+
+
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows, cols = shape
+    return rows, cols
 
 
 def write_synthetic(
@@ -198,7 +205,7 @@ def write_synthetic(
     for path in (folder, gguf):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path.absolute().parent}: no such folder")
-    c = Config.from_json(config, str(folder))
+    c = read_config(config, str(folder))
     dtype = "f16" if policy.symmetric else "bf16"
     synthesizer = Synthesizer(c, policy, routing, seed, dtype)
     ops, formats, experts = CpuOps(threads), trunk_formats(c, policy, dtype), expert_format(c, policy, dtype)
@@ -221,9 +228,9 @@ def write_synthetic(
     (work / _MARK).touch()
     twin = None
     if gguf is not None:
-        from .gguf_twin import GGUFTwin
+        from .gguf_twin import GGUFTwin, config_for_twin
 
-        twin = GGUFTwin(gguf, c, formats, experts, embedded_model())
+        twin = GGUFTwin(gguf, config_for_twin(c), formats, experts, embedded_model())
     done = 0
 
     def advance(count: int) -> None:
@@ -238,7 +245,7 @@ def write_synthetic(
         with (work / experts_file(layer)).open("wb") as file:
             records = _records(synthesizer, experts, c.num_experts, ops, twin, layer, advance)
             layers.append(write_records(file, layer, c.num_experts, experts, records))
-    table = {name: {"bits": m.bits, "group_size": m.group_size} for name, m in formats.items() if m.quantized}
+    table = {name: {"bits": m.bits, "group_size": m.group_size} for name, m in formats.items() if isinstance(m, Affine)}
     quantization = {"bits": policy.bits, "group_size": policy.group_size, **table}
     (work / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -257,7 +264,7 @@ def write_synthetic(
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _plan_trunk(c: Config, formats: dict[str, MatrixFormat]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+def _plan_trunk(c: DecoderConfig, formats: dict[str, MatrixFormat]) -> dict[str, tuple[str, tuple[int, ...], int]]:
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     names = {"bf16": "BF16", "f16": "F16"}
     for name, spec in weight_map(c).items():
@@ -266,17 +273,19 @@ def _plan_trunk(c: Config, formats: dict[str, MatrixFormat]) -> dict[str, tuple[
             continue
         m = formats[name]
         if not m.quantized:
-            tensors[f"{name}.weight"] = ("BF16", (m.rows, m.cols), m.data_bytes)
+            tensors[f"{name}.weight"] = ("BF16", (m.rows, m.cols), m.nbytes)
             continue
-        tensors[f"{name}.weight"] = ("U32", (m.rows, m.cols * m.bits // 32), m.data_bytes)
-        for suffix in ("scales",) if m.symmetric else ("scales", "biases"):
-            tensors[f"{name}.{suffix}"] = (names[m.dtype], (m.rows, m.cols // m.group_size), m.scale_bytes)
+        k = m.kernel
+        tensors[f"{name}.weight"] = ("U32", (m.rows, m.cols * k.bits // 32), m.part_bytes[0])
+        for part in m.parts[1:]:
+            shape = (m.rows, m.cols // k.group_size)
+            tensors[f"{name}.{part.name}"] = (names[k.dtype], shape, m.rows * part.row_bytes)
     return tensors
 
 
 def _write_trunk(
     file: Any,
-    c: Config,
+    c: DecoderConfig,
     formats: dict[str, MatrixFormat],
     tensors: dict[str, tuple[str, tuple[int, ...], int]],
     synthesizer: Synthesizer,
@@ -288,8 +297,8 @@ def _write_trunk(
     names = iter(tensors)
     for name, spec in weight_map(c).items():
         if spec.kind == "matrix":
-            w = synthesizer.matrix(name, formats[name])
-            parts = [part for part in (w.data, w.scales, w.biases) if part.size]
+            w = synthesizer.matrix(name, formats[name], spec)
+            parts = list(w.parts)
             if twin is not None:
                 twin.matrix(name, w)
         else:
@@ -316,16 +325,16 @@ def _records(
     offsets, record_bytes = record_pieces(format)
     draw = synthesizer.experts(format)
     for expert in range(count):
-        record = np.zeros(record_bytes, np.uint8)
+        record, at = np.zeros(record_bytes, np.uint8), iter(offsets)  # biases stay 0
         for i, m in enumerate(format.matrices):
             w = next(draw)
             if twin is not None:
                 twin.expert(layer, expert, i, w)
             # Random rows are random tiles; only a twin needs them to hold the same values.
-            parts = (
-                ops.tiled(m, w.data, w.scales, w.biases) if twin is not None or i == 2 else (w.data, w.scales, w.biases)
-            )
-            for at, part in zip(offsets[3 * i : 3 * i + 3], parts, strict=True):
-                record[at : at + part.size] = part
+            for part in ops.tiled(m, w.parts) if twin is not None or i == 2 else w.parts:
+                begin = next(at)
+                record[begin : begin + part.size] = part
+            if format.bias_dtype:
+                next(at)
         yield record
         advance(record_bytes)

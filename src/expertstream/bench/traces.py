@@ -121,8 +121,8 @@ class _Recorder:
     def begin_text(self) -> None:
         self._starts.append(sum(map(len, self._chosen[0])) if self._chosen else 0)
 
-    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
-        weights, selected = self._inner.route(x, weight, top_k)
+    def route(self, x: F32, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[F32, I64]:
+        weights, selected = self._inner.route(x, weight, top_k, renormalize)
         layer = self._layers.setdefault(id(weight), len(self._layers))
         if layer == len(self._chosen):
             self._chosen.append([])

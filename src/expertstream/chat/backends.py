@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from ..engine import LLM
 from ..errors import ExpertStreamError, RequestError, UsageError
-from ..text.output import CallDelta, CallEnd, Content, OutputParser, Reasoning
+from ..text.output import CallDelta, CallEnd, Content, Reasoning
 
 __all__ = ["Answered", "Backend", "FunctionCall", "LocalBackend", "RemoteBackend", "ServerError"]
 
@@ -89,7 +89,8 @@ class LocalBackend:
         pieces = llm.session().generate(
             tokens, llm.sampling_params(**given), lambda done: progress(done, total), control_tokens=True
         )
-        parser = OutputParser(tools, reasoning=prompt.text.rstrip().endswith("<think>"))
+        family = llm.tokenizer.family
+        parser = family.parser(tools, reasoning=family.reasons(prompt.text))
         answered = Answered()
         for piece in pieces:
             stats = piece.stats

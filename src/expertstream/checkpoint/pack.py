@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from ..files import read_text
-from ..ops import ExpertFormat, MatrixFormat
-from .format import ALIGNMENT, MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, TensorInfo, record_pieces
+from ..formats import ExpertFormat, matrix_from_json
+from .format import ALIGNMENT, MANIFEST, PACK_FORMAT, PACK_VERSION, ExpertLayout, ExpertSpec, TensorInfo, record_pieces
 from .safetensors import header_bytes
 
 __all__ = ["TRUNK", "check_trunk", "expert_layout", "experts_file", "read_manifest", "write_records"]
@@ -57,10 +57,9 @@ def check_trunk(manifest: dict[str, Any], info: TensorInfo, data: NDArray[np.uin
         )
 
 
-def expert_layout(
-    path: Path, manifest: dict[str, Any], layer: int, num_experts: int, inner: int, hidden: int
-) -> ExpertLayout:
+def expert_layout(path: Path, manifest: dict[str, Any], layer: int, spec: ExpertSpec) -> ExpertLayout:
     """One layer's entry of the manifest, checked against the model's sizes and the file's."""
+    num_experts, inner, hidden = spec.count, spec.inner, spec.hidden
     where = f"{path / MANIFEST}: layer {layer}"
     layers = manifest["layers"]
     if layer >= len(layers) or not isinstance(layers[layer], dict):
@@ -68,15 +67,19 @@ def expert_layout(
     entry = layers[layer]
     try:
         name, data_offset, record_bytes = entry["file"], entry["data_offset"], entry["record_bytes"]
-        matrices = [MatrixFormat(**entry["matrices"][part]) for part in ("gate", "up", "down")]
+        matrices = [matrix_from_json(entry["matrices"][part]) for part in ("gate", "up", "down")]
         checksums = entry["checksums"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: incomplete entry: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     if not isinstance(name, str) or Path(name).name != name:
         raise CheckpointError(f"{where}: {name!r} is not a file name")
     for m, (rows, cols) in zip(matrices, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
-        _check_matrix(where, m, rows, cols)
-    format = ExpertFormat(*matrices)
+        if (m.rows, m.cols) != (rows, cols):
+            raise CheckpointError(f"{where}: a matrix of shape {(m.rows, m.cols)}, expected {(rows, cols)}")
+    gate, up, down = matrices
+    format = ExpertFormat(gate, up, down, spec.activation, "f32" if spec.biased else "")
     if manifest["version"] == 2 and any(m.part_bytes != m.tiled_bytes for m in matrices):
         raise CheckpointError(
             f"{where}: version 2 packs of matrices with {inner} or {hidden} rows are damaged; convert the checkpoint again"
@@ -139,22 +142,6 @@ def write_records(
         "file": experts_file(layer),
         "data_offset": len(header),
         "record_bytes": record_bytes,
-        "matrices": dict(zip(("gate", "up", "down"), map(vars, format.matrices), strict=True)),
+        "matrices": {part: m.to_json() for part, m in zip(("gate", "up", "down"), format.matrices, strict=True)},
         "checksums": checksums,
     }
-
-
-def _check_matrix(where: str, m: MatrixFormat, rows: int, cols: int) -> None:
-    numbers = all(type(n) is int for n in (m.rows, m.cols, m.bits, m.group_size))
-    affine = (
-        numbers
-        and m.bits in (2, 4, 8)
-        and m.group_size in (32, 64, 128)
-        and cols % m.group_size == 0
-        and type(m.symmetric) is bool
-    )
-    dense = numbers and m.bits == (32 if m.dtype == "f32" else 16) and m.group_size == 0
-    if m.dtype not in ("f32", "f16", "bf16") or not (affine or (dense and m.symmetric is False)):
-        raise CheckpointError(f"{where}: unknown quantization: {m}")
-    if (m.rows, m.cols) != (rows, cols):
-        raise CheckpointError(f"{where}: a matrix of shape {(m.rows, m.cols)}, expected {(rows, cols)}")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CheckpointError
-from ..ops import DTYPE_BYTES, F32, MatrixFormat
+from ..formats import Affine, Dense, MatrixFormat
+from ..formats.numbers import DTYPE_BYTES, F32
+from .format import WeightSpec
 
 __all__ = ["BitPolicy", "check_finite", "quantized_format", "row_blocks"]
 
@@ -19,9 +21,8 @@ BLOCK_ELEMENTS = 4 << 20  # of one piece of a matrix while it is quantized: 16 M
 class BitPolicy:
     """bits of the experts, trunk_bits of the trunk's matrices; 16 leaves them as they are.
 
-    Small and sensitive matrices are never quantized: the router and the shared expert's gate decide which experts run, and
-    in_proj_a and in_proj_b how long the recurrent state remembers; together they are under 1 % of a model's bytes.
-    docs/quantization.md has the perplexities behind the defaults.
+    Matrices that a model calls sensitive (WeightSpec) are never quantized. docs/quantization.md has the perplexities behind the
+    defaults.
     """
 
     bits: int = 4
@@ -29,22 +30,22 @@ class BitPolicy:
     trunk_bits: int = 8
     symmetric: bool = False  # no bias: 16 bits less a group
 
-    def trunk_bits_of(self, module: str) -> int:
-        keep = (".mlp.gate", ".shared_expert_gate", ".in_proj_a", ".in_proj_b")
-        return 16 if module.endswith(keep) else self.trunk_bits
+    def trunk_bits_of(self, spec: WeightSpec) -> int:
+        return 16 if spec.sensitive else self.trunk_bits
 
 
 def quantized_format(dense: MatrixFormat, bits: int, policy: BitPolicy) -> MatrixFormat:
-    """The format after quantizing to `bits`: dense stays if bits is 16, or if no group of 32 or more divides its columns."""
+    """The format after quantizing to `bits`: dense stays if bits is 16, or if no group of 32 or more divides its columns; what is
+    quantized stays as it is."""
     group_size = policy.group_size
     while group_size >= 32 and dense.cols % group_size:
         group_size //= 2
-    if bits == 16 or group_size < 32:
+    if dense.quantized or bits == 16 or group_size < 32:
         return dense
-    return MatrixFormat(dense.rows, dense.cols, bits, group_size, "bf16", policy.symmetric)
+    return Affine(dense.rows, dense.cols, bits, group_size, "bf16", policy.symmetric)
 
 
-def row_blocks(m: MatrixFormat) -> Iterator[tuple[int, int, int, int]]:
+def row_blocks(m: Dense) -> Iterator[tuple[int, int, int, int]]:
     """(first row, end row, first byte, end byte) of pieces of a dense matrix."""
     rows = max(1, BLOCK_ELEMENTS // m.cols)
     row_bytes = m.cols * DTYPE_BYTES[m.dtype]

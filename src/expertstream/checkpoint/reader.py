@@ -13,15 +13,18 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import CheckpointError
 from ..files import read_text
-from ..ops import F32, ExpertFormat, MatrixFormat, Weight, to_f32
+from ..formats import AFFINE_BITS, AFFINE_GROUPS, MXFP4, MXFP4_GROUP, Affine, Dense, MatrixFormat
+from ..formats.numbers import F32, to_f32
+from ..ops import Weight
 from . import pack
-from .format import MANIFEST, ExpertLayout, TensorInfo, WeightSpec
+from .format import MANIFEST, ExpertLayout, ExpertSpec, TensorInfo, WeightSpec
+from .layouts import find_experts
 from .safetensors import read_header, read_tensor
 
 __all__ = ["FLOATS", "Checkpoint", "open_checkpoint", "read_json"]
@@ -32,6 +35,8 @@ _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
 )
 _SKIPPED = re.compile(r"(?:model\.|language_model\.)?(visual|vision_tower|mtp)\.")
+_MODES = ("affine", "mxfp4")
+_STACKED = re.compile(r"\.switch_mlp\.|\.experts\.gate_proj\.")
 FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
@@ -57,6 +62,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+class Quantization(NamedTuple):
+    """How MLX's table says that a matrix is stored."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    @property
+    def known(self) -> bool:
+        if self.mode == "mxfp4":
+            return (self.bits, self.group_size) == (4, MXFP4_GROUP)
+        return self.mode == "affine" and self.bits in AFFINE_BITS and self.group_size in AFFINE_GROUPS
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An open checkpoint. `tensors` are by canonical name, experts of a pack apart."""
@@ -67,7 +86,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     skipped: dict[str, int]  # what is left out: vision, MTP → number of tensors
-    quantization: dict[str, tuple[int, int]]  # module or "" (default) → bits, group_size
+    quantization: dict[str, Quantization]  # module or "" (default)
     manifest: dict[str, Any] | None = None
 
     def fingerprint(self) -> str:
@@ -89,11 +108,11 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.path}: missing tensor {name}") from None
 
-    def _check_shape(self, info: TensorInfo, expected: tuple[int, ...]) -> None:
+    def check_shape(self, info: TensorInfo, expected: tuple[int, ...]) -> None:
         if info.shape != expected:
             raise CheckpointError(f"{info.file}: tensor {info.name} has shape {info.shape}, expected {expected}")
 
-    def _float(self, info: TensorInfo) -> str:
+    def float_dtype(self, info: TensorInfo) -> str:
         if info.dtype not in FLOATS:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected one of {', '.join(FLOATS)}"
@@ -105,31 +124,34 @@ class Checkpoint:
         lead = (stack,) if stack else ()
         info = self.tensor(f"{module}.weight")
         if f"{module}.scales" not in self.tensors:
-            dtype = self._float(info)
-            self._check_shape(info, (*lead, rows, cols))
-            return MatrixFormat(rows, cols, 32 if dtype == "f32" else 16, 0, dtype)
-        bits, group = self.quantization.get(module) or self.quantization.get("") or (0, 0)
-        if bits not in (2, 4, 8) or group not in (32, 64, 128):
+            self.check_shape(info, (*lead, rows, cols))
+            return Dense(rows, cols, self.float_dtype(info))
+        q = self.quantization.get(module) or self.quantization.get("") or Quantization(0, 0)
+        if not q.known:
             raise CheckpointError(
-                f"{self.path}: {module} is quantized with {bits} bits in groups of {group}; "
+                f"{self.path}: {module} is quantized with {q.bits} bits in groups of {q.group_size}; "
                 "2, 4 and 8 bits in groups of 32, 64 and 128 can be read"
             )
-        if info.dtype != "U32" or cols % group:
+        if info.dtype != "U32" or cols % q.group_size:
             raise CheckpointError(
-                f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected U32 for {bits}-bit weights"
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}, expected U32 for {q.bits}-bit weights"
             )
         scales = self.tensor(f"{module}.scales")
-        self._check_shape(info, (*lead, rows, cols * bits // 32))
-        self._check_shape(scales, (*lead, rows, cols // group))
+        self.check_shape(info, (*lead, rows, cols * q.bits // 32))
+        self.check_shape(scales, (*lead, rows, cols // q.group_size))
+        if q.mode == "mxfp4":
+            if scales.dtype != "U8":
+                raise CheckpointError(f"{scales.file}: tensor {scales.name} has dtype {scales.dtype}, expected U8")
+            return MXFP4(rows, cols)
         if self.manifest is not None and f"{module}.biases" not in self.tensors:
-            return MatrixFormat(rows, cols, bits, group, self._float(scales), symmetric=True)
+            return Affine(rows, cols, q.bits, q.group_size, self.float_dtype(scales), symmetric=True)
         biases = self.tensor(f"{module}.biases")
-        self._check_shape(biases, (*lead, rows, cols // group))
+        self.check_shape(biases, (*lead, rows, cols // q.group_size))
         if scales.dtype != biases.dtype:
             raise CheckpointError(
                 f"{biases.file}: tensor {biases.name} has dtype {biases.dtype}, its scales {scales.dtype}"
             )
-        return MatrixFormat(rows, cols, bits, group, self._float(scales))
+        return Affine(rows, cols, q.bits, q.group_size, self.float_dtype(scales))
 
     def read(self, info: TensorInfo) -> Any:
         """A tensor's bytes, against the manifest's checksum where there is one."""
@@ -141,22 +163,16 @@ class Checkpoint:
     def weight(self, module: str, spec: WeightSpec) -> Weight:
         """A trunk matrix as stored."""
         format = self.matrix_format(module, *spec.shape)
-        empty = np.empty(0, np.uint8)
-        scales, biases = empty, empty
-        if format.quantized:
-            scales = self.read(self.tensor(f"{module}.scales"))
-            if not format.symmetric:
-                biases = self.read(self.tensor(f"{module}.biases"))
-        return Weight(format, self.read(self.tensor(f"{module}.weight")), scales, biases)
+        return Weight(format, tuple(self.read(self.tensor(f"{module}.{part.name}")) for part in format.parts))
 
     def vector(self, name: str, spec: WeightSpec) -> F32:
         """A trunk tensor that is not a matrix as float32: norms with their +1, convolutions as (kernel, channels)."""
         info = self.tensor(name)
-        dtype = self._float(info)
+        dtype = self.float_dtype(info)
         expected = spec.shape
         if spec.kind == "conv" and self.convention == "mlx":
             expected = (spec.shape[0], spec.shape[2], spec.shape[1])
-        self._check_shape(info, expected)
+        self.check_shape(info, expected)
         data = self.read(info)
         values = to_f32(data, dtype)
         if spec.kind == "conv":
@@ -171,93 +187,16 @@ class Checkpoint:
         names = (name + suffix for name, spec in specs.items() for suffix in suffixes.get(spec.kind, ("",)))
         return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
 
-    def experts(self, layer: int, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
-        """Where the routed experts of a layer lie: gate, up (inner, hidden), down (hidden, inner)."""
-        layout = self._experts(layer, num_experts, inner, hidden)
-        gate, up = layout.format.gate, layout.format.up
-        if (gate.bits, gate.group_size, gate.symmetric) != (up.bits, up.group_size, up.symmetric):
+    def experts(self, layer: int, spec: ExpertSpec) -> ExpertLayout:
+        """Where the routed experts of a layer lie."""
+        m = self.manifest
+        layout = find_experts(self, layer, spec) if m is None else pack.expert_layout(self.path, m, layer, spec)
+        gate, up = layout.format.gate.kernel, layout.format.up.kernel
+        if (gate.bits, gate.group_size, gate.codes) != (up.bits, up.group_size, up.codes):
             raise CheckpointError(
                 f"{self.path}: layer {layer}: gate and up of the experts have different bits or groups"
             )
         return layout
-
-    def _experts(self, layer: int, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
-        if self.manifest is not None:
-            return pack.expert_layout(self.path, self.manifest, layer, num_experts, inner, hidden)
-        prefix = f"model.layers.{layer}.mlp"
-        if f"{prefix}.switch_mlp.gate_proj.weight" in self.tensors:
-            return self._stacked_experts(layer, f"{prefix}.switch_mlp", num_experts, inner, hidden)
-        if f"{prefix}.experts.0.gate_proj.weight" in self.tensors:
-            return self._separate_experts(layer, f"{prefix}.experts", num_experts, inner, hidden)
-        return self._fused_experts(layer, f"{prefix}.experts", num_experts, inner, hidden)
-
-    def _layout(
-        self,
-        layer: int,
-        num_experts: int,
-        format: ExpertFormat,
-        parts: list[list[TensorInfo]],
-        lengths: list[int],
-        pieces: list[tuple[int, int]],
-        stacked: bool,
-    ) -> ExpertLayout:
-        """parts: R lists, each of one tensor that holds all experts (stacked) or of one tensor an expert."""
-        files = sorted({t.file for p in parts for t in p})
-        index = {file: i for i, file in enumerate(files)}
-        shape = (num_experts, len(parts))
-        file_index, offsets = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        for r, (tensors, length) in enumerate(zip(parts, lengths, strict=True)):
-            for e in range(num_experts):
-                tensor = tensors[0] if stacked else tensors[e]
-                file_index[e, r] = index[tensor.file]
-                offsets[e, r] = tensor.offset + (e * length if stacked else 0)
-        return ExpertLayout(layer, format, tuple(files), file_index, offsets, tuple(lengths), tuple(pieces))
-
-    def _stacked_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
-        shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        formats = [self.matrix_format(f"{prefix}.{name}", *shape, stack=num_experts) for name, shape in shapes.items()]
-        parts: list[list[TensorInfo]] = []
-        lengths, pieces = [], []
-        for name, m in zip(shapes, formats, strict=True):
-            for suffix, size in zip(("weight", "scales", "biases"), m.part_bytes, strict=True):
-                if size:
-                    pieces.append((len(parts), 0))
-                    parts.append([self.tensor(f"{prefix}.{name}.{suffix}")])
-                    lengths.append(size)
-                else:
-                    pieces.append((len(parts) - 1, 0))
-        return self._layout(layer, num_experts, ExpertFormat(*formats), parts, lengths, pieces, stacked=True)
-
-    def _separate_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
-        shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        parts: list[list[TensorInfo]] = []
-        formats, lengths, pieces = [], [], []
-        for name, shape in shapes.items():
-            per_expert = [self.matrix_format(f"{prefix}.{e}.{name}", *shape) for e in range(num_experts)]
-            if len(set(per_expert)) > 1 or per_expert[0].quantized:
-                raise CheckpointError(
-                    f"{self.path}: layer {layer}: {name} of the experts must be dense and of one dtype"
-                )
-            formats.append(per_expert[0])
-            pieces += [(len(parts), 0)] * 3
-            parts.append([self.tensor(f"{prefix}.{e}.{name}.weight") for e in range(num_experts)])
-            lengths.append(per_expert[0].data_bytes)
-        return self._layout(layer, num_experts, ExpertFormat(*formats), parts, lengths, pieces, stacked=False)
-
-    def _fused_experts(self, layer: int, prefix: str, num_experts: int, inner: int, hidden: int) -> ExpertLayout:
-        gate_up, down = self.tensor(f"{prefix}.gate_up_proj"), self.tensor(f"{prefix}.down_proj")
-        self._check_shape(gate_up, (num_experts, 2 * inner, hidden))
-        self._check_shape(down, (num_experts, hidden, inner))
-        formats = []
-        for info, rows, cols in ((gate_up, inner, hidden), (gate_up, inner, hidden), (down, hidden, inner)):
-            dtype = self._float(info)
-            formats.append(MatrixFormat(rows, cols, 32 if dtype == "f32" else 16, 0, dtype))
-        half = formats[0].data_bytes
-        pieces = [(0, 0)] * 3 + [(0, half)] * 3 + [(1, 0)] * 3
-        lengths = [2 * half, formats[2].data_bytes]
-        return self._layout(
-            layer, num_experts, ExpertFormat(*formats), [[gate_up], [down]], lengths, pieces, stacked=True
-        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -286,7 +225,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if manifest is not None:
         kind, convention = "pack", manifest["convention"]
     else:
-        kind = convention = "mlx" if any(".switch_mlp." in name for name in tensors) else "hf"
+        kind = convention = "mlx" if any(_STACKED.search(name) for name in tensors) else "hf"
     return Checkpoint(path, kind, convention, config, tensors, skipped, _quantization(path, config), manifest)
 
 
@@ -314,24 +253,29 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _quantization(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """MLX's table: default bits and group size, and overrides by module."""
+def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Quantization]:
+    """MLX's table: default bits, group size and mode, and overrides by module."""
     table = config.get("quantization")
     other = config.get("quantization_config")
     if table is None:
-        if isinstance(other, dict):
+        if isinstance(other, dict) and other.get("quant_method") != "mxfp4":
             method = other.get("quant_method", "an unnamed method")
             raise CheckpointError(
                 f"{path}: quantization {method!r} is not supported; take the BF16 release or an MLX affine conversion of this model"
             )
         return {}
-    if not isinstance(table, dict) or table.get("mode", "affine") != "affine":
-        mode = table.get("mode") if isinstance(table, dict) else table
-        raise CheckpointError(f"{path}: unknown quantization {mode!r} in config.json; affine is supported")
-    found: dict[str, tuple[int, int]] = {}
+    if not isinstance(table, dict) or table.get("mode", "affine") not in _MODES:
+        said = table.get("mode") if isinstance(table, dict) else table
+        raise CheckpointError(f"{path}: unknown quantization {said!r} in config.json; affine and mxfp4 are supported")
+    found: dict[str, Quantization] = {}
     for module, entry in {"": table, **{k: v for k, v in table.items() if isinstance(v, dict)}}.items():
-        bits, group = entry.get("bits", table.get("bits")), entry.get("group_size", table.get("group_size"))
-        if entry.get("mode", "affine") != "affine" or type(bits) is not int or type(group) is not int:
+        bits: Any = entry.get("bits", table.get("bits"))
+        group: Any = entry.get("group_size", table.get("group_size"))
+        # An entry with bits of its own is affine unless it says otherwise, whatever the default is.
+        default: Any = "affine" if entry is not table and "bits" in entry else table.get("mode", "affine")
+        mode: Any = entry.get("mode", default)
+        known = mode in _MODES and type(bits) is int and type(group) is int
+        if not known or (mode == "mxfp4" and not Quantization(bits, group, mode).known):
             raise CheckpointError(f"{path}: unknown quantization of {module or 'the model'} in config.json: {entry}")
-        found[canonical(f"{module}.").removesuffix(".")] = (bits, group)
+        found[canonical(f"{module}.").removesuffix(".")] = Quantization(bits, group, mode)
     return found

@@ -9,48 +9,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from .. import _native
+from ..checkpoint.format import ExpertLayout, make_record, record_pieces
 from ..errors import ReadError, RequestError
-from ..ops import I64, ExpertBlock, ExpertFormat
+from ..ops import ExpertBlock, Ops
+from .fetch import Fetch, Load
 from .policy import make_policy
 from .prefetch import Prefetcher
 from .stats import ExpertStats
 from .store import ExpertStore
 
-__all__ = ["ExpertCache", "Fetch", "Part"]
-
-_TOGETHER = 32  # experts of a long prompt that are computed at once: what they give stays in the processor's cache
-
-
-@dataclass(frozen=True)
-class Part:
-    """Experts that are ready: positions in the ids asked for, ascending, and where they lie."""
-
-    positions: list[int]
-    block: ExpertBlock
-
-
-@dataclass
-class _Load:
-    """An expert on its way into a slot."""
-
-    layer: int
-    position: int
-    expert: int
-    slot: int
-    cached: bool  # stays resident when it has arrived
-    pending: int  # reads still to come
-    cached_bytes: int = 0
-    bytes: int = 0
-    error: int = 0  # of a read ahead of its time: told when somebody asks for the expert
+__all__ = ["ExpertCache"]
 
 
 class ExpertCache:
@@ -65,12 +40,12 @@ class ExpertCache:
         reader: Any,
         residency: str,
         verify: str,
-        tile: Callable[[ExpertFormat, Any, I64], None],
+        ops: Ops,
         ahead_slots: int = 0,
         pressure: Callable[[], int] = lambda: 0,
     ) -> None:
         """slots: all of them, ring_slots of which belong to the ring, and ahead_slots of these to experts that are read before they
-        are asked for. reader: a _native.Reader. tile: Ops.tile, for checkpoints whose experts do not lie as the kernels want them.
+        are asked for. reader: a _native.Reader. ops: puts experts as its kernels want them where a checkpoint does not.
         pressure: bytes that others need of us (positive), or that we could have (negative); 0 to leave everything as it is."""
         self.store, self.reader, self.residency = store, reader, residency
         self.arena = _native.Arena(slots * store.slot_bytes)
@@ -93,14 +68,13 @@ class ExpertCache:
         self._policies = [make_policy(policy) for _ in range(layers)]
         self._slots = slots
         self._busy = False  # between the beginning of a fetch and its orderly end
-        self._offsets = np.zeros((slots, 9), np.int64)
-        self._loads: dict[int, _Load] = {}  # by tag
-        self._ahead: dict[
-            tuple[int, int], _Load
-        ] = {}  # by layer and expert: read, or being read, and not yet asked for
-        self._wrong: list[_Load] = []  # read ahead, not asked for, still on their way
+        self._offsets = np.zeros((slots, max(len(layout.format.parts) for layout in store.layouts)), np.int64)
+        self._loads: dict[int, Load] = {}  # by tag
+        self._ahead: dict[tuple[int, int], Load] = {}  # by layer and expert: read, or being read, and not yet asked for
+        self._wrong: list[Load] = []  # read ahead, not asked for, still on their way
         self._next_tag = 0
-        self._verify, self._tile = verify, tile
+        self._parts = [len(layout.format.parts) for layout in store.layouts]
+        self._verify, self._ops = verify, ops
         self._verified: list[set[int]] = [set() for _ in range(layers)]
 
     @property
@@ -141,7 +115,7 @@ class ExpertCache:
             if len(self._ahead) + len(self._wrong) >= self.prefetcher.most or not self._free_ring:
                 break
             if expert not in self._resident[layer] and (layer, expert) not in self._ahead:
-                load = _Load(layer, -1, expert, self._free_ring.pop(), cached=False, pending=1)
+                load = Load(layer, -1, expert, self._free_ring.pop(), cached=False, pending=1)
                 self._ahead[layer, expert] = load
                 loads.append(load)
         self.start(layer, loads)
@@ -273,7 +247,7 @@ class ExpertCache:
             return self._free_ring.pop(), False
         return None
 
-    def claim(self, layer: int, expert: int, position: int, slot: int, cached: bool) -> _Load | None:
+    def claim(self, layer: int, expert: int, position: int, slot: int, cached: bool) -> Load | None:
         """An expert that was read ahead, now asked for: it stays where it is, and the slot that was taken for it takes that one's
         place. None if it was not."""
         load = self._ahead.pop((layer, expert), None)
@@ -294,15 +268,15 @@ class ExpertCache:
             else:
                 self._free_ring.append(load.slot)
 
-    def give_back(self, load: _Load) -> None:
+    def give_back(self, load: Load) -> None:
         """The slot of a load that is done with; a cached one stays."""
         if not load.cached:
             self._free_ring.append(load.slot)
 
     def block(self, layer: int, slots: list[int]) -> ExpertBlock:
-        return ExpertBlock(self.store.layouts[layer].format, self.arena, self._offsets[slots])
+        return ExpertBlock(self.store.layouts[layer].format, self.arena, self._offsets[slots, : self._parts[layer]])
 
-    def start(self, layer: int, loads: list[_Load]) -> None:
+    def start(self, layer: int, loads: list[Load]) -> None:
         """Issues every read of these experts at once."""
         if not loads:
             return
@@ -310,7 +284,7 @@ class ExpertCache:
         for load in loads:
             base = load.slot * self.store.slot_bytes
             plan = self.store.plan(layer, load.expert)
-            self._offsets[load.slot] = plan.pieces
+            self._offsets[load.slot, : self._parts[layer]] = plan.pieces
             self._offsets[load.slot] += base
             for read in plan.reads:
                 file = self.store.file(layer, read.file)
@@ -321,7 +295,7 @@ class ExpertCache:
             load.pending = len(plan.reads)
         self.reader.submit(self.arena, np.array(requests, np.int64), np.array(dests, np.int64))
 
-    def wait(self, layer: int, at_least: int) -> list[_Load]:
+    def wait(self, layer: int, at_least: int) -> list[Load]:
         """Experts that have arrived, checked; blocks until at least `at_least` reads are done."""
         if not self.reader.pending:
             raise RuntimeError("a fetch waits but nothing is being read")
@@ -347,15 +321,15 @@ class ExpertCache:
         counters.max_in_flight = max(counters.max_in_flight, self.reader.take_peak())
         return arrived
 
-    def admit(self, load: _Load) -> None:
+    def admit(self, load: Load) -> None:
         """Checks an expert that has arrived and is asked for, and makes it resident if it is to stay. Raises ReadError."""
         layer, counters = load.layer, self.stats.layers[load.layer]
         if load.error:
             reason = "the file ends too early" if load.error == _native.SHORT_READ else os.strerror(load.error)
             raise ReadError(f"{self._where(layer, load.expert)}: read failed: {reason}")
         self._check(layer, load)
-        if self.store.layouts[layer].needs_tiling:
-            self._tile(self.store.layouts[layer].format, self.arena, self._offsets[load.slot])
+        if not self.store.layouts[layer].tiled:
+            self._arrange(self.store.layouts[layer], load.slot)
         if self.residency == "os" and load.cached_bytes == load.bytes:
             counters.hits += 1
         else:
@@ -363,6 +337,19 @@ class ExpertCache:
         if load.cached:
             self._resident[layer][load.expert] = load.slot
             self._policies[layer].insert(load.expert)
+
+    def _arrange(self, layout: ExpertLayout, slot: int) -> None:
+        """Puts an expert's parts as kernels read them: in place, or, where other rows lie between its own, as a pack's record."""
+        offsets = self._offsets[slot, : len(layout.format.parts)]
+        if layout.in_place:
+            if layout.format.quantized:
+                self._ops.tile(layout.format, self.arena, offsets)
+            return
+        memory, begin = self.arena.view(), slot * self.store.slot_bytes
+        record = make_record(layout.format, layout.stored_parts(memory, offsets.tolist()), self._ops.tiled)
+        memory[begin : begin + record.shape[0]] = record
+        offsets[:] = record_pieces(layout.format)[0]
+        offsets += begin
 
     def drain(self) -> None:
         """Waits for every read in flight; what they bring is forgotten, and the slots of what was read ahead are free."""
@@ -379,7 +366,7 @@ class ExpertCache:
         files = ", ".join(str(layout.files[i]) for i in sorted(set(layout.file_index[expert])))
         return f"{files}: layer {layer}, expert {expert}"
 
-    def _check(self, layer: int, load: _Load) -> None:
+    def _check(self, layer: int, load: Load) -> None:
         layout = self.store.layouts[layer]
         if (
             layout.checksums is None
@@ -394,104 +381,3 @@ class ExpertCache:
                 f"{self._where(layer, load.expert)}: checksum mismatch; the file is damaged, convert it again"
             )
         self._verified[layer].add(load.expert)
-
-
-@dataclass
-class Fetch:
-    """The experts of one layer, on their way. Iterating yields Parts: if `ordered`, in ascending order; else those that are
-    resident first, then the others as they arrive. Leaving the context gives the ring slots back."""
-
-    cache: ExpertCache
-    layer: int
-    experts: list[int]
-    prompt: bool = False
-    ordered: bool = field(init=False)
-    _slots: dict[int, int] = field(default_factory=dict)  # position → slot, ready
-    _loads: list[_Load] = field(default_factory=list)
-    _issued: int = 0  # ordered: positions looked at so far
-
-    def __post_init__(self) -> None:
-        # All at once if the ring could hold them all; else in order, through as many slots as there are.
-        self.ordered = len(self.experts) > self.cache.ring - self.cache.prefetcher.most
-        self._issue()
-        self.cache.forget_guesses(self.layer)
-
-    def __enter__(self) -> Fetch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an exception nothing is put in order here: the next fetch does that, whatever the exception interrupted. But the
-        # reads end now, so that nothing is written after the caller has taken the error.
-        if kind is not None:
-            self.cache.drain()
-            return
-        self._release(self._loads)
-        self.cache.finish()
-
-    def __iter__(self) -> Iterator[Part]:
-        return self._in_order() if self.ordered else self._as_ready()
-
-    def _issue(self) -> None:
-        """Looks up the next experts and starts the reads of those that are missing, as far as there are slots."""
-        keep, loads, missing = set(self.experts), [], False
-        while self._issued < len(self.experts):
-            position, expert = self._issued, self.experts[self._issued]
-            slot = self.cache.lookup(self.layer, expert)
-            if slot is not None:
-                self._slots[position] = slot
-            else:
-                taken = self.cache.take_slot(self.layer, keep, evict=not self.prompt)
-                if taken is None:
-                    break
-                if not missing:  # also where all were read ahead: a guess does not look at the file
-                    self.cache.store.check_unchanged(self.layer)
-                    missing = True
-                load = self.cache.claim(self.layer, expert, position, *taken)
-                if load is None:
-                    load = _Load(self.layer, position, expert, *taken, pending=1)
-                    loads.append(load)
-                elif load.pending == 0:
-                    self.cache.admit(load)
-                    self._slots[position] = load.slot
-                self._loads.append(load)
-            self._issued += 1
-        self.cache.start(self.layer, loads)
-
-    def _part(self, positions: list[int]) -> Part:
-        return Part(positions, self.cache.block(self.layer, [self._slots[p] for p in positions]))
-
-    def _wait(self) -> None:
-        for load in self.cache.wait(self.layer, 1):
-            self._slots[load.position] = load.slot
-
-    def _as_ready(self) -> Iterator[Part]:
-        done: set[int] = set()
-        while len(done) < len(self.experts):
-            ready = sorted(self._slots.keys() - done)
-            if ready:
-                done.update(ready)
-                yield self._part(ready)
-            else:
-                self._wait()
-
-    def _in_order(self) -> Iterator[Part]:
-        position = 0
-        while position < len(self.experts):
-            ready: list[int] = []
-            while position in self._slots and len(ready) < _TOGETHER:
-                ready.append(position)
-                position += 1
-            if not ready:
-                self._wait()
-                continue
-            yield self._part(ready)
-            finished = [load for load in self._loads if load.position < position]
-            self._loads = [load for load in self._loads if load.position >= position]
-            self._release(finished)
-            self._issue()
-
-    def _release(self, loads: list[_Load]) -> None:
-        for load in loads:
-            self.cache.give_back(load)

@@ -37,10 +37,11 @@ class RoutedExperts:
         weights: F32,
         selected: I64,
         prompt: bool,
-        shared: Callable[[], F32],
+        shared: Callable[[], F32] | None,
         ahead: Callable[[], None] | None = None,
     ) -> F32:
-        """Σ weights·expert(x) for x (T, H) and a router's weights and selected experts (T, k), added to what `shared` returns (T, H).
+        """Σ weights·expert(x) for x (T, H) and a router's weights and selected experts (T, k), added to what `shared`
+        returns (T, H), if given.
 
         prompt: the rows are of one sequence, and touch nearly every expert once. shared and ahead, which may call expect() for the next
         layer, run while missing experts are read. Raises ReadError."""
@@ -54,7 +55,7 @@ class RoutedExperts:
             weights, ids = weights[0], selected[0].tolist()
             block = self._cache.resident_block(layer, ids)
             if block is not None:  # nothing to wait for, nothing to put together
-                acc = shared()
+                acc = ops.zeros_like(x) if shared is None else shared()
                 ops.moe(acc, x, block, pair_start, pair_token, weights)
                 return acc
         else:
@@ -66,7 +67,7 @@ class RoutedExperts:
         with self._cache.fetch(layer, ids, prompt) as fetch:
             if ahead is not None and not prompt and self._cache.prefetcher.most:
                 ahead()
-            acc = shared()
+            acc = ops.zeros_like(x) if shared is None else shared()
             # In order, each part is summed at once; else outputs wait until all are there.
             y = None if fetch.ordered else np.empty((pair_token.shape[0], x.shape[1]), np.float32)
             for part in fetch:

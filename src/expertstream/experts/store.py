@@ -8,7 +8,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.format import ALIGNMENT, ExpertLayout, align
+from ..checkpoint.format import ALIGNMENT, ExpertLayout, align, record_pieces
 from ..errors import ReadError, RequestError
 
 __all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read", "slot_bytes"]
@@ -28,7 +28,7 @@ class SlotRead:
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
     reads: tuple[SlotRead, ...]
-    pieces: tuple[int, ...]  # nine offsets in the slot: data, scales, biases of gate, up, down
+    pieces: tuple[int, ...]  # where each of the format's parts begins in the slot
 
 
 def plan_read(layout: ExpertLayout, expert: int) -> ReadPlan:
@@ -50,7 +50,7 @@ def slot_bytes(layout: ExpertLayout) -> int:
     total = 0
     for r, room in enumerate(layout.room):
         total += align(room) + (0 if not (layout.offsets[:, r] % ALIGNMENT).any() else ALIGNMENT)
-    return total
+    return total if layout.in_place else max(total, record_pieces(layout.format)[1])
 
 
 @dataclass

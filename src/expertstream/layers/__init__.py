@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
-from .basic import Embedding, Linear, RMSNorm, Rotary, joined
+from .attention import Attention, AttentionShape, DeltaShape, GatedDeltaNet, Mixer
+from .basic import Embedding, Linear, RMSNorm, Rotary, RotaryScaling
+from .config import DecoderConfig
+from .decoder import Decoder, DecoderLayer
+from .moe import Experts, SparseMoeBlock
+from .sizes import activation_bytes
 from .weights import LoadedWeights, Weights, weight_names
 
-__all__ = ["Embedding", "Linear", "LoadedWeights", "RMSNorm", "Rotary", "Weights", "joined", "weight_names"]
+__all__ = [
+    "Attention",
+    "AttentionShape",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLayer",
+    "DeltaShape",
+    "Embedding",
+    "Experts",
+    "GatedDeltaNet",
+    "Linear",
+    "LoadedWeights",
+    "Mixer",
+    "RMSNorm",
+    "Rotary",
+    "RotaryScaling",
+    "SparseMoeBlock",
+    "Weights",
+    "activation_bytes",
+    "weight_names",
+]

@@ -3,7 +3,7 @@ have, run over a checkpoint it loads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..checkpoint.format import WeightSpec
@@ -19,21 +19,32 @@ class Weights(Protocol):
 
     ops: Ops
 
-    def matrix(self, module: str, rows: int, cols: int) -> Weight:
-        """`module`.weight, dense or quantized, as the ops want it. Raises CheckpointError."""
+    def matrices(
+        self, module: str, rows: int, cols: int, parts: Sequence[Sequence[int]] | None, bias: bool, sensitive: bool
+    ) -> list[Weight]:
+        """matrix(), in one piece or as the rows that each of `parts` lists."""
+
+    def matrix(self, module: str, rows: int, cols: int, bias: bool = False, sensitive: bool = False) -> Weight:
+        """`module`.weight, dense or quantized, as the ops want it; bias: with `module`.bias (rows,). sensitive: the converter never
+        quantizes it. Raises CheckpointError."""
+        return self.matrices(module, rows, cols, None, bias, sensitive)[0]
+
+    def split(self, module: str, cols: int, parts: Sequence[Sequence[int]], sensitive: bool = False) -> list[Weight]:
+        """Several matrices whose rows a checkpoint keeps in one: each of `parts` lists the rows of one of them. Raises CheckpointError."""
+        return self.matrices(module, sum(map(len, parts)), cols, parts, False, sensitive)
 
     def vector(self, name: str, *shape: int, kind: str = "vector") -> F32:
         """A tensor that is never quantized. kind: as in WeightSpec. Raises CheckpointError."""
 
-    def linear(self, module: str, rows: int, cols: int) -> Linear:
-        return Linear(self.matrix(module, rows, cols), self.ops)
+    def linear(self, module: str, rows: int, cols: int, bias: bool = False) -> Linear:
+        return Linear(self.matrix(module, rows, cols, bias), self.ops)
 
     def embedding(self, module: str, rows: int, cols: int) -> Embedding:
         return Embedding(self.matrix(module, rows, cols), self.ops)
 
-    def norm(self, module: str, size: int, eps: float) -> RMSNorm:
-        """A norm whose weight includes its +1, however the checkpoint stores it."""
-        return RMSNorm(self.vector(f"{module}.weight", size, kind="norm"), eps, self.ops)
+    def norm(self, module: str, size: int, eps: float, plus_one: bool = False) -> RMSNorm:
+        """plus_one: the architecture multiplies by 1 + weight; what comes out includes the 1, however the checkpoint stores it."""
+        return RMSNorm(self.vector(f"{module}.weight", size, kind="norm" if plus_one else "vector"), eps, self.ops)
 
 
 class LoadedWeights(Weights):
@@ -42,8 +53,13 @@ class LoadedWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, ops: Ops) -> None:
         self.checkpoint, self.ops = checkpoint, ops
 
-    def matrix(self, module: str, rows: int, cols: int) -> Weight:
-        return self.ops.bind(self.checkpoint.weight(module, WeightSpec("matrix", (rows, cols))))
+    def matrices(
+        self, module: str, rows: int, cols: int, parts: Sequence[Sequence[int]] | None, bias: bool, sensitive: bool
+    ) -> list[Weight]:
+        whole = self.checkpoint.weight(module, WeightSpec("matrix", (rows, cols)))
+        if bias:
+            whole.bias = self.vector(f"{module}.bias", rows)
+        return [self.ops.bind(w) for w in ([whole] if parts is None else [whole.rows(part) for part in parts])]
 
     def vector(self, name: str, *shape: int, kind: str = "vector") -> F32:
         return self.checkpoint.vector(name, WeightSpec(kind, shape))
@@ -56,8 +72,13 @@ class _Names(Weights):
         self.ops: Any = None
         self.specs: dict[str, WeightSpec] = {}
 
-    def matrix(self, module: str, rows: int, cols: int) -> Any:
-        self.specs[module] = WeightSpec("matrix", (rows, cols))
+    def matrices(
+        self, module: str, rows: int, cols: int, parts: Sequence[Sequence[int]] | None, bias: bool, sensitive: bool
+    ) -> Any:
+        self.specs[module] = WeightSpec("matrix", (rows, cols), sensitive)
+        if bias:
+            self.specs[f"{module}.bias"] = WeightSpec("vector", (rows,))
+        return [None] * (1 if parts is None else len(parts))
 
     def vector(self, name: str, *shape: int, kind: str = "vector") -> Any:
         self.specs[name] = WeightSpec(kind, shape)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..checkpoint.format import ExpertLayout, WeightSpec
+from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
+from ..layers import Decoder, DecoderConfig, Experts, Weights, activation_bytes, weight_names
 
-__all__ = ["find_model", "supported_models"]
+__all__ = [
+    "build",
+    "config_of",
+    "expert_layouts",
+    "find_model",
+    "read_config",
+    "scratch_bytes",
+    "supported_models",
+    "weight_map",
+]
 
 
 def supported_models() -> list[str]:
@@ -26,3 +39,37 @@ def find_model(config: dict[str, Any], where: str) -> ModuleType:
             f"{where}: unsupported model_type {model_type!r}; supported: {', '.join(supported_models())}"
         )
     return import_module(f".{name}", __package__)
+
+
+def read_config(config: dict[str, Any], where: str) -> DecoderConfig:
+    """The contents of a config.json, checked. where: for errors. Raises CheckpointError."""
+    found: DecoderConfig = find_model(config, where).Config.from_json(config, where)
+    return found
+
+
+def config_of(checkpoint: Checkpoint) -> DecoderConfig:
+    """The checked config.json of a checkpoint. Raises CheckpointError."""
+    return read_config(checkpoint.config, str(checkpoint.path))
+
+
+def build(config: DecoderConfig, w: Weights, experts: Experts, top_k: int = 0) -> Decoder:
+    """The model that a config belongs to."""
+    architecture: Any = sys.modules[type(config).__module__]
+    model: Decoder = architecture.Model(config, w, experts, top_k)
+    return model
+
+
+def weight_map(config: DecoderConfig) -> dict[str, WeightSpec]:
+    """Every dense tensor, by canonical name."""
+    nothing: Any = None
+    return weight_names(lambda weights: build(config, weights, nothing))
+
+
+def expert_layouts(config: DecoderConfig, checkpoint: Checkpoint) -> list[ExpertLayout]:
+    """Where each layer's routed experts lie. Raises CheckpointError."""
+    return [checkpoint.experts(i, spec) for i, spec in enumerate(config.experts)]
+
+
+def scratch_bytes(config: DecoderConfig, tokens: int, capacity: int, threads: int) -> int:
+    """Activations that live at once while `tokens` tokens of a prompt go through the model, the last of `capacity`: an upper bound."""
+    return activation_bytes(lambda w, experts: build(config, w, experts), config, tokens, capacity, threads)

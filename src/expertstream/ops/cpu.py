@@ -3,35 +3,25 @@ add up exact integers (native/kernels/kernels.h); everything else is float32."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import _native
 from ..errors import BudgetError, UsageError
-from . import (
-    DTYPE_BYTES,
-    F32,
-    I64,
-    AttentionWeights,
-    DeltaWeights,
-    ExpertBlock,
-    ExpertFormat,
-    MatrixFormat,
-    Weight,
-    aligned_empty,
-)
+from ..formats import Bytes, ExpertFormat, MatrixFormat
+from ..formats.numbers import F32, I64
+from . import AttentionWeights, DeltaWeights, ExpertBlock, HostArrays, Weight, aligned_empty
 
 __all__ = ["CpuOps"]
 
-_EMPTY = np.empty(0, np.uint8)
-
 
 def _format(m: MatrixFormat) -> Any:
-    return _native.Format(m.rows, m.cols, m.bits, m.group_size, m.dtype, m.symmetric)
+    return _native.Format(m.rows, m.cols, *m.kernel)
 
 
-class CpuOps:
+class CpuOps(HostArrays):
     """Not thread-safe: the threads are inside. `isa` caps the instruction set: the fastest this machine has up to it is taken."""
 
     def __init__(self, threads: int, isa: str = "", activation_bits: int = 8) -> None:
@@ -42,48 +32,51 @@ class CpuOps:
             )
         chosen = [name for name in available if not isa or known.index(name) <= known.index(isa)][-1]
         try:
+            self.activation_bits = activation_bits
             self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
             raise BudgetError(f"{threads} threads cannot be started ({error}); take a smaller --threads") from None
-        self._formats: dict[
-            int, tuple[ExpertFormat, list[Any]]
-        ] = {}  # by identity: hashing one costs as much as a call
+        # By identity: hashing one costs as much as a call.
+        self._formats: dict[int, tuple[ExpertFormat, Any]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        return f"cpu, {self.activation_bits}-bit activations"
+
+    @property
+    def description(self) -> str:
+        return f"{self.engine.isa}, {self.activation_bits}-bit activations"
 
     def bind(self, weight: Weight) -> Weight:
         m = weight.format
-        parts = weight.data, weight.scales, weight.biases
-        if m.quantized and m.rows % 16 == 0:
-            self.engine.tile(
-                _format(m), *parts, *parts
-            )  # in place: a large matrix is not in memory twice, not for a moment
+        if m.quantized and m.part_bytes == m.tiled_bytes:
+            # In place: a large matrix is not in memory twice, not for a moment.
+            self.engine.tile(_format(m), list(weight.parts), list(weight.parts))
         elif m.quantized:
-            weight.data, weight.scales, weight.biases = self.tiled(m, *parts)
-        weight.handle = _native.Matrix(_format(m), weight.data, weight.scales, weight.biases)
+            weight.parts = self.tiled(m, weight.parts)
+        weight.handle = _native.Matrix(_format(m), list(weight.parts), weight.bias)
         return weight
 
-    def tiled(self, m: MatrixFormat, data: Any, scales: Any, biases: Any) -> tuple[Any, Any, Any]:
-        """Copies of a quantized matrix's flat bytes, in tiles of 16 rows, the last one padded."""
-        rows = -(-m.rows // 16) * 16
-        groups = rows * (m.cols // m.group_size) * DTYPE_BYTES[m.dtype]
-        out = (
-            aligned_empty(rows * m.cols * m.bits // 8),
-            aligned_empty(groups),
-            _EMPTY if m.symmetric else aligned_empty(groups),
-        )
-        self.engine.tile(_format(m), data, scales, biases, *out)
+    def tiled(self, format: MatrixFormat, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
+        if not format.quantized:
+            return tuple(parts)
+        out = tuple(aligned_empty(size) for size in format.tiled_bytes)
+        self.engine.tile(_format(format), list(parts), list(out))
         return out
 
     def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
-        memory = arena.view()
-        for i, m in enumerate(format.matrices):
-            if m.quantized:
-                starts = offsets[3 * i : 3 * i + 3]
-                parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
-                if m.part_bytes == m.tiled_bytes:
-                    self.engine.tile(_format(m), *parts, *parts)
-                    continue
-                for at, part in zip(starts, self.tiled(m, *(part.copy() for part in parts)), strict=True):
-                    memory[at : at + part.shape[0]] = part
+        memory, first = arena.view(), 0
+        for m in format.matrices:
+            starts = offsets[first : first + len(m.parts)]
+            first += len(m.parts) + bool(format.bias_dtype)
+            if not m.quantized:
+                continue
+            parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
+            if m.part_bytes == m.tiled_bytes:
+                self.engine.tile(_format(m), parts, parts)
+                continue
+            for at, part in zip(starts, self.tiled(m, [part.copy() for part in parts]), strict=True):
+                memory[at : at + part.shape[0]] = part
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
         y = np.empty((tokens.shape[0], weight.format.cols), np.float32)
@@ -101,7 +94,7 @@ class CpuOps:
     def attention(
         self,
         w: AttentionWeights,
-        q_gate: F32,
+        q: F32,
         k: F32,
         v: F32,
         cos: F32,
@@ -109,11 +102,14 @@ class CpuOps:
         keys: Any,
         values: Any,
         position: int,
+        first: int = 0,
     ) -> F32:
         if w.handle is None:
-            w.handle = _native.Attention(w.q_norm, w.k_norm, w.heads, w.eps)
-        out = np.empty((q_gate.shape[0], q_gate.shape[1] // 2), np.float32)
-        self.engine.attention(w.handle, q_gate, k, v, cos, sin, keys, values, position, out)
+            w.handle = _native.Attention(
+                w.heads, w.kv_heads, w.head_dim, w.eps, w.q_norm, w.k_norm, w.gated, w.sinks, w.window
+            )
+        out = np.empty((q.shape[0], w.heads * w.head_dim), np.float32)
+        self.engine.attention(w.handle, q, k, v, cos, sin, keys, values, position, first, out)
         return out
 
     def delta_net(
@@ -127,10 +123,10 @@ class CpuOps:
         self.engine.delta_net(w.handle, chunked, qkv, z, a, b, conv_state, state, out)
         return out
 
-    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
+    def route(self, x: F32, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[F32, I64]:
         weights = np.empty((x.shape[0], top_k), np.float32)
         selected = np.empty((x.shape[0], top_k), np.int64)
-        self.engine.route(weight.handle, x, top_k, weights, selected)
+        self.engine.route(weight.handle, x, top_k, renormalize, weights, selected)
         return weights, selected
 
     def shared_expert(self, x: F32, gate: Weight, up: Weight, down: Weight, scale: Weight) -> F32:
@@ -138,10 +134,12 @@ class CpuOps:
         self.engine.shared_expert(gate.handle, up.handle, down.handle, scale.handle, x, y)
         return y
 
-    def _of(self, format: ExpertFormat) -> list[Any]:
+    def _of(self, format: ExpertFormat) -> Any:
         known = self._formats.get(id(format))
         if known is None:
-            known = self._formats[id(format)] = format, [_format(m) for m in format.matrices]
+            gate, up, down = map(_format, format.matrices)
+            native = _native.ExpertFormat(gate, up, down, bool(format.bias_dtype), *format.activation)
+            known = self._formats[id(format)] = format, native
         return known[1]
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:

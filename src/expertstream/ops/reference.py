@@ -2,81 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import (
-    DTYPE_BYTES,
-    F32,
-    I64,
-    AttentionWeights,
-    DeltaWeights,
-    ExpertBlock,
-    ExpertFormat,
-    MatrixFormat,
-    Weight,
-    from_bf16,
-    from_int8_rows,
-    to_bf16,
-    to_f32,
-    to_int8_rows,
-)
+from ..formats import Activation, Bytes, ExpertFormat, MatrixFormat
+from ..formats.numbers import F32, I64, from_bf16, from_int8_rows, to_bf16, to_int8_rows
+from . import AttentionWeights, DeltaWeights, ExpertBlock, HostArrays, Weight
 
-__all__ = ["ReferenceOps", "dequantize", "gated_delta", "tile", "untile"]
-
-
-def dequantize(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> F32:
-    """(rows, cols) float32 from flat bytes, row after row: w = q·scale + bias, q least significant bits first."""
-    if not format.quantized:
-        return to_f32(data, format.dtype).reshape(format.rows, format.cols)
-    shifts = np.arange(0, 8, format.bits, dtype=np.uint8)
-    q = (np.ascontiguousarray(data)[:, None] >> shifts) & ((1 << format.bits) - 1)
-    q = q.reshape(format.rows, -1, format.group_size).astype(np.float32)
-    scale = to_f32(scales, format.dtype).reshape(format.rows, -1, 1)
-    if format.symmetric:
-        return ((q - np.float32(1 << (format.bits - 1))) * scale).reshape(format.rows, format.cols)
-    bias = to_f32(biases, format.dtype).reshape(format.rows, -1, 1)
-    return (q * scale + bias).reshape(format.rows, format.cols)
-
-
-def tile(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> tuple[Any, Any, Any]:
-    """A quantized matrix's flat bytes, row after row as checkpoints store them, in the tiles that kernels read; the last one is padded.
-
-    A tile is 16 rows in vectors of 64 bytes, four bytes a row; bits [p·bits, (p+1)·bits) of byte b of vector v are column
-    v·32/bits + 4p + b. Scales and biases are (tiles, groups, 16)."""
-    m, shifts = format, np.arange(0, 8, format.bits, dtype=np.uint8)
-    padded = [
-        np.concatenate([np.ascontiguousarray(part).ravel(), np.zeros(size - part.size, np.uint8)])
-        for part, size in zip((data, scales, biases), m.tiled_bytes, strict=True)
-    ]
-    data, scales, biases = padded
-    columns = (data[:, None] >> shifts) & ((1 << m.bits) - 1)
-    columns = columns.reshape(-1, 16, m.cols * m.bits // 32, 8 // m.bits, 4)  # tile, row, vector, plane, byte
-    packed = np.bitwise_or.reduce(columns << shifts[:, None], axis=3).astype(np.uint8)  # tile, row, vector, byte
-
-    def by_group(values: Any) -> Any:
-        groups, width = m.cols // m.group_size, DTYPE_BYTES[m.dtype]
-        return np.ascontiguousarray(values).reshape(-1, 16, groups, width).transpose(0, 2, 1, 3).ravel()
-
-    return packed.transpose(0, 2, 1, 3).ravel(), by_group(scales), biases if m.symmetric else by_group(biases)
-
-
-def untile(format: MatrixFormat, data: Any, scales: Any, biases: Any) -> tuple[Any, Any, Any]:
-    """Undoes tile(); rows that pad the last tile are dropped."""
-    m, shifts = format, np.arange(0, 8, format.bits, dtype=np.uint8)
-    tiles = np.ascontiguousarray(data).reshape(-1, m.cols * m.bits // 32, 16, 4)  # tile, vector, row, byte
-    columns = (tiles[..., None, :] >> shifts[:, None]) & ((1 << m.bits) - 1)  # tile, vector, row, plane, byte
-    rows = columns.transpose(0, 2, 1, 3, 4).reshape(-1, m.cols * m.bits // 8, 8 // m.bits)
-    packed = np.bitwise_or.reduce(rows << shifts, axis=-1).astype(np.uint8)
-
-    def by_row(values: Any) -> Any:
-        groups, width = m.cols // m.group_size, DTYPE_BYTES[m.dtype]
-        parts = np.ascontiguousarray(values).reshape(-1, groups, 16, width).transpose(0, 2, 1, 3)
-        return parts.reshape(-1, groups * width)[: m.rows].ravel()
-
-    return packed[: m.rows].ravel(), by_row(scales), biases if m.symmetric else by_row(biases)
+__all__ = ["ReferenceOps", "gated_delta"]
 
 
 def _sigmoid(x: F32) -> F32:
@@ -94,11 +29,13 @@ _KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-class ReferenceOps:
+class ReferenceOps(HostArrays):
     """The contract of `ops.Ops`, where every method is described."""
 
+    fingerprint = description = "reference"
+
     def bind(self, weight: Weight) -> Weight:
-        weight.handle = dequantize(weight.format, weight.data, weight.scales, weight.biases)
+        weight.handle = weight.format.dequantize(weight.parts)
         return weight
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
@@ -106,15 +43,16 @@ class ReferenceOps:
 
     def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
         memory = arena.view()
-        for i, m in enumerate(format.matrices):
-            if m.quantized:
-                starts = offsets[3 * i : 3 * i + 3]
-                parts = [memory[at : at + size] for at, size in zip(starts, m.part_bytes, strict=True)]
-                for at, part in zip(starts, tile(m, *(part.copy() for part in parts)), strict=True):
-                    memory[at : at + part.shape[0]] = part
+        for m, starts in _by_matrix(format, offsets):
+            parts = [memory[at : at + size].copy() for at, size in zip(starts, m.part_bytes, strict=False)]
+            for at, part in zip(starts, m.tile(parts), strict=False):
+                memory[at : at + part.shape[0]] = part
+
+    def tiled(self, format: MatrixFormat, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
+        return format.tile(parts)
 
     def project(self, x: F32, weights: list[Weight]) -> list[F32]:
-        return [x @ w.handle.T for w in weights]
+        return [_linear(x, w) for w in weights]
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * weight  # type: ignore[no-any-return]
@@ -122,7 +60,7 @@ class ReferenceOps:
     def attention(
         self,
         w: AttentionWeights,
-        q_gate: F32,
+        q: F32,
         k: F32,
         v: F32,
         cos: F32,
@@ -130,23 +68,34 @@ class ReferenceOps:
         keys: Any,
         values: Any,
         position: int,
+        first: int = 0,
     ) -> F32:
-        T, kv_heads, d = q_gate.shape[0], keys.shape[0], w.q_norm.shape[0]
-        q, gate = np.moveaxis(q_gate.reshape(T, w.heads, 2, d), 2, 0)  # (T, heads, d) each
-        q = _rotate(self.rms_norm(q, w.q_norm, w.eps), cos, sin)
-        k = _rotate(self.rms_norm(k.reshape(T, kv_heads, d), w.k_norm, w.eps), cos, sin)
+        T, d, kv_heads = q.shape[0], w.head_dim, w.kv_heads
+        gate = None
+        if w.gated:
+            q, gate = np.moveaxis(q.reshape(T, w.heads, 2, d), 2, 0)  # (T, heads, d) each
+        q, k = q.reshape(T, w.heads, d), k.reshape(T, kv_heads, d)
+        q = _rotate(q if w.q_norm is None else self.rms_norm(q, w.q_norm, w.eps), cos, sin)
+        k = _rotate(k if w.k_norm is None else self.rms_norm(k, w.k_norm, w.eps), cos, sin)
         encode, decode = _KEPT.get(keys.dtype.name, (np.asarray, np.asarray))
-        keys[:, position : position + T] = encode(k).transpose(1, 0, 2)
-        values[:, position : position + T] = encode(v.reshape(T, kv_heads, d)).transpose(1, 0, 2)
-        seen_k, seen_v = decode(keys[:, : position + T]), decode(values[:, : position + T])  # (kv_heads, L, d)
+        begin, end = position - first, position - first + T  # rows of this call
+        keys[:, begin:end] = encode(k).transpose(1, 0, 2)
+        values[:, begin:end] = encode(v.reshape(T, kv_heads, d)).transpose(1, 0, 2)
+        seen_k, seen_v = decode(keys[:, :end]), decode(values[:, :end])  # (kv_heads, L, d)
         grouped = q.reshape(T, kv_heads, w.heads // kv_heads, d)
         scores = np.einsum("tkgd,kld->kgtl", grouped, seen_k) * np.float32(d**-0.5)
-        hidden = np.arange(position + T) > position + np.arange(T)[:, None]  # (T, L)
+        row, own = np.arange(end), np.arange(begin, end)[:, None]
+        hidden = row > own  # (T, L)
+        if w.window:
+            hidden |= row <= own - w.window
         scores = np.where(hidden, -np.inf, scores)
+        if w.sinks is not None:
+            sinks = np.broadcast_to(w.sinks.reshape(kv_heads, -1, 1, 1), (*scores.shape[:3], 1))
+            scores = np.concatenate([scores, sinks], -1)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights = (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
-        out = np.einsum("kgtl,kld->tkgd", weights, seen_v).reshape(T, w.heads, d)
-        return (out * _sigmoid(gate)).reshape(T, w.heads * d)  # type: ignore[no-any-return]
+        weights = (weights / weights.sum(-1, keepdims=True)).astype(np.float32)[..., :end]
+        out: F32 = np.einsum("kgtl,kld->tkgd", weights, seen_v).reshape(T, w.heads, d)
+        return (out if gate is None else out * _sigmoid(gate)).reshape(T, w.heads * d)
 
     def delta_net(
         self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
@@ -162,31 +111,32 @@ class ReferenceOps:
         normed = self.rms_norm(out, w.norm, w.eps)
         return normed.reshape(z.shape) * _silu(z)
 
-    def route(self, x: F32, weight: Weight, top_k: int) -> tuple[F32, I64]:
-        logits = x @ weight.handle.T
+    def route(self, x: F32, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[F32, I64]:
+        logits = _linear(x, weight)
         probs = np.exp(logits - logits.max(-1, keepdims=True))
         probs /= probs.sum(-1, keepdims=True)
         selected = np.sort(np.argsort(-probs, -1, kind="stable")[:, :top_k], -1)
         weights = np.take_along_axis(probs, selected, -1)
-        return weights / weights.sum(-1, keepdims=True), selected
+        return weights / weights.sum(-1, keepdims=True) if renormalize else weights, selected
 
     def shared_expert(self, x: F32, gate: Weight, up: Weight, down: Weight, scale: Weight) -> F32:
         hidden = _silu(x @ gate.handle.T) * (x @ up.handle.T)
         return _sigmoid(x @ scale.handle.T) * (hidden @ down.handle.T)  # type: ignore[no-any-return]
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
-        memory = block.arena.view()
+        memory, format = block.arena.view(), block.format
         y = np.empty((pair_token.shape[0], x.shape[1]), np.float32)
         for e, offsets in enumerate(block.offsets):
-            matrices = []
-            for i, m in enumerate(block.format.matrices):
-                starts = offsets[3 * i : 3 * i + 3]
-                parts = [memory[at : at + size] for at, size in zip(starts, m.tiled_bytes, strict=True)]
-                matrices.append(dequantize(m, *(untile(m, *parts) if m.quantized else parts)))
+            matrices, biases = [], []
+            for m, starts in _by_matrix(format, offsets):
+                parts = [memory[at : at + size] for at, size in zip(starts, m.tiled_bytes, strict=False)]
+                matrices.append(m.dequantize(m.untile(parts)))
+                last = memory[starts[-1] : starts[-1] + 4 * m.rows]
+                biases.append(np.ascontiguousarray(last).view(np.float32) if format.bias_dtype else np.float32(0))
             gate, up, down = matrices
             pairs = slice(pair_start[e], pair_start[e + 1])
             xs = x[pair_token[pairs]]
-            y[pairs] = (_silu(xs @ gate.T) * (xs @ up.T)) @ down.T
+            y[pairs] = _activate(format.activation, xs @ gate.T + biases[0], xs @ up.T + biases[1]) @ down.T + biases[2]
         return y
 
     def moe(self, acc: F32, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: F32) -> None:
@@ -195,6 +145,28 @@ class ReferenceOps:
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         for token, weight, row in zip(pair_token, weights, y, strict=True):
             acc[token] += weight * row
+
+
+def _linear(x: F32, weight: Weight) -> F32:
+    y: F32 = x @ weight.handle.T
+    return y if weight.bias is None else y + weight.bias
+
+
+def _by_matrix(format: ExpertFormat, offsets: I64) -> Iterator[tuple[MatrixFormat, I64]]:
+    """Each matrix of an expert and where its parts lie, a bias last."""
+    at = 0
+    for m in format.matrices:
+        count = len(m.parts) + bool(format.bias_dtype)
+        yield m, offsets[at : at + count]
+        at += count
+
+
+def _activate(how: Activation, gate: F32, up: F32) -> F32:
+    """formats.Activation."""
+    if not how.limit:
+        return _silu(gate) * up
+    gate, up = np.minimum(gate, np.float32(how.limit)), np.clip(up, -how.limit, how.limit)
+    return (up + 1) * gate * _sigmoid(np.float32(how.alpha) * gate)
 
 
 def _rotate(x: F32, cos: F32, sin: F32) -> F32:

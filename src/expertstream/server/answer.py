@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from ..responses import GenerationResponse, GenerationStats
-from ..text.output import CallDelta, CallEnd, CallStart, Content, Event, OutputParser, Reasoning
+from ..text.family import Parser
+from ..text.output import CallDelta, CallEnd, CallStart, Content, Event, Reasoning
 
 __all__ = ["Answer"]
 
@@ -14,7 +15,7 @@ __all__ = ["Answer"]
 class Answer(ABC):
     """One answer. Subclasses say what each of the parser's events is in their API: the on_… methods return wire events."""
 
-    def __init__(self, parser: OutputParser, one_call: bool) -> None:
+    def __init__(self, parser: Parser, one_call: bool) -> None:
         self._parser, self._one_call = parser, one_call
         self.stats: GenerationStats | None = None
         self.ended: str | None = None  # "stop" or "length", once the engine has ended it

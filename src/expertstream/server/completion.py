@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..responses import GenerationResponse, GenerationStats, TokenLogprob
-from ..text.output import OutputParser
+from ..text.family import Parser
 from .answer import Answer
 
 __all__ = ["ChatAnswer", "Completion", "TextAnswer", "chat_logprob", "error_body"]
@@ -59,7 +59,7 @@ class Completion:
 class ChatAnswer(Answer):
     """One answer of a chat; its events are chunks' choices."""
 
-    def __init__(self, index: int, parser: OutputParser, one_call: bool) -> None:
+    def __init__(self, index: int, parser: Parser, one_call: bool) -> None:
         super().__init__(parser, one_call)
         self.index = index
         self._content: list[str] = []

@@ -21,12 +21,11 @@ import numpy as np
 from ..engine import LLM
 from ..errors import RequestError
 from ..ops import F32
-from ..text.grammar import XML_SHARED, json_call, json_rule, xml_call
+from ..text.grammar import json_rule
 from ..text.schema import UnsupportedSchemaError, normalize
 
 __all__ = ["Grammars", "Guide", "OutputFormat", "Plan"]
 
-OPEN, CLOSE, THOUGHT = "<tool_call>", "</tool_call>", "</think>"
 _KEPT_GRAMMARS = 32
 _SAYS_MORE = frozenset(("$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"))
 _TAIL = 64  # characters of what was written last; longer than any tag
@@ -84,7 +83,7 @@ class Grammars:
         self.vocab_size = llm.model_config.vocab_size
         self._tokenizer: Any = None
         self._lock = threading.RLock()
-        self._xml = llm.tokenizer.writes_xml_calls()
+        self.family = llm.tokenizer.family
         self._control = llm.tokenizer.added_tokens()
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
@@ -119,12 +118,12 @@ class Grammars:
             plan.call = self._call_grammar(calls)
             plan.typed = frozenset(name for name, schema in calls if schema is not None)
         form = self._format(format_, plan) if format_ is not None else ""
-        if required:
-            plan.whole = ("calls", self._rules(calls, several))
-        elif form and calls:
-            plan.whole = ("(calls | form)", self._rules(calls, several) + form)
+        rules = self.family.call_rules(calls, several, self._tag) if calls else ""
+        answer = form + self.family.answer_rule(self._tag) if form else ""
+        if required or (form and calls):
+            plan.whole = ("calls" if required else "(calls | answer)", rules + ("" if required else answer))
         elif form:
-            plan.whole = ("form", form)
+            plan.whole = ("answer", answer)
         return plan
 
     def matcher(self, grammar: str) -> Any:
@@ -176,17 +175,7 @@ class Grammars:
 
     def _call_grammar(self, calls: Sequence[tuple[str, dict[str, Any] | None]]) -> str:
         """One call, but for its opening tag: the model has written it."""
-        return "start: NEWLINE? call\n" + self._rules(calls, several=False)
-
-    def _rules(self, calls: Sequence[tuple[str, dict[str, Any] | None]], several: bool) -> str:
-        """Rules, of which `calls` and `call` are two; `call` is without its opening tag."""
-        end, opening = self._tag(CLOSE), self._tag(OPEN)
-        write = xml_call if self._xml else json_call
-        rules = "".join(write(f"call{i}_", name, parameters, "", end) for i, (name, parameters) in enumerate(calls))
-        one = " | ".join(f"call{i}_" for i in range(len(calls)))
-        more = f" (NEWLINE NEWLINE? {opening} NEWLINE call)*" if several else ""
-        shared = XML_SHARED if self._xml else ""
-        return f'calls: {opening} NEWLINE call{more}\ncall: {one}\nNEWLINE: "\\n"\n{rules}{shared}'
+        return f"start: {self.family.call_lead}call\n" + self.family.call_rules(calls, False, self._tag)
 
     def _format(self, form: OutputFormat, plan: Plan) -> str:
         """Rules, of which `form` is one."""
@@ -241,25 +230,31 @@ class Guide:
         self._tokenizer = plan.grammars.llm.tokenizer
         self._reasoning = reasoning
         self._left = plan.budget if reasoning else None
-        self._forced: list[int] = []  # tokens that close the reasoning
+        self._family = plan.grammars.family
+        self._forced: list[int] = []  # tokens that begin the reasoning, or close it
+        self._closing = False
         self._tail = ""
         self._matcher: Any = None
         self._whole: Any = None
         if plan.whole is not None:
             body, rules = plan.whole
-            lead = r"/\n{0,2}/ " if reasoning else ""  # between the reasoning and the answer
+            lead = self._family.answer_lead if reasoning else ""
+            body = body if reasoning else body.replace("answer", "form")
             self._whole = plan.grammars.matcher(f"start: {lead}{body}\n{rules}")
         self._call = plan.grammars.matcher(plan.call) if plan.call is not None else None
         self._bits: Any = None
         if not reasoning:
             self._matcher = self._whole
+        elif self._whole is not None or self._left is not None:
+            self._forced = self._tokenizer.encode(self._family.reasoning_begin).tolist()
 
     def mask(self, logits: F32) -> F32:
         """Logits (vocab,) in which tokens that may not come are -inf; the same array where all may. Raises RequestError if the
         grammar has become too much to follow."""
         if self._reasoning:
             if self._left == 0 and not self._forced:
-                self._forced = self._tokenizer.encode(f"\n{THOUGHT}\n\n").tolist()
+                self._forced = self._tokenizer.encode(self._family.reasoning_close).tolist()
+                self._closing = True
             if self._forced:
                 only = np.full_like(logits, -np.inf)
                 only[self._forced[0]] = logits[self._forced[0]]
@@ -282,7 +277,7 @@ class Guide:
         """Raises RequestError for a token that the mask did not allow."""
         if self._forced:
             self._forced.pop(0)
-            if not self._forced:
+            if not self._forced and self._closing:
                 self._end_reasoning("")
             return
         if self._left is not None and self._reasoning:
@@ -295,13 +290,13 @@ class Guide:
         if token in self._tokenizer.eos_ids:
             return
         self._tail = (self._tail + self._tokenizer.token_text(token))[-_TAIL:]
-        if self._call is not None and OPEN in self._tail:
+        if self._call is not None and self._family.call_open in self._tail:
             # Also inside reasoning: small models forget to close it.
-            rest = self._tail.partition(OPEN)[2]
+            rest = self._tail.partition(self._family.call_open)[2]
             self._reasoning, self._matcher = False, self._call.deep_copy()
             self._feed(rest)
-        elif self._reasoning and THOUGHT in self._tail:
-            self._end_reasoning(self._tail.partition(THOUGHT)[2])
+        elif self._reasoning and self._family.reasoning_end in self._tail:
+            self._end_reasoning(self._tail.partition(self._family.reasoning_end)[2])
 
     def _end_reasoning(self, rest: str) -> None:
         self._reasoning, self._tail = False, ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from ..text.output import OutputParser
+from ..text.family import Parser
 from .answer import Answer
 
 __all__ = ["MessageAnswer", "error_event"]
@@ -14,7 +14,7 @@ __all__ = ["MessageAnswer", "error_event"]
 class MessageAnswer(Answer):
     """One answer; its events are the API's."""
 
-    def __init__(self, model: str, prompt_tokens: int, parser: OutputParser, one_call: bool) -> None:
+    def __init__(self, model: str, prompt_tokens: int, parser: Parser, one_call: bool) -> None:
         super().__init__(parser, one_call)
         self.id, self.model, self._prompt_tokens = f"msg_{uuid.uuid4().hex[:24]}", model, prompt_tokens
         self._blocks: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..ops import I64
 from ..sampling import Constraint, SamplingParams
 from ..text.control import ChatPrompt
-from ..text.output import OutputParser
+from ..text.family import Family, Parser
 from ..tokenizer import MAX_COUNTED
 from .constrain import Grammars, OutputFormat
 
@@ -65,6 +65,7 @@ class Prepared:
 
     tokens: I64
     params: SamplingParams
+    family: Family
     constraints: Sequence[Constraint | None]
     tools: Sequence[dict[str, Any]] = ()
     reasoning: bool = False
@@ -74,8 +75,8 @@ class Prepared:
     warnings: Sequence[str] = ()
     prompt_logprobs: int | None = None
 
-    def parser(self) -> OutputParser:
-        return OutputParser(self.tools, self.reasoning, self.held, self.typed)
+    def parser(self) -> Parser:
+        return self.family.parser(self.tools, self.reasoning, self.held, self.typed)
 
 
 def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: int, options: PromptOptions) -> Prepared:
@@ -90,13 +91,14 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
     offered = functions if request.choice != "none" else []
     tools = [{"type": "function", "function": {k: v for k, v in f.items() if k != "strict"}} for f in offered]
     prompt, warnings = _render(llm, request, tools, options)
-    reasoning = prompt.text.rstrip().endswith("<think>")
+    family = llm.tokenizer.family
+    reasoning = family.reasons(prompt.text)
     if request.prefill:
         if reasoning:
-            prompt, reasoning = prompt + ChatPrompt(("\n</think>\n\n",)), False
+            prompt, reasoning = prompt + ChatPrompt((family.answer_open,)), False
         prompt += llm.tokenizer.content(request.prefill, options.parse_control_tokens)
     if not answers and sum(map(len, prompt.parts)) > MAX_COUNTED:
-        return Prepared(np.zeros(llm.tokenizer.count(prompt.parts)[0], np.int64), llm.sampling_params(), ())
+        return Prepared(np.zeros(llm.tokenizer.count(prompt.parts)[0], np.int64), llm.sampling_params(), family, ())
     tokens = llm.tokenizer.encode(prompt, llm.context_length - 1 if answers else None)
     sampling = {**request.sampling}
     if offered:  # a penalty for what was read before would be one for the names that a call has to repeat
@@ -107,7 +109,7 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
         sampling["max_tokens"] = llm.context_length
     params = llm.sampling_params(**sampling)
     if not answers:
-        return Prepared(tokens, params, ())
+        return Prepared(tokens, params, family, ())
     callable_ = [f for f in offered if not request.named or f["name"] in request.named]
     plan = grammars.plan(
         callable_,
@@ -120,6 +122,7 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
     return Prepared(
         tokens,
         params,
+        family,
         constraints,
         tools,
         reasoning,
@@ -172,7 +175,12 @@ def prepare_text(
     plan = grammars.plan([], False, True, format_, None)
     constraints = [plan.guide(False) for _ in range(answers)]
     return Prepared(
-        tokens, llm.sampling_params(**sampling), constraints, warnings=plan.warnings, prompt_logprobs=prompt_logprobs
+        tokens,
+        llm.sampling_params(**sampling),
+        llm.tokenizer.family,
+        constraints,
+        warnings=plan.warnings,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

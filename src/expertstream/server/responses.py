@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..errors import RequestError
 from ..responses import GenerationResponse
-from ..text.output import OutputParser
+from ..text.family import Parser
 from .answer import Answer
 from .completion import chat_logprob
 from .constrain import OutputFormat
@@ -180,7 +180,7 @@ def _add(found: Conversation, item: Item, where: str, seen: bool) -> None:
 class ResponseAnswer(Answer):
     """The answer to one request; its events are the API's, each with its number in the stream."""
 
-    def __init__(self, model: str, prompt_tokens: int, parser: OutputParser, request: ResponsesRequest) -> None:
+    def __init__(self, model: str, prompt_tokens: int, parser: Parser, request: ResponsesRequest) -> None:
         super().__init__(parser, not request.parallel_tool_calls)
         self.id, self.model, self.created = f"resp_{uuid.uuid4().hex}", model, int(time.time())
         self._prompt_tokens, self._request = prompt_tokens, request

@@ -15,7 +15,7 @@ from typing import Any
 
 from .pattern import Pattern
 
-__all__ = ["XML_SHARED", "json_call", "json_rule", "xml_call"]
+__all__ = ["XML_SHARED", "json_call", "json_call_value", "json_rule", "xml_call"]
 
 MAX_OTHERS = 64  # parameters of a map whose number has a limit
 
@@ -35,6 +35,12 @@ def json_call(prefix: str, name: str, parameters: dict[str, Any] | None, begin: 
         "additionalProperties": False,
     }
     return f'{prefix}: {begin} "\\n" {_json(whole, arguments.get("$defs", {}))} "\\n" {end}\n'
+
+
+def json_call_value(parameters: dict[str, Any] | None) -> str:
+    """An expression: the arguments of a call as JSON. parameters: normalized, or None for any object."""
+    arguments: dict[str, Any] = {"type": "object"} if parameters is None else parameters
+    return _json({k: v for k, v in arguments.items() if k != "$defs"}, arguments.get("$defs", {}))
 
 
 _KEY_END, _MORE, _LAST = ">\n", "\n</parameter>\n<parameter=", "\n</parameter>\n</function>"

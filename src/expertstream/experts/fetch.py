@@ -1,0 +1,141 @@
+"""The experts of one layer on their way from the disk: handed out as they become ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ..ops import ExpertBlock
+
+if TYPE_CHECKING:
+    from .cache import ExpertCache
+
+__all__ = ["Fetch", "Load", "Part"]
+
+_TOGETHER = 32  # experts of a long prompt that are computed at once: what they give stays in the processor's cache
+
+
+@dataclass(frozen=True)
+class Part:
+    """Experts that are ready: positions in the ids asked for, ascending, and where they lie."""
+
+    positions: list[int]
+    block: ExpertBlock
+
+
+@dataclass
+class Load:
+    """An expert on its way into a slot."""
+
+    layer: int
+    position: int
+    expert: int
+    slot: int
+    cached: bool  # stays resident when it has arrived
+    pending: int  # reads still to come
+    cached_bytes: int = 0
+    bytes: int = 0
+    error: int = 0  # of a read ahead of its time: told when somebody asks for the expert
+
+
+@dataclass
+class Fetch:
+    """The experts of one layer, on their way. Iterating yields Parts: if `ordered`, in ascending order; else those that are
+    resident first, then the others as they arrive. Leaving the context gives the ring slots back."""
+
+    cache: ExpertCache
+    layer: int
+    experts: list[int]
+    prompt: bool = False
+    ordered: bool = field(init=False)
+    _slots: dict[int, int] = field(default_factory=dict)  # position → slot, ready
+    _loads: list[Load] = field(default_factory=list)
+    _issued: int = 0  # ordered: positions looked at so far
+
+    def __post_init__(self) -> None:
+        # All at once if the ring could hold them all; else in order, through as many slots as there are.
+        self.ordered = len(self.experts) > self.cache.ring - self.cache.prefetcher.most
+        self._issue()
+        self.cache.forget_guesses(self.layer)
+
+    def __enter__(self) -> Fetch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an exception nothing is put in order here: the next fetch does that, whatever the exception interrupted. But the
+        # reads end now, so that nothing is written after the caller has taken the error.
+        if kind is not None:
+            self.cache.drain()
+            return
+        self._release(self._loads)
+        self.cache.finish()
+
+    def __iter__(self) -> Iterator[Part]:
+        return self._in_order() if self.ordered else self._as_ready()
+
+    def _issue(self) -> None:
+        """Looks up the next experts and starts the reads of those that are missing, as far as there are slots."""
+        keep, loads, missing = set(self.experts), [], False
+        while self._issued < len(self.experts):
+            position, expert = self._issued, self.experts[self._issued]
+            slot = self.cache.lookup(self.layer, expert)
+            if slot is not None:
+                self._slots[position] = slot
+            else:
+                taken = self.cache.take_slot(self.layer, keep, evict=not self.prompt)
+                if taken is None:
+                    break
+                if not missing:  # also where all were read ahead: a guess does not look at the file
+                    self.cache.store.check_unchanged(self.layer)
+                    missing = True
+                load = self.cache.claim(self.layer, expert, position, *taken)
+                if load is None:
+                    load = Load(self.layer, position, expert, *taken, pending=1)
+                    loads.append(load)
+                elif load.pending == 0:
+                    self.cache.admit(load)
+                    self._slots[position] = load.slot
+                self._loads.append(load)
+            self._issued += 1
+        self.cache.start(self.layer, loads)
+
+    def _part(self, positions: list[int]) -> Part:
+        return Part(positions, self.cache.block(self.layer, [self._slots[p] for p in positions]))
+
+    def _wait(self) -> None:
+        for load in self.cache.wait(self.layer, 1):
+            self._slots[load.position] = load.slot
+
+    def _as_ready(self) -> Iterator[Part]:
+        done: set[int] = set()
+        while len(done) < len(self.experts):
+            ready = sorted(self._slots.keys() - done)
+            if ready:
+                done.update(ready)
+                yield self._part(ready)
+            else:
+                self._wait()
+
+    def _in_order(self) -> Iterator[Part]:
+        position = 0
+        while position < len(self.experts):
+            ready: list[int] = []
+            while position in self._slots and len(ready) < _TOGETHER:
+                ready.append(position)
+                position += 1
+            if not ready:
+                self._wait()
+                continue
+            yield self._part(ready)
+            finished = [load for load in self._loads if load.position < position]
+            self._loads = [load for load in self._loads if load.position >= position]
+            self._release(finished)
+            self._issue()
+
+    def _release(self, loads: list[Load]) -> None:
+        for load in loads:
+            self.cache.give_back(load)

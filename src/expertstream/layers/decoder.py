@@ -1,0 +1,87 @@
+"""A decoder: layers of a mixer and a mixture of experts between an embedding and a projection to the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from threading import RLock
+from typing import Any
+
+from ..batch import Batch
+from ..kv_cache import KVCache
+from ..ops import F32, I64
+from .attention import Angles, Mixer
+from .basic import RMSNorm, Rotary
+from .moe import Experts, SparseMoeBlock
+from .weights import Weights
+
+__all__ = ["Decoder", "DecoderLayer"]
+
+
+class DecoderLayer:
+    """A token mixer and a mixture of experts, each on a normed copy of the residual stream and added to it."""
+
+    def __init__(self, input_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: SparseMoeBlock) -> None:
+        self.input_norm, self.mixer, self.mlp_norm, self.mlp = input_norm, mixer, mlp_norm, mlp
+        self.following: DecoderLayer | None = None
+
+    def expect(self, h: F32) -> None:
+        """Asks this layer's router about hidden states of the layer before, so that its experts may be read ahead."""
+        self.mlp.experts.expect(self.mlp.layer, *self.mlp.route(self.mlp_norm(h)))
+
+    def __call__(self, h: F32, states: Sequence[Any], batch: Batch, angles: Angles) -> None:
+        """Adds to h (T, H) in place. The experts of all sequences are read once."""
+        h += self.mixer(self.input_norm(h), states, batch, angles)
+        following = self.following
+        ahead = None if following is None else lambda: following.expect(h)
+        h += self.mlp(self.mlp_norm(h), batch.prompt, ahead)
+
+
+class Decoder:
+    """Tokens → logits. Holds the dense weights; experts come through `experts`. h (T, H) is the residual stream."""
+
+    def __init__(
+        self,
+        w: Weights,
+        experts: Experts,
+        layers: list[DecoderLayer],
+        rotary: Rotary,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        eps: float,
+        plus_one: bool = False,
+        tied: bool = False,
+    ) -> None:
+        """eps, plus_one: of the last norm. tied: the embedding is the output projection as well."""
+        self.ops, self.experts, self.layers, self.rotary = w.ops, experts, layers, rotary
+        for layer, following in pairwise(layers):
+            layer.following = following
+        self.embed_tokens = w.embedding("model.embed_tokens", vocab_size, hidden_size)
+        self.norm = w.norm("model.norm", hidden_size, eps, plus_one)
+        self.lm_head = self.embed_tokens.as_linear if tied else w.linear("lm_head", vocab_size, hidden_size)
+        self._one_at_a_time = RLock()  # another sequence's tokens may go through between two layers of a prompt
+
+    def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
+        """One sequence: tokens (T,) → logits (1, vocab) of the last one, or (T, vocab). As forward()."""
+        return self.forward(Batch(tokens, [cache], prompt), all_logits)
+
+    def forward(self, batch: Batch, all_logits: bool = False) -> F32:
+        """Logits (S, vocab) of the last row of each sequence, or (T, vocab) of all rows; the sequences move on by their rows. Other
+        threads wait. Raises ReadError, CancelledError."""
+        with self._one_at_a_time:
+            self.experts.adapt()
+            with batch:
+                return self._forward(batch, all_logits)
+
+    def _forward(self, batch: Batch, all_logits: bool) -> F32:
+        h = self.embed_tokens(batch.tokens)
+        angles = self.rotary(batch.positions())
+        for i, layer in enumerate(self.layers):
+            batch.between_layers()
+            layer(h, batch.states(i), batch, angles)
+        for segment in batch.segments:
+            if segment.cache.each_logits is not None:
+                for at in range(segment.begin, segment.end, 16):  # few rows at a time: a vocabulary is long
+                    segment.cache.each_logits(self.lm_head(self.norm(h[at : min(at + 16, segment.end)])))
+        return self.lm_head(self.norm(h if all_logits else self.ops.rows(h, batch.last_rows())))

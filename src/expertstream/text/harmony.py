@@ -1,0 +1,169 @@
+"""gpt-oss's format: messages of channels, <|channel|>analysis<|message|>…<|end|>, calls to="functions.NAME" in JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from .arguments import complete_json, parse_json
+from .output_base import CallDelta, CallEnd, CallStart, Content, Event, Reasoning
+
+__all__ = ["HarmonyParser", "harmony_messages"]
+
+_MESSAGE = "<|message|>"
+_MARKERS = (_MESSAGE, "<|start|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
+_MARK = re.compile("|".join(map(re.escape, _MARKERS)))
+_CHANNEL, _RECIPIENT = re.compile(r"<\|channel\|>\s*(\w+)"), re.compile(r"\bto=([^\s<]+)")
+_FUNCTIONS = "functions."
+_HEADS = ("<|channel|>", "<|start|>", "to=", "assistant")  # how a header may begin
+
+
+class HarmonyParser:
+    """The events of what a model writes after <|start|>assistant. in_answer: the prompt ends inside the final message. Arguments of a call
+    are given when it has ended. Decisions depend on the text alone, never on how it was cut into pieces."""
+
+    def __init__(self, in_answer: bool = False) -> None:
+        self._text, self._header = "", True
+        self._fresh = True  # nothing was read yet
+        self._kind: type[Reasoning | Content] | str = (
+            Content  # of the message being read; a call's is its function's name
+        )
+        self._call: list[str] = []
+        self._index = 0
+        self._answered = False  # content was given: another message of it is a paragraph of its own
+        if in_answer:
+            self._header = self._fresh = False
+
+    def feed(self, text: str) -> list[Event]:
+        """The next piece of what the model writes, control tokens included."""
+        self._text += text
+        return self._read(final=False)
+
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The end. A call whose arguments are whole counts; what has begun is given as far as it came."""
+        events = self._read(final=True)
+        if self._header:
+            rest, self._text = self._text, ""
+            return events + (
+                [Content(rest)] if rest.strip() and not cut and not rest.lstrip().startswith(_HEADS) else []
+            )
+        events += self._body(self._text)
+        self._text = ""
+        return events + self._end_message(cut)
+
+    def _read(self, final: bool) -> list[Event]:
+        events: list[Event] = []
+        while True:
+            if self._header:
+                if self._fresh:
+                    begin = self._text.lstrip()
+                    if not begin.startswith(_HEADS):
+                        if any(head.startswith(begin) for head in _HEADS) and not final:
+                            return events
+                        self._header = False  # a model that does not keep to the format: all is content
+                        self._fresh = False
+                        continue
+                at = self._text.find(_MESSAGE)
+                if at < 0:
+                    return events
+                self._begin_message(self._text[:at])
+                self._text = self._text[at + len(_MESSAGE) :]
+                continue
+            mark = _MARK.search(self._text)
+            if mark is None:
+                kept = 0 if final else _partial(self._text)
+                events += self._body(self._text[: len(self._text) - kept])
+                self._text = self._text[len(self._text) - kept :]
+                return events
+            events += self._body(self._text[: mark.start()])
+            events += self._end_message(False)
+            self._text = self._text[mark.start() if mark[0] in _HEADS else mark.end() :]
+
+    def _begin_message(self, header: str) -> None:
+        self._header = self._fresh = False
+        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        if recipient is not None and recipient[1] not in ("assistant", "user"):
+            self._kind, self._call = recipient[1].removeprefix(_FUNCTIONS), []
+        else:
+            self._kind = Reasoning if channel is not None and channel[1] == "analysis" else Content
+
+    def _body(self, text: str) -> list[Event]:
+        if not text:
+            return []
+        if isinstance(self._kind, str):
+            self._call.append(text)
+            return []
+        if self._kind is Reasoning:
+            return [Reasoning(text)]
+        if self._answered:
+            text = "\n\n" + text
+        self._answered = False
+        return [Content(text)]
+
+    def _end_message(self, cut: bool) -> list[Event]:
+        kind, self._header = self._kind, True
+        self._kind = Content
+        if not isinstance(kind, str):
+            self._answered = self._answered or kind is Content
+            return []
+        written, self._call = "".join(self._call), []
+        arguments = _arguments(written)
+        if arguments is None and not cut:
+            return [Content(written)] if written.strip() else []
+        index = self._index
+        self._index += 1
+        text = written if arguments is None else json.dumps(arguments, ensure_ascii=False)
+        given: list[Event] = [CallDelta(index, text)] if text else []
+        return [CallStart(index, kind), *given, CallEnd(index, kind, arguments or {}, arguments is not None)]
+
+
+def _arguments(text: str) -> dict[str, Any] | None:
+    """The arguments that a call's text stands for, repaired if need be; None if they are none."""
+    if not text.strip():
+        return {}
+    for read in (parse_json, complete_json):
+        with suppress(ValueError, RecursionError):
+            found = read(text)
+            if isinstance(found, dict):
+                return found
+    return None
+
+
+def _partial(text: str) -> int:
+    """How many characters at the end may be the beginning of a marker."""
+    at = text.rfind("<")
+    return len(text) - at if at >= 0 and any(marker.startswith(text[at:]) for marker in _MARKERS) else 0
+
+
+def harmony_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as gpt-oss's template takes them: reasoning is `thinking`, and each message has one call, followed by its result."""
+    found: list[dict[str, Any]] = []
+    at = 0
+    while at < len(messages):
+        message = dict(messages[at])
+        at += 1
+        reasoning = message.pop("reasoning_content", None)
+        if message.get("role") != "assistant":
+            found.append(message)
+            continue
+        calls = message.pop("tool_calls", None) or []
+        if not calls:
+            found.append(message if reasoning is None else {**message, "thinking": reasoning})
+            continue
+        results = []
+        while at < len(messages) and messages[at].get("role") == "tool":
+            results.append(messages[at])
+            at += 1
+        said = message.get("content") or ""
+        for i, call in enumerate(calls):
+            # The template takes what was said or what was thought before a call, not both.
+            before = (
+                {"content": said} if said else {"content": "", "thinking": reasoning} if reasoning else {"content": ""}
+            )
+            found.append({**message, **(before if i == 0 else {"content": ""}), "tool_calls": [call]})
+            found += results[i : i + 1]
+        found += results[len(calls) :]
+    return found
