@@ -217,7 +217,7 @@ def test_sparse_files_take_no_memory(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("bomb", ["size", "header", "objects", "version", "pickle"])
 def test_a_trace_that_is_a_bomb_is_refused(tmp_path: Path, bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "MOST_BYTES", 10 << 20)
+    monkeypatch.setattr(traces, "MAX_BYTES", 10 << 20)
     file = tmp_path / "x.npz"
     experts = np.zeros((2, 2, 2), np.uint8)
     np.savez(file, experts=experts, starts=np.zeros(1, np.int64))

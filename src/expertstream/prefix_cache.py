@@ -30,7 +30,7 @@ from .state_file import StateFile, StateFileError, array_bytes, is_state_file, w
 __all__ = ["GRAIN", "PrefixCache", "snapshot_positions"]
 
 GRAIN = 64  # tokens; a prompt's chunks
-MOST_TOKENS = 1 << 22  # of one file
+MAX_TOKENS = 1 << 22  # of one file
 # What this cache writes; nothing else in its directory is ever deleted.
 _FOLDER, _FILE = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{40}\.state")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.state\.\d+")
@@ -377,7 +377,7 @@ class PrefixCache:
                 file = StateFile.open(path)
                 last = len(file.header["arrays"]) - 1
                 (count,) = file.header["arrays"][last]["shape"]
-                if not 0 < count <= MOST_TOKENS:
+                if not 0 < count <= MAX_TOKENS:
                     raise StateFileError(f"{path}: {count} tokens")
                 (tokens,) = file.read(last, last + 1, [("int64", (count,))])
                 parent = str(file.header.get("parent"))

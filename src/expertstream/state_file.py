@@ -24,8 +24,8 @@ __all__ = ["StateFile", "StateFileError", "array_bytes", "is_state_file", "write
 
 _MAGIC = b"ESSTATE1"
 _DTYPES = ("float32", "uint16", "int64", "uint8", "int8")
-_MOST_HEADER = 16 << 20
-_MOST_DIMENSIONS = 8
+_MAX_HEADER = 16 << 20
+_MAX_DIMENSIONS = 8
 
 
 class StateFileError(Exception):
@@ -75,7 +75,7 @@ class StateFile:
         with open_regular(path) as file:
             head = file.read(12)
             length = int.from_bytes(head[8:], "little")
-            if head[:8] != _MAGIC or not 2 <= length <= _MOST_HEADER:
+            if head[:8] != _MAGIC or not 2 <= length <= _MAX_HEADER:
                 raise StateFileError(f"{path}: not a state file")
             text, digest = file.read(length), file.read(8)
             size = os.fstat(file.fileno()).st_size
@@ -130,7 +130,7 @@ def _check_entry(path: Path, entry: Any, size: int) -> None:
     if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES or not isinstance(entry.get("xxh3"), str):
         raise StateFileError(f"{path}: the header lists an array of no known kind")
     shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
         raise StateFileError(f"{path}: the header lists an array without a shape")
     if (
         not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= size for n in shape)

@@ -28,10 +28,10 @@ __all__ = ["render", "serve"]
 
 MEMORY_BYTES = 512 << 20  # of address space, beyond what the process has when it begins
 KEPT_BYTES = 128 << 20  # a process that has grown by more does not wait for another template
-MOST_STEPS = 2_000_000  # turns of loops and calls of macros
-MOST_CHARACTERS = 64 << 20  # of any text that is made on the way
-MOST_VALUES = 1 << 20  # inside one that becomes text
-MOST_WRAPPED = 1 << 16  # characters that are wrapped into lines, which takes long
+MAX_STEPS = 2_000_000  # turns of loops and calls of macros
+MAX_CHARACTERS = 64 << 20  # of any text that is made on the way
+MAX_VALUES = 1 << 20  # inside one that becomes text
+MAX_WRAPPED = 1 << 16  # characters that are wrapped into lines, which takes long
 _STEP, _JOIN = "_expertstream_step", "_expertstream_join"
 # Filters that look into a list without making text of it.
 _LOOKING = frozenset(
@@ -123,8 +123,8 @@ def _join_checked(parent: nodes.Node) -> None:
 
 
 def _small(size: int) -> int:
-    if size > MOST_CHARACTERS:
-        raise SecurityError(f"the template makes more than {MOST_CHARACTERS >> 20} MiB")
+    if size > MAX_CHARACTERS:
+        raise SecurityError(f"the template makes more than {MAX_CHARACTERS >> 20} MiB")
     return size
 
 
@@ -142,8 +142,8 @@ def _shallow(value: Any) -> Any:
                 size += len(part) if isinstance(part, str) else 4
                 if isinstance(part, list | tuple | dict):
                     open_.append(part)
-            if count > MOST_VALUES:
-                raise SecurityError(f"the template writes a value with more than {MOST_VALUES:,} parts")
+            if count > MAX_VALUES:
+                raise SecurityError(f"the template writes a value with more than {MAX_VALUES:,} parts")
             _small(size)
     return value
 
@@ -189,8 +189,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def _step(self) -> None:
         self._steps += 1
-        if self._steps > MOST_STEPS:
-            raise SecurityError(f"the template takes more than {MOST_STEPS:,} steps")
+        if self._steps > MAX_STEPS:
+            raise SecurityError(f"the template takes more than {MAX_STEPS:,} steps")
         if time.process_time() > self._end:
             raise SecurityError(f"the template takes more than {self._seconds:g} seconds of the processor")
 
@@ -260,13 +260,13 @@ def _padded(text: Any, *widths: Any) -> None:
 
 
 def _counted(_: Any, *numbers: Any) -> None:
-    if any(isinstance(number, int) and number > MOST_VALUES for number in numbers):
-        raise SecurityError(f"the template makes a list with more than {MOST_VALUES:,} parts")
+    if any(isinstance(number, int) and number > MAX_VALUES for number in numbers):
+        raise SecurityError(f"the template makes a list with more than {MAX_VALUES:,} parts")
 
 
 def _wrapped(text: Any, *_: Any) -> None:
-    if len(str(text)) > MOST_WRAPPED:
-        raise SecurityError(f"the template wraps a text of more than {MOST_WRAPPED:,} characters")
+    if len(str(text)) > MAX_WRAPPED:
+        raise SecurityError(f"the template wraps a text of more than {MAX_WRAPPED:,} characters")
 
 
 def _formatted(text: Any, *_: Any) -> None:

@@ -120,7 +120,7 @@ def test_counters_add_up(pack_folder: Path) -> None:
         total = llm.experts.stats.total()
         assert total.hits + total.misses == len(TOKENS) * SMALL["num_hidden_layers"] * SMALL["num_experts_per_tok"]
         assert total.hits > 0 and total.misses > 0
-        assert total.bytes_read == (total.misses + total.prefetched_in_vain) * llm.plan.slot_bytes
+        assert total.bytes_read == (total.misses + total.prefetch_wasted) * llm.plan.slot_bytes
         assert total.misses - total.evictions >= llm.experts.resident
         assert 1 <= total.max_in_flight <= 32 and total.stall_seconds > 0
         assert 0 < total.hit_rate < 1
@@ -270,7 +270,7 @@ def test_reading_ahead_is_counted_and_never_fails_a_request_that_does_not_need_i
         for t in range(20):
             llm.model(TOKENS[t : t + 1], cache)
         total = llm.experts.stats.total()
-        assert total.prefetched > 0 and total.prefetched_in_vain > 0
+        assert total.prefetched > 0 and total.prefetch_wasted > 0
         assert llm.experts.stats.layers[0].prefetched == 0  # nobody knows the next token
         # A guess for an expert that nobody asks for fails unheard; one that is asked for fails by name.
         layer = llm.experts.store.layouts[1].layer

@@ -129,6 +129,6 @@ def test_a_change_of_size_keeps_the_slots_of_what_is_being_read_ahead(
         experts.hint(1, missing)
         assert len(experts._free_ring) == len(ring) - len(missing) > 0
         if wrong:
-            experts.forget_guesses(1)  # before the reads are done, as far as anybody has looked
+            experts.drop_predictions(1)  # before the reads are done, as far as anybody has looked
         experts.resize(experts.planned - 4)
         assert sorted(experts._free_ring) == ring and not experts._ahead and not experts._wrong

@@ -26,7 +26,7 @@ from ..ops import F32, I64, Ops, Weight
 __all__ = ["BELADY", "SHARES", "Trace", "hit_rate", "load_trace", "record", "save_trace"]
 
 BELADY = "belady"
-MOST_BYTES = 1 << 30  # of an array
+MAX_BYTES = 1 << 30  # of an array
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of a layer's experts
 
 
@@ -85,7 +85,7 @@ def _check_member(archive: zipfile.ZipFile, name: str) -> None:
         if read is None:
             raise ValueError(f"{name}: an array of version {version}")
         shape, _, dtype = read(file)
-    if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize > min(info.file_size, MOST_BYTES):
+    if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize > min(info.file_size, MAX_BYTES):
         raise ValueError(f"{name}: {math.prod(shape)} values of {dtype}, more than the file or a trace holds")
 
 

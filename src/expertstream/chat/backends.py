@@ -16,7 +16,7 @@ __all__ = ["Answered", "Backend", "FunctionCall", "LocalBackend", "RemoteBackend
 
 T = TypeVar("T")
 Message = dict[str, Any]
-MOST_BYTES = 16 << 20  # of one line or one answer of a server
+MAX_BYTES = 16 << 20  # of one line or one answer of a server
 Progress = Callable[[int, int], None]
 
 
@@ -330,8 +330,8 @@ def _bounded(parts: Iterable[bytes]) -> bytes:
     whole = bytearray()
     for part in parts:
         whole += part
-        if len(whole) > MOST_BYTES:
-            raise ValueError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
+        if len(whole) > MAX_BYTES:
+            raise ValueError(f"the server's answer is longer than {MAX_BYTES >> 20} MiB")
     return bytes(whole)
 
 
@@ -343,8 +343,8 @@ def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
         first, *more = part.split(b"\n")
         held.append(first)
         size += len(first)
-        if size > MOST_BYTES:
-            raise ValueError(f"the server sent a line of more than {MOST_BYTES >> 20} MiB")
+        if size > MAX_BYTES:
+            raise ValueError(f"the server sent a line of more than {MAX_BYTES >> 20} MiB")
         for line in more:
             yield b"".join(held)
             held, size = [line], len(line)

@@ -18,7 +18,7 @@ from .tools import ToolSource
 
 __all__ = ["COMMANDS", "Chat", "View"]
 
-MOST_ROUNDS = 16  # of calls in one turn
+MAX_ROUNDS = 16  # of calls in one turn
 
 COMMANDS = {
     "/help": "this list",
@@ -106,12 +106,12 @@ class Chat:
         """Answers the last message, calling functions as long as the model wants to."""
         begin = len(self.conversation.messages)
         try:
-            for _ in range(MOST_ROUNDS):
+            for _ in range(MAX_ROUNDS):
                 calls = self._generate()
                 if not calls or not self._call_all(calls):
                     break
             else:
-                self.view.note(f"stopped after {MOST_ROUNDS} rounds of calls")
+                self.view.note(f"stopped after {MAX_ROUNDS} rounds of calls")
         except ExpertStreamError:
             if len(self.conversation.messages) == begin:  # nothing came: what was said is not lost, but typed again
                 self.conversation.messages.pop()

@@ -21,7 +21,7 @@ from ..visible import excerpt, spelled_out, visible
 
 __all__ = ["PlainView", "TerminalView"]
 
-_MOST_LINES = 24  # of a function's output
+_MAX_LINES = 24  # of a function's output
 
 
 class TerminalView:
@@ -64,7 +64,7 @@ class TerminalView:
 
     def output(self, text: str) -> None:
         lines = visible(text).splitlines()
-        shown = lines[:_MOST_LINES]
+        shown = lines[:_MAX_LINES]
         if len(lines) > len(shown):
             shown.append(f"… {len(lines) - len(shown)} more lines")
         self.console.print(Padding(Text("\n".join(shown), style="dim"), (0, 0, 0, 2)))

@@ -21,7 +21,7 @@ from ..files import read_text
 
 __all__ = ["McpTools", "Shell", "ToolSource"]
 
-MOST_OUTPUT = 16 << 10  # bytes that the model is given
+MAX_OUTPUT = 16 << 10  # bytes that the model is given
 SECONDS = 60.0
 
 
@@ -86,8 +86,8 @@ class Shell:
                             ended = "closed"
                             break
                         output += part or b""
-                        if len(output) > MOST_OUTPUT:
-                            cut, output[MOST_OUTPUT:] = True, b""
+                        if len(output) > MAX_OUTPUT:
+                            cut, output[MAX_OUTPUT:] = True, b""
                     elif process.poll() is not None:
                         ended = "closed"  # what it left running holds the output open
                         break
@@ -100,7 +100,7 @@ class Shell:
             process.stdout.close()
             process.wait()
         text = output.decode("utf-8", "replace")
-        notes = [f"(cut after {MOST_OUTPUT} bytes)"] if cut else []
+        notes = [f"(cut after {MAX_OUTPUT} bytes)"] if cut else []
         if ended == "timeout":
             notes.append(f"(stopped after {self.seconds:g} seconds)")
         elif process.returncode:
@@ -198,7 +198,7 @@ class McpTools:
         except Exception as error:
             return f"error: {error or type(error).__name__}"
         text = "\n".join(getattr(part, "text", f"({part.type})") for part in result.content)
-        return text[:MOST_OUTPUT] or "(no output)"
+        return text[:MAX_OUTPUT] or "(no output)"
 
     def close(self) -> None:
         """Ends the servers, those too that are still starting."""

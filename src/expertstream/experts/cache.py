@@ -131,7 +131,7 @@ class ExpertCache:
         self.uses[layer, experts] += 1
         if self._ahead:
             self._busy = True  # an interrupt in here is mended as one in a fetch
-            self.forget_guesses(layer)
+            self.drop_predictions(layer)
             self._busy = False
         self.stats.layers[layer].hits += len(experts)
         return self.block(layer, slots)
@@ -247,7 +247,7 @@ class ExpertCache:
             return self._free_ring.pop(), False
         return None
 
-    def claim(self, layer: int, expert: int, position: int, slot: int, cached: bool) -> Load | None:
+    def take_prefetched(self, layer: int, expert: int, position: int, slot: int, cached: bool) -> Load | None:
         """An expert that was read ahead, now asked for: it stays where it is, and the slot that was taken for it takes that one's
         place. None if it was not."""
         load = self._ahead.pop((layer, expert), None)
@@ -258,17 +258,17 @@ class ExpertCache:
         self.stats.layers[layer].prefetched += 1
         return load
 
-    def forget_guesses(self, layer: int) -> None:
+    def drop_predictions(self, layer: int) -> None:
         """Whatever was read ahead for a layer and not claimed was wrong; its slot is free once its reads are done."""
         for key in [key for key in self._ahead if key[0] == layer]:
             load = self._ahead.pop(key)
-            self.stats.layers[layer].prefetched_in_vain += 1
+            self.stats.layers[layer].prefetch_wasted += 1
             if load.pending:
                 self._wrong.append(load)
             else:
                 self._free_ring.append(load.slot)
 
-    def give_back(self, load: Load) -> None:
+    def release(self, load: Load) -> None:
         """The slot of a load that is done with; a cached one stays."""
         if not load.cached:
             self._free_ring.append(load.slot)

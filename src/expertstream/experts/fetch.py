@@ -58,7 +58,7 @@ class Fetch:
         # All at once if the ring could hold them all; else in order, through as many slots as there are.
         self.ordered = len(self.experts) > self.cache.ring - self.cache.prefetcher.most
         self._issue()
-        self.cache.forget_guesses(self.layer)
+        self.cache.drop_predictions(self.layer)
 
     def __enter__(self) -> Fetch:
         return self
@@ -92,7 +92,7 @@ class Fetch:
                 if not missing:  # also where all were read ahead: a guess does not look at the file
                     self.cache.store.check_unchanged(self.layer)
                     missing = True
-                load = self.cache.claim(self.layer, expert, position, *taken)
+                load = self.cache.take_prefetched(self.layer, expert, position, *taken)
                 if load is None:
                     load = Load(self.layer, position, expert, *taken, pending=1)
                     loads.append(load)
@@ -138,4 +138,4 @@ class Fetch:
 
     def _release(self, loads: list[Load]) -> None:
         for load in loads:
-            self.cache.give_back(load)
+            self.cache.release(load)

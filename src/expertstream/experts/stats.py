@@ -18,7 +18,7 @@ class LayerStats:
     bytes_read: int = 0  # asked of the file system; with `--residency os` this includes what the page cache gave
     stall_seconds: float = 0.0  # spent waiting for reads, nothing else to do
     prefetched: int = 0  # of the misses: read ahead of the router
-    prefetched_in_vain: int = 0  # read ahead and not asked for; neither hit nor miss
+    prefetch_wasted: int = 0  # read ahead and not asked for; neither hit nor miss
     max_in_flight: int = 0  # reads that the kernel had at once
 
     def add(self, other: LayerStats) -> None:
