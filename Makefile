@@ -49,6 +49,7 @@ lint: $(VENV)/test-tools $(VENV)/installed
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy src/expertstream
+	$(BIN)/mypy --strict tests/test_public_api.py
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/test-tools

@@ -1,9 +1,9 @@
-"""Hit rates of the cache policies on routing traces of real models, and of the optimum.
+"""Hit rates of the cache policies and of the optimum on routing traces of real models.
 
     python -m benchmarks.cache_policies [TRACE …]
 
-Traces are .npz files of `expertstream trace` or JSON lines {"tok", "layers"}; without any, the embedded model's is taken. Writes
-benchmarks/results/cache_policies.csv and docs/cache-policies.png, prints the table of docs/cache-policies.md. Nothing is timed: the
+Traces are .npz files written by `expertstream trace` or JSON lines {"tok", "layers"}; the default is the embedded model's. Writes
+benchmarks/results/cache_policies.csv and docs/cache-policies.png, and prints the tables of docs/cache-policies.md. Nothing is timed: the
 figures are the same on every machine.
 """
 
@@ -69,7 +69,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 label="optimum (Belady)" if name == BELADY else name,
                 markersize=4,
             )
-        axis.plot([0, 100], [0, 100], color="0.8", linewidth=1, label="evenly chosen")
+        axis.plot([0, 100], [0, 100], color="0.8", linewidth=1, label="uniform routing")
         axis.set(title=title.replace(": ", "\n"), xlabel="experts of a layer that fit, %", xlim=(0, 100), ylim=(0, 100))
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""A memory control group (version 1 or 2) around a command. Needs root."""
+"""Runs a command in a memory control group (version 1 or 2). Needs root."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 class ControlGroupError(Exception):
-    """This machine lets us make none."""
+    """A control group could not be created on this machine."""
 
 
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[Path]:
-    """A group with this limit; gone afterwards. Raises ControlGroupError."""
+    """A group with this limit, removed afterwards. Raises ControlGroupError."""
     name = f"expertstream-{os.getpid()}"
     v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     group, limit = (
@@ -36,13 +36,13 @@ def memory_group(limit_bytes: int) -> Iterator[Path]:
 
 
 def run_inside(group: Path, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a command whose whole life is in the group."""
+    """Runs a command inside the group from its start."""
     script = f'echo $$ > {group}/cgroup.procs && exec "$@"'
     return subprocess.run(["sh", "-c", script, "sh", *command], capture_output=True, text=True, check=False, **options)
 
 
 def peak_bytes(group: Path) -> int:
-    """The most the group has used, page cache included."""
+    """The peak memory use of the group, including page cache."""
     for name in ("memory.max_usage_in_bytes", "memory.peak"):
         if (group / name).exists():
             return int((group / name).read_text())

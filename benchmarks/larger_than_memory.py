@@ -1,7 +1,7 @@
-"""A model four times larger than the memory it may use, in every way of keeping and reading experts.
+"""A model four times larger than its memory limit, with every combination of residency and reader.
 
 Run as root: python -m benchmarks.larger_than_memory [--geometry small] [--layers N] [--rounds 3] [--folder DIR]
-Makes a synthetic pack, and runs `expertstream run` in a control group whose limit is a quarter of it: cold page cache, 64 tokens,
+Writes a synthetic pack and runs `expertstream run` in a control group limited to a quarter of its size: cold page cache, 64 tokens,
 same seed. Rounds are interleaved; medians are printed and every run is written to benchmarks/results/. Outputs must be identical.
 """
 
@@ -20,7 +20,7 @@ from expertstream.bench.geometry import geometry_config
 from expertstream.bench.machine import disk_rates
 from expertstream.bench.speed import drop_page_cache
 from expertstream.bench.synth import write_synthetic
-from expertstream.config import format_bytes
+from expertstream.units import format_bytes
 
 from .control_group import memory_group, peak_bytes, run_inside
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="where to keep the pack (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to write the pack (a temporary folder)")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "larger_than_memory.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -90,7 +90,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(
-        f"{'residency':9} {'reader':6} {'tokens/s':>8} {'of disk':>8} {'hit rate':>8} {'read a token':>12} {'first token':>11} {'peak':>9}"
+        f"{'residency':9} {'reader':6} {'tokens/s':>8} {'of disk':>8} {'hit rate':>8} {'read/token':>12} {'first token':>11} {'peak':>9}"
     )
     for residency, reader in MODES:
         mine = [r for r in rows if (r["residency"], r["reader"]) == (residency, reader)]

@@ -1,8 +1,8 @@
-"""One run of one engine in a process of its own, so that a control group can hold it. Prints one JSON object.
+"""One run of one engine in a separate process, which can be put in a control group. Prints one JSON object.
 
     python benchmarks/one_engine.py ours|llama MODEL SETTINGS
-SETTINGS is JSON: mode, threads, prompts (lengths), decode, warm, seed. Both engines see the same tokens. The llama side needs
-nothing of ours: it runs in an environment that has llama-cpp-python alone.
+SETTINGS is JSON: mode, threads, prompts (lengths), decode, warm, seed. Both engines see the same tokens. With
+"llama" it needs only NumPy and llama-cpp-python, so it runs in an environment without expertstream.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def tokens_of(seed: int, count: int) -> list[int]:
 
 
 class Llama:
-    """llama.cpp by the C interface that llama-cpp-python carries."""
+    """llama.cpp through the C API in llama-cpp-python."""
 
     LOAD_MODES: ClassVar = {"none": 0, "mmap": 1, "dio": 4}
 
@@ -42,9 +42,7 @@ class Llama:
         lib.llama_log_set(log, None)
         params = lib.llama_model_default_params()
         params.load_mode = self.LOAD_MODES[mode.split("-", maxsplit=1)[0]]
-        params.use_extra_bufts = not mode.endswith(
-            "norepack"
-        )  # repacking weights for the processor makes a copy of them
+        params.use_extra_bufts = not mode.endswith("norepack")  # repacking weights for the processor copies them
         params.n_gpu_layers = 0
         self.model = lib.llama_model_load_from_file(path.encode(), params)
         if not self.model:
@@ -111,7 +109,7 @@ def main() -> None:
             logits = engine.feed(found[-1:])
         result["greedy"] = found
     for i, length in enumerate(settings["prompts"]):
-        # The first prompt brings the weights; every later one finds what fits in memory.
+        # The first prompt loads the weights; later ones find those that fit in memory.
         for state in ("cold", "warm") if i == 0 else ("warm",):
             engine.reset()
             begin = time.perf_counter()
@@ -133,7 +131,7 @@ def main() -> None:
         result["decode_median_tps"] = 1 / statistics.median(seconds)
         result |= {name: after[name] - before[name] for name in after}
     print(json.dumps(result), flush=True)
-    os._exit(0)  # llama.cpp's own end takes long under a memory limit
+    os._exit(0)  # llama.cpp's cleanup is slow under a memory limit
 
 
 if __name__ == "__main__":

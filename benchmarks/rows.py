@@ -1,4 +1,4 @@
-"""Rows of results in a CSV file, below those that are there."""
+"""Appends rows of results to a CSV file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["append_rows"]
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The first rows bring the header."""
+    """Writes the header if the file is new."""
     exists = path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -1,10 +1,10 @@
-"""Time to first token of a chat's second turn, with and without what was computed in the first.
+"""Time to first token of a chat's second turn, with and without reuse of the first turn's states.
 
     python -m benchmarks.second_turn [MODEL] [--memory SIZE] [--tokens N] [--rounds N]
 
 The first turn: a system prompt of about N tokens, a question, an answer of 40 tokens. The second: one more question. Each round runs
-both turns with a prefix cache (in memory, and read from disk by an engine that has just started), and the second turn without one, in
-turn. Writes benchmarks/results/second_turn.csv, a row a round; compare the ratios.
+both turns with a prefix cache (in memory, and read from disk by an engine that has just started), then the second turn without one.
+Writes benchmarks/results/second_turn.csv, one row per round; compare the ratios.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "second_turn.csv"
 
 
 def prompt_of(llm: LLM, length: int, turns: int) -> I64:
-    """A conversation as tokens, up to the question of a turn: the shape of a chat, random words."""
+    """A conversation of random words in the form of a chat, as tokens, up to the question of a turn."""
     r = np.random.default_rng(7)
     start = llm.tokenizer.encode("<|im_start|>")
     filler = [t for t in range(300, 1200) if t not in set(start.tolist())]
@@ -56,7 +56,7 @@ def measure(model: Path | None, memory: str | None, length: int, rounds: int) ->
                 row["second_turn_reused_s"], row["reused_tokens"] = ttft(llm, second)
             with LLM(model, prefix_cache_bytes=256 << 20, **options) as llm:
                 llm.keep_prefixes(Path(folder), 4 << 30)
-                llm.model(np.arange(300, 310), llm.session().cache)  # so that both have begun
+                llm.model(np.arange(300, 310), llm.session().cache)  # warm up, as in the run without a cache
                 row["restarted_s"], row["restarted_reused_tokens"] = ttft(llm, second)
         with LLM(model, **options) as llm:
             llm.model(np.arange(300, 310), llm.session().cache)

@@ -1,11 +1,11 @@
-"""A server under mixed requests for a long time: its memory and descriptors have to stay where they are, and no request may fail.
+"""Soak test: a server under mixed requests for a long time. Memory and descriptors must not grow, and no request may fail.
 
     python -m benchmarks.soak --minutes 30
 
-Starts `expertstream serve` with the embedded model (or MODEL), sends it requests of every kind from several clients at once: short and
-long, streamed and not, of three APIs, with functions and schemas, some that are refused, some whose clients hang up in the middle. Every
-tenth of the time it prints requests, failures, resident memory and open descriptors, and ends with exit code 1 if a request failed that
-should not have, or if memory or descriptors grew after the first tenth by more than a fifth and 64 MiB, or by more than 16.
+Starts `expertstream serve` with the embedded model (or MODEL), sends it all kinds of requests from several clients at once: short and
+long, streamed and not, for three APIs, with functions and schemas, some that are refused, some whose clients hang up midway. After each
+tenth of the time it prints requests, failures, resident memory and open descriptors. The exit code is 1 if a request failed that should
+have succeeded, or if after the first tenth memory grew by more than a fifth plus 64 MiB, or descriptors by more than 16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Soak:
         self.failures: list[str] = []
 
     def run(self, number: int) -> None:
-        """One client's requests, until the time is over."""
+        """One client's requests, until the time is up."""
         chance = random.Random(self.seed * 1000 + number)
         with httpx.Client(base_url=self.url, timeout=120) as client:
             while time.monotonic() < self.end:
@@ -56,7 +56,7 @@ class Soak:
 
     def post(self, client: httpx.Client, path: str, body: dict[str, Any], expected: int = 200) -> None:
         answer = client.post(path, json=body)
-        # 429 is an answer too: more came at once than may wait.
+        # 429 is valid too: the queue is full.
         assert answer.status_code in (expected, 429), f"{path}: {answer.status_code}: {answer.text[:300]}"
 
     def chat(self, client: httpx.Client, chance: random.Random) -> None:
@@ -82,7 +82,7 @@ class Soak:
         self.post(client, "/v1/responses", {"input": self.text(chance), "max_output_tokens": 16})
 
     def leaves(self, client: httpx.Client, chance: random.Random) -> None:
-        """A client that hangs up in the middle of its answer."""
+        """A client that hangs up in the middle of a response."""
         body = {"messages": [{"role": "user", "content": self.text(chance)}], "max_tokens": 500, "stream": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             for _ in answer.iter_bytes():
@@ -113,13 +113,11 @@ def held(process: int) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="mixed requests for a long time; memory and descriptors must stay flat"
-    )
+    parser = argparse.ArgumentParser(description="mixed requests for a long time; memory and descriptors must not grow")
     parser.add_argument("model", nargs="?", help="a checkpoint folder (the embedded model)")
-    parser.add_argument("--minutes", type=float, default=30, metavar="N", help="(30)")
-    parser.add_argument("--clients", type=int, default=6, metavar="N", help="at once (6)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of what is sent (1)")
+    parser.add_argument("--minutes", type=float, default=30, metavar="N", help="duration (30)")
+    parser.add_argument("--clients", type=int, default=6, metavar="N", help="concurrent clients (6)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="random seed of the requests (1)")
     options = parser.parse_args()
     command = [sys.executable, "-m", "expertstream", "serve", *([options.model] if options.model else [])]
     command += ["--port", "0", "--memory", "400MiB", "--context", "2048"]
@@ -158,7 +156,7 @@ def main() -> int:
         code = server.wait(60)
     print(
         "; ".join(f"{count} {name}" for name, count in sorted(soak.sent.items())),
-        f"; the server ended with {code}",
+        f"; the server exited with {code}",
         sep="",
     )
     for failure in soak.failures[:10]:

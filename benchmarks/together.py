@@ -1,9 +1,9 @@
-"""Decoding several texts together, against one after another: what a server gains from giving their tokens to the model in one pass.
+"""Decoding several sequences in a batch compared with one after another: what a server gains from batching.
 
     python -m benchmarks.together [MODEL] [--memory SIZE] [--rounds N] [--texts 2 4 8]
 
-Random texts, so that routing is as spread out as it can be: real texts share more experts. Each round measures both ways in turn, from
-the same caches, and checks that the logits have the same bits. Writes benchmarks/results/together.csv.
+Tokens are random, so that routing is as spread out as possible: real texts share more experts. Each round measures both ways, from the
+same caches, and checks that the logits are bit-identical. Writes benchmarks/results/together.csv.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def caches_of(llm: LLM, texts: int) -> list[KVCache]:
 
 
 def measure(llm: LLM, texts: int) -> tuple[float, float]:
-    """Tokens a second of all texts: one after another, together."""
+    """Tokens per second of all sequences: one after another, together."""
     tokens = np.random.default_rng(4).integers(3, llm.model_config.vocab_size - 50, (STEPS, texts))
     apart, caches = [], caches_of(llm, texts)
     begin = time.perf_counter()
@@ -74,7 +74,7 @@ def main() -> None:
     append_rows(RESULTS, rows)
     for texts in args.texts:
         ratios = [r["together_tokens_per_s"] / r["apart_tokens_per_s"] for r in rows if r["texts"] == texts]
-        print(f"{texts} texts: {statistics.median(ratios):.2f} times")
+        print(f"{texts} sequences: {statistics.median(ratios):.2f} times")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""expertstream against llama.cpp on the same weights, the same tokens, the same threads, in the same run.
+"""expertstream compared with llama.cpp: the same weights, tokens and threads, in the same run.
 
     python -m benchmarks.vs_llama_cpp [--geometry qwen3.5-35b-a3b] [--layers 16] [--rounds 3] [--folder DIR]
 
-Writes a synthetic model as a pack and as its GGUF twin (Q4_0 experts, Q8_0 trunk), installs llama-cpp-python into an environment of its
-own, and checks that both engines give the same logits and greedy tokens. Then, in rounds, every engine and mode in turn, with disk,
-memory and arithmetic measured before and after each: resident (everything fits), and in a control group with a quarter of the model's bytes (needs
-root; mmap also with a read-ahead of 128 KiB, the usual one). Prints medians and ratios; every run goes to
-benchmarks/results/vs_llama_cpp.csv. llama.cpp without repacking keeps one copy of the weights; with it, it is faster and has two.
+Writes a synthetic model as a pack and as its GGUF twin (Q4_0 experts, Q8_0 trunk), installs llama-cpp-python in a separate
+environment, and checks that both engines give the same logits and greedy tokens. Each round then runs every engine and mode, and measures
+disk, memory and arithmetic before and after each run: resident (everything fits), and in a control group with a quarter of the model's
+bytes (needs root; mmap also with a read-ahead of 128 KiB, the usual value). Prints medians and ratios; every run is written to
+benchmarks/results/vs_llama_cpp.csv. llama.cpp without repacking keeps one copy of the weights; with repacking it is faster and keeps two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from expertstream.bench.plan import load_model
 from expertstream.bench.speed import drop_page_cache
 from expertstream.bench.synth import write_synthetic
 from expertstream.checkpoint.quantize import BitPolicy
-from expertstream.config import EngineConfig, format_bytes
+from expertstream.config import EngineConfig
+from expertstream.units import format_bytes
 
 from .control_group import memory_group
 
@@ -40,15 +41,15 @@ WORKER = Path(__file__).parent / "one_engine.py"
 PEER = "llama-cpp-python==0.3.36"
 RESIDENT = [("ours", "default"), ("ours", "exact"), ("llama", "none"), ("llama", "mmap-norepack")]
 LIMITED = [("ours", "default"), ("llama", "mmap-norepack"), ("llama", "mmap-norepack-readahead128")]
-# Modes that copy the weights; tried once, to say what becomes of them.
+# Modes that copy the weights; run once, to record how they fail.
 HOPELESS = [("llama", "none-norepack"), ("llama", "dio-norepack"), ("llama", "mmap")]
 
 
 def peer_python(folder: Path) -> Path:
-    """The interpreter of an environment that has llama-cpp-python; built from source on the first call."""
+    """The interpreter of an environment with llama-cpp-python, which is built from source on the first call."""
     python = folder / "peer" / "bin" / "python"
     if not python.exists():
-        print(f"installing {PEER} (it is compiled: some minutes)", flush=True)
+        print(f"installing {PEER} (compiling takes some minutes)", flush=True)
         venv.create(folder / "peer", with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", PEER, "numpy"], check=True)
     return python
@@ -56,7 +57,7 @@ def peer_python(folder: Path) -> Path:
 
 @contextmanager
 def read_ahead(path: Path, kib: int) -> Iterator[None]:
-    """The disk's read-ahead, put back afterwards."""
+    """Sets the disk's read-ahead, and restores it afterwards."""
     device = os.stat(path).st_dev
     setting = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/read_ahead_kb")
     if not setting.exists():
@@ -78,7 +79,7 @@ def run(
     limit: int = 0,
     timeout: int = 600,
 ) -> dict[str, Any]:
-    """One worker's result, or {"failed": why}."""
+    """One worker's result, or {"failed": reason}."""
     command = [str(python[kind]), str(WORKER), kind, str(paths[kind]), json.dumps({**settings, "mode": mode})]
     ahead = read_ahead(paths[kind], 128) if mode.endswith("readahead128") else nullcontext()
     with ahead, memory_group(limit) if limit else nullcontext() as group:
@@ -87,7 +88,7 @@ def run(
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {timeout} s"}
+            return {"failed": f"not finished after {timeout} s"}
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [""]
         return {"failed": "killed: out of memory" if done.returncode == -9 else f"exit {done.returncode}: {last[0]}"}
@@ -100,13 +101,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--tokens", type=int, default=48, help="decoded in each run of ours; fewer of an engine that is slow"
+        "--tokens", type=int, default=48, help="tokens decoded per run; fewer for llama.cpp under the limit"
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/vs_llama_cpp"), help="for the models and the peer (kept)"
+        "--folder",
+        type=Path,
+        default=Path("build/vs_llama_cpp"),
+        help="for the models and llama.cpp's environment (kept)",
     )
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "vs_llama_cpp.csv")
-    parser.add_argument("--table", action="store_true", help="print README's table from the CSV, and measure nothing")
+    parser.add_argument("--table", action="store_true", help="print README's table from the CSV without measuring")
     args = parser.parse_args()
     if args.table:
         print(table(read_rows(args.csv)))
@@ -118,7 +122,7 @@ def main() -> None:
     if not paths["ours"].exists():
         paths["llama"].unlink(missing_ok=True)
         policy = BitPolicy(4, 32, 8, symmetric=True)
-        print("writing the model twice", flush=True)
+        print("writing the model in both formats", flush=True)
         write_synthetic(
             paths["ours"], geometry_config(args.geometry, args.layers), policy, gguf=paths["llama"], threads=threads
         )
@@ -184,7 +188,7 @@ def main() -> None:
 
 
 def limits(path: Path, record: int, threads: int) -> dict[str, float]:
-    """What the machine can do at this moment; shared ones drift within minutes."""
+    """The machine's limits at this moment; shared machines drift within minutes."""
     disk = disk_rates(path, record, depths=(16,), splits=(256 << 10,), seconds=1)[0]
     return {
         "disk_bytes_per_second": disk.bytes_per_second,
@@ -236,7 +240,7 @@ def median(rows: list[dict[str, Any]], place: str, kind: str, mode: str, key: st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """README's table, from the CSV alone: medians, and each over llama.cpp's best mode in the same place."""
+    """README's table, from the CSV alone: medians, and their ratio to llama.cpp's best mode in the same setting."""
     names = {
         ("resident", "ours", "default"): "**expertstream**, everything in memory",
         ("resident", "llama", "none"): "llama.cpp, repacked weights",
@@ -275,13 +279,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def reach(rows: list[dict[str, Any]], model: Any) -> list[str]:
-    """How near to the machine's limits, each measured before and after the run."""
+    """The share of the machine's limits reached, each measured before and after the run."""
     lines = []
     resident = [row for row in rows if (row["place"], row["engine"], row["mode"]) == ("resident", "ours", "default")]
     memory = statistics.median(
         row["decode_median_tps"] * model.cost.bytes / row["memory_bytes_per_second"] for row in resident
     )
-    lines.append(f"resident decode: {memory:.0%} of what memory allows ({model.cost.bytes / 1e9:.2f} GB a token)")
+    lines.append(
+        f"resident decode: {memory:.0%} of the memory-bandwidth limit ({model.cost.bytes / 1e9:.2f} GB per token)"
+    )
     products = model.cost.multiply_adds - model.cost.head_multiply_adds
     for length in (512, 2048):
         share = statistics.median(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertstream import EngineConfig, UsageError
-from expertstream.config import format_bytes, parse_bytes
+from expertstream.units import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -47,16 +47,16 @@ def test_options_then_environment_then_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"residency": "both"}, "residency is one of auto, slots, os"),
-        ({"reader": "mmap"}, "reader is one of"),
-        ({"policy": "fifo"}, "policy is one of"),
-        ({"queue_depth": -1}, "queue_depth is a whole number from 0 to 1024"),
+        ({"residency": "both"}, "residency must be one of auto, slots, os"),
+        ({"reader": "mmap"}, "reader must be one of"),
+        ({"policy": "fifo"}, "policy must be one of"),
+        ({"queue_depth": -1}, "queue_depth must be an integer from 0 to 1024"),
         ({"split_bytes": 5000}, "multiple of 4096"),
-        ({"threads": -1}, "threads is a whole number"),
-        ({"memory": "0"}, "more than nothing"),
-        ({"threads": "2"}, "threads is a whole number"),
-        ({"context_length": 99.5}, "context_length is a whole number"),
-        ({"prefill_chunk": 100}, "prefill_chunk is a multiple of 64"),
+        ({"threads": -1}, "threads must be an integer"),
+        ({"memory": "0"}, "must be greater than 0"),
+        ({"threads": "2"}, "threads must be an integer"),
+        ({"context_length": 99.5}, "context_length must be an integer"),
+        ({"prefill_chunk": 100}, "prefill_chunk must be a multiple of 64"),
         ({"memory": 1e9}, "is not a size"),
         ({"memory": True}, "is not a size"),
         ({"memory": "9" * 400}, "is not a size"),
@@ -70,5 +70,5 @@ def test_impossible_settings_are_refused(options: dict[str, object], message: st
 
 
 def test_a_wrong_environment_is_refused() -> None:
-    with pytest.raises(UsageError, match="EXPERTSTREAM_THREADS is a number of threads, not 'many'"):
+    with pytest.raises(UsageError, match="EXPERTSTREAM_THREADS must be a whole number greater than 0; got 'many'"):
         EngineConfig.from_options({}, {"EXPERTSTREAM_THREADS": "many"})

@@ -181,7 +181,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(module._Conversion, "_write_layer", interrupted)
     assert cli.main(["convert", str(hf_folder), str(tmp_path / "p")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["convert", str(hf_folder), str(tmp_path / "p")]) == 0
 
@@ -190,7 +190,7 @@ def test_no_space_is_said_before_anything_is_written(
     hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 4096))
-    with pytest.raises(ConvertError, match=r"are needed, 4\.0 KiB are free"):
+    with pytest.raises(ConvertError, match=r"needed, but only 4\.0 KiB free"):
         convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
     assert not (tmp_path / "p").exists() and not (tmp_path / "p.partial").exists()
 
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_loses_nothing(hf_folder: Path, pack_folder: Path, 
     assert result.returncode == 7
     assert (
         os.strerror(errno.EFBIG) in result.stderr
-        and "it goes on where it stopped" in result.stderr
+        and "it resumes where it stopped" in result.stderr
         and "Traceback" not in result.stderr
     )
     assert not (tmp_path / "p").exists()
@@ -219,9 +219,9 @@ def test_a_disk_that_fills_up_loses_nothing(hf_folder: Path, pack_folder: Path, 
 
 
 def test_what_cannot_be_converted(hf_folder: Path, pack_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="is a pack already"):
+    with pytest.raises(ConvertError, match="is already a pack"):
         convert(pack_folder, tmp_path / "p", BitPolicy(), threads=1)
-    with pytest.raises(ConvertError, match="exists already"):
+    with pytest.raises(ConvertError, match="already exists"):
         convert(hf_folder, tmp_path, BitPolicy(), threads=1)
     with pytest.raises(ConvertError, match="no such folder"):
         convert(hf_folder, tmp_path / "a" / "b", BitPolicy(), threads=1)
@@ -233,14 +233,14 @@ def test_other_settings_do_not_mix(hf_folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module._Conversion, "_finish", lambda self, journal: None)
     convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
     monkeypatch.undo()
-    with pytest.raises(ConvertError, match="was begun from another source or with other settings"):
+    with pytest.raises(ConvertError, match="was started from another source or with other settings"):
         convert(hf_folder, tmp_path / "p", BitPolicy(8), threads=1)
 
 
 def test_odd_sizes_keep_what_cannot_be_quantized(tmp_path: Path) -> None:
     config = oracle.config_of(**oracle.CONFIGS["odd sizes"])
     source = oracle.save_hf(tmp_path / "s", config, oracle.make_oracle(config, torch.bfloat16), torch.bfloat16)
-    with pytest.raises(ConvertError, match="is not a multiple of 32; take --bits 16"):
+    with pytest.raises(ConvertError, match="is not a multiple of 32; use bits=16"):
         convert(source, tmp_path / "p", BitPolicy(), threads=1)
     convert(source, tmp_path / "q", BitPolicy(16), threads=1)
     tokens = oracle.random_tokens(config, 20)
@@ -327,7 +327,7 @@ def test_a_damaged_journal_is_named(hf_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.partial").mkdir()
     for text in ("nope", "{}", "[]", '{"layers": {"0": 3}, "files": {}}'):
         (tmp_path / "p.partial" / "journal.json").write_text(text)
-        with pytest.raises(ConvertError, match=r"journal.json: damaged; remove .*p.partial to begin anew"):
+        with pytest.raises(ConvertError, match=r"journal.json: damaged; remove .*p.partial to start over"):
             convert(hf_folder, tmp_path / "p", BitPolicy(), threads=1)
 
 

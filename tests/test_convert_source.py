@@ -33,10 +33,10 @@ def test_a_source_that_changes_meanwhile_is_no_pack(hf_folder: Path, tmp_path: P
         if quiet:
             os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    with pytest.raises(ConvertError, match="the source changed while it was converted; remove") as caught:
+    with pytest.raises(ConvertError, match="the source changed during the conversion; remove") as caught:
         convert(source, tmp_path / "pack", BitPolicy(), threads=1, progress=overwrite)
     assert done and not (tmp_path / "pack").exists() and caught.value.exit_code == 7
-    with pytest.raises(ConvertError, match="begun from another source"):  # nor by trying again
+    with pytest.raises(ConvertError, match="started from another source"):  # nor by trying again
         convert(source, tmp_path / "pack", BitPolicy(), threads=1)
 
 
@@ -44,7 +44,7 @@ def test_a_folder_with_other_files_is_not_written_to(hf_folder: Path, tmp_path: 
     work = tmp_path / "pack.partial"
     work.mkdir()
     (work / "thesis.tmp").write_text("years of work")
-    with pytest.raises(ConvertError, match=r"holds 'thesis\.tmp', which no conversion writes; move it away"):
+    with pytest.raises(ConvertError, match=r"contains 'thesis\.tmp', which no conversion writes; move it away"):
         convert(hf_folder, tmp_path / "pack", BitPolicy(), threads=1)
     assert (work / "thesis.tmp").read_text() == "years of work"
 

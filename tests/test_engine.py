@@ -142,14 +142,14 @@ def test_a_generation_that_is_dropped_leaves_the_model_usable(llm: LLM) -> None:
     for piece in llm.generate(PROMPT, max_tokens=50):
         if piece.stats.generated_tokens == 3:
             break
-    assert llm.experts.reader.pending == 0
+    assert llm.experts.link.reader.pending == 0
     assert text_of(llm, max_tokens=5, temperature=0)
 
 
 def test_prompts_that_cannot_be_run(llm: LLM) -> None:
     with pytest.raises(RequestError, match="the prompt is empty"):
         llm.generate("")
-    with pytest.raises(RequestError, match=r"room for 511; make --context at least \d+"):
+    with pytest.raises(RequestError, match=r"room for 511; set context_length=\d+ or more"):
         llm.generate("word " * 600)
     with pytest.raises(RequestError, match="not valid UTF-8"):
         llm.generate("\udcff")
@@ -164,9 +164,11 @@ def test_the_context_ends_an_answer(llm: LLM) -> None:
 def test_impossible_engines() -> None:
     with pytest.raises(BudgetError, match="needs at least"):
         LLM(memory="1MiB")
-    with pytest.raises(UsageError, match=r"experts_per_token is at most .* 4, not 5"):
+    with pytest.raises(UsageError, match=r"experts_per_token must be at most 4, .*; got 5"):
         LLM(experts_per_token=5)
-    with pytest.raises(UsageError, match="more than the 8192 tokens that this model was trained for"):
+    with pytest.raises(
+        UsageError, match="context_length must be at most 8192, the context this model was trained for; got 8193"
+    ):
         LLM(context_length=8193)
     with pytest.raises(UsageError, match="unknown instruction set 'sse9'"):
         LLM(isa="sse9", **QUICK)
@@ -179,7 +181,7 @@ def test_the_named_floor_is_enough() -> None:
 
     with pytest.raises(BudgetError) as caught:
         LLM(memory="1MiB", context_length=256, threads=1)
-    floor = re.search(r"at least --memory (\d+)MiB", str(caught.value))
+    floor = re.search(r"at least memory=(\d+)MiB", str(caught.value))
     assert floor is not None
     with LLM(memory=f"{floor[1]}MiB", context_length=256, threads=1) as llm:
         assert text_of(llm, max_tokens=5)
@@ -187,7 +189,7 @@ def test_the_named_floor_is_enough() -> None:
 
 def test_what_is_no_prompt_and_no_option(llm: LLM) -> None:
     for wrong in (None, 5, [1, 2]):
-        with pytest.raises(UsageError, match="a prompt is a text"):
+        with pytest.raises(UsageError, match="a prompt must be str"):
             llm.generate(wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="unknown sampling option 'max_token'"):
         llm.generate("x", max_token=5)
@@ -195,18 +197,18 @@ def test_what_is_no_prompt_and_no_option(llm: LLM) -> None:
         llm.generate("x", llm.sampling_params(), seed=1)
     params, session = llm.sampling_params(), llm.session()
     for tokens in ([1, 2], "x", np.array([1.5]), np.array([[1]])):
-        with pytest.raises(UsageError, match="one-dimensional array of whole numbers"):
+        with pytest.raises(UsageError, match="one-dimensional array of integers"):
             session.generate(tokens, params)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="a token is at least 0"):
+    with pytest.raises(UsageError, match="a token must be at least 0; got -1"):
         session.generate(np.array([1, -1]), params)
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"temperature": -1}, "temperature is a number"),
-        ({"top_k": 2.5}, "top_k is a whole number"),
-        ({"top_p": "high"}, "top_p is a number"),
+        ({"temperature": -1}, "temperature must be a number"),
+        ({"top_k": 2.5}, "top_k must be an integer"),
+        ({"top_p": "high"}, "top_p must be a number"),
     ],
 )
 def test_a_wrong_generation_config_is_named(tmp_path: Path, entries: dict[str, object], message: str) -> None:
@@ -228,7 +230,7 @@ def test_a_wrong_generation_config_is_named(tmp_path: Path, entries: dict[str, o
 def test_lossy_settings_are_named_with_every_result() -> None:
     with LLM(experts_per_token=2, **QUICK) as llm:
         pieces = list(llm.generate(PROMPT, max_tokens=2))
-        assert all(p.stats.lossy == "2 of 4 experts a token" for p in pieces)
+        assert all(p.stats.lossy == "2 of 4 experts per token" for p in pieces)
 
 
 def test_a_read_that_fails_in_the_middle_ends_the_generation(faults: None) -> None:

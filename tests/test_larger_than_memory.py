@@ -52,14 +52,14 @@ def test_another_process_takes_memory_while_we_decode(tmp_path: Path) -> None:
         "from expertstream import LLM\n"
         "with LLM(sys.argv[1], context_length=512) as llm:\n"
         "    tokens = []\n"
-        "    planned = llm.experts.planned\n"
+        "    planned = llm.experts.tier.planned\n"
         "    for piece in llm.generate('Once upon a time', max_tokens=300, temperature=1, seed=1):\n"
         "        tokens.append(piece.token)\n"
         "        if len(tokens) == 20:\n"
         "            print('ready', flush=True)\n"
         "        if len(tokens) > 20:\n"
         "            time.sleep(0.01)\n"
-        "    print(json.dumps({'tokens': tokens, 'planned': planned, 'least': llm.experts.least, 'kept': llm.experts.cached}))\n"
+        "    print(json.dumps({'tokens': tokens, 'planned': planned, 'least': llm.experts.tier.least, 'kept': llm.experts.tier.cached}))\n"
     )
     # Takes memory step by step, as programs do.
     hog = "import sys, time\nsys.stdin.readline()\nheld = []\nfor _ in range(30):\n    held.append(bytearray(b'x') * (5 << 20))\n    time.sleep(0.05)\ntime.sleep(60)"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from expertstream import CheckpointError, RequestError
 from expertstream.engine import embedded_model
-from expertstream.tokenizer import Detokenizer, Tokenizer
+from expertstream.text.tokenizer import Detokenizer, Tokenizer
 
 TOKENIZER = Tokenizer(embedded_model())
 

@@ -28,7 +28,7 @@ from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.cli import main
 from expertstream.convert import convert
 from expertstream.engine import embedded_model
-from expertstream.visible import LineFormatter, one_line
+from expertstream.text.visible import LineFormatter, one_line
 
 EVIL = "a\x1b]0;title\x07\r\nb\x9b31m\u202ec\u2028d"
 

@@ -1,4 +1,4 @@
-"""expertstream: Mixture-of-Experts language models larger than memory, their experts streamed from the SSD."""
+"""expertstream: runs Mixture-of-Experts language models larger than memory by streaming their experts from the SSD."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _HOMES = {"EngineConfig": "config", "SamplingParams": "sampling", "LLM": "engine
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that `expertstream --help` need not load NumPy."""
+    """Imports a public name on first use, so that `expertstream --help` does not load NumPy."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)

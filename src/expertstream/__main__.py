@@ -1,11 +1,11 @@
-"""python -m expertstream, and the command expertstream."""
+"""Entry point of `python -m expertstream` and of the command `expertstream`."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# NumPy's library would start a thread for each processor, and is given little to do: the engine has threads of its own.
+# OpenBLAS would start a thread for each processor, for little work: the engine has its own threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 __all__ = ["main"]
@@ -14,7 +14,7 @@ __all__ = ["main"]
 def main() -> int:
     """Runs one command; returns its exit code."""
     try:
-        from .cli import main as run  # in here, since Ctrl-C may come while modules are loaded
+        from .cli import main as run  # imported here, since Ctrl-C may arrive while modules load
 
         return run()
     except KeyboardInterrupt:

@@ -1,10 +1,9 @@
-"""What goes through a model together: rows of one sequence, or of several, each with its own state."""
+"""Batches: rows that go through a model together, of one sequence or of several, each with its own state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,8 @@ __all__ = ["Batch", "Segment"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [begin, end) of a batch belong to one sequence, whose tokens they are from `position` on. cuts: ends of parts of these rows
-    after which its state is to be kept, and `end`."""
+    """Rows [begin, end) of a batch: tokens of one sequence, from `position` on. cuts: the rows, counted from `begin`, after which a
+    snapshot of the state may be requested, and the last one."""
 
     cache: KVCache
     begin: int
@@ -27,8 +26,8 @@ class Segment:
     cuts: tuple[int, ...]
 
     def parts(self, state: State) -> Iterator[tuple[slice, int]]:
-        """Rows to take into a state one part after another, and the position of each part's first: no more than the state has room for,
-        and up to each cut if it cannot be rewound. After a cut it is kept."""
+        """The rows in parts to add to a state one after another, with the position of each part's first row. A part is no longer than the
+        state has room for; if the state cannot be rewound, parts also end at cuts, where requested snapshots are taken."""
         begin = self.begin
         for cut in self.cuts if isinstance(state, SnapshotState) else (self.end,):
             while begin < cut:
@@ -41,14 +40,13 @@ class Segment:
 
 
 class Batch:
-    """tokens (T,) of one sequence or several. prompt: they are (a part of) a prompt, which is computed in its chunked form; both forms are
-    one computation but for rounding, so which one is taken must not depend on how a prompt is cut: parts are multiples of 64 but for
-    the last.
+    """tokens (T,) of one sequence or several. prompt: they are (a part of) a prompt, which is computed in chunked form. The two forms
+    differ only in rounding, but the choice must not depend on how a prompt is split: all parts but the last are multiples of 64.
 
-    Use as a context around the model's pass: inside it the sequences are in the middle of a token, and stay invalid if it fails."""
+    Use as a context manager around the model's pass: inside it, the sequences are between two tokens; if it fails, they stay invalid."""
 
     def __init__(self, tokens: I64, caches: Sequence[KVCache], prompt: bool = False) -> None:
-        """With one cache all tokens are its sequence's; with several, each has one."""
+        """With one cache, all tokens belong to its sequence; with several, one token to each."""
         self.tokens, self.caches, self.prompt = tokens, caches, prompt
         self.segments: list[Segment] = []
 
@@ -65,10 +63,10 @@ class Batch:
         position, last = cache.position, cache.position + count
         if last > cache.capacity:
             raise RequestError(
-                f"{last} tokens do not fit a context of {cache.capacity}; make --context at least {last}"
+                f"{last} tokens do not fit in a context of {cache.capacity}; set context_length={last} or more"
             )
         if not cache.valid:
-            raise RequestError("this session stopped in the middle of a token; reset it")
+            raise RequestError("this session stopped in the middle of a token; call reset()")
         inside = sorted(at for at in cache.keep if position < at < last) if cache.keep else ()
         return Segment(
             cache, begin, begin + count, position, (*(begin + at - position for at in inside), begin + count)
@@ -81,15 +79,15 @@ class Batch:
                 segment.cache.valid = True
 
     def positions(self) -> I64:
-        """(T,): each row's place in its sequence."""
+        """(T,): each row's position in its sequence."""
         return np.concatenate([np.arange(s.position, s.position + s.end - s.begin) for s in self.segments])
 
-    def states(self, layer: int) -> list[Any]:
-        """Each sequence's state of a layer."""
+    def states(self, layer: int) -> list[State]:
+        """The state of a layer, for each sequence."""
         return [segment.cache.layers[layer] for segment in self.segments]
 
     def between_layers(self) -> None:
-        """What a model calls before each layer. Raises CancelledError; several sequences go on together."""
+        """Called by the model before each layer. Raises CancelledError; a batch of several sequences is not interrupted."""
         if len(self.segments) == 1:
             self.segments[0].cache.between_layers()
 

@@ -1,7 +1,7 @@
-"""Makes a pack: `expertstream convert SRC DST`. docs/format.md describes what comes out.
+"""Writes a pack: `expertstream convert SRC DST`. docs/format.md describes the format.
 
-Works in DST.partial, a file at a time, each written whole and synced before the journal lists it; the folder gets its name when
-everything is there. So a conversion can be killed at any moment and goes on where it stopped, and a folder that opens is complete.
+Works in DST.partial, one file at a time; each is complete and synced before the journal lists it, and the folder is renamed to DST
+at the end. So a conversion can be killed at any moment and resumes where it stopped, and a folder that opens is complete.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from .checkpoint.pack import TRUNK, experts_file, write_records
 from .checkpoint.quantize import BitPolicy, check_finite, quantized_format, row_blocks
 from .checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
 from .checkpoint.safetensors import header_bytes, read_tensor
-from .config import format_bytes
 from .errors import ConvertError
 from .files import MAX_TEXT, open_regular, read_text
 from .formats import Affine, Dense, ExpertFormat, MatrixFormat
 from .formats.numbers import to_f32
 from .models import config_of, expert_layouts, weight_map
 from .ops.cpu import CpuOps
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
+from .units import format_bytes
 
 __all__ = ["convert"]
 
-_SAMPLES, _SAMPLE_BYTES = 64, 4096  # blocks of each file that are looked at
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # blocks of each file that the fingerprint covers
 _JOURNAL = "journal.json"
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
@@ -50,7 +50,7 @@ _COPIED = (
 )  # fmt: skip
 _DTYPE_NAMES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "e8m0": "U8"}
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes done, bytes in total
 
 
 def convert(
@@ -60,25 +60,23 @@ def convert(
     threads: int,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Writes a pack of `source` to `destination`, which must not exist. MLX sources keep their bits exactly; `policy` is for
+    """Writes a pack of `source` to `destination`, which must not exist. MLX sources keep their bits exactly; `policy` applies to
     dense ones. Peak memory is a few hundred MiB. Raises ConvertError, CheckpointError."""
     destination = Path(destination)
     try:
         if destination.is_symlink() and not destination.exists():
-            raise ConvertError(
-                f"{destination}: is a link to something that does not exist; choose another name or remove it"
-            )
+            raise ConvertError(f"{destination}: is a broken link; choose another name or remove it")
         if destination.exists():
-            raise ConvertError(f"{destination}: exists already; choose another name or remove it")
+            raise ConvertError(f"{destination}: already exists; choose another name or remove it")
         if not destination.parent.is_dir():
             raise ConvertError(f"{destination.parent}: no such folder")
     except OSError as error:
         raise ConvertError(f"{destination}: {error.strerror}") from None
     checkpoint = open_checkpoint(source)
     if checkpoint.kind == "pack":
-        raise ConvertError(f"{source}: is a pack already")
+        raise ConvertError(f"{source}: is already a pack")
     _copied_files(checkpoint.path)
-    Tokenizer(checkpoint.path)  # a pack without one could not run: better now than after hours
+    Tokenizer(checkpoint.path)  # a pack without one cannot run; fail now, not after hours
     _Conversion(checkpoint, destination, policy, threads, progress).run()
 
 
@@ -108,9 +106,9 @@ class _Conversion:
         for m in (gate, up, down):
             if not (self.checkpoint.quantization or self.policy.bits == 16 or m.quantized):
                 raise ConvertError(
-                    f"experts of {m.rows}×{m.cols} cannot be quantized: {m.cols} is not a multiple of 32; take --bits 16"
+                    f"experts of {m.rows}×{m.cols} cannot be quantized: {m.cols} is not a multiple of 32; use bits=16"
                 )
-        # gate and up are multiplied with the same quantized activations, so they share their groups: they have the same columns.
+        # gate and up are multiplied by the same quantized activations; having the same columns, they have the same groups.
         return ExpertFormat(gate, up, down, source.activation, "f32" if source.bias_dtype else "")
 
     def _plan_trunk(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -137,7 +135,7 @@ class _Conversion:
 
     def _trunk_format(self, module: str) -> MatrixFormat:
         m = self._source_format(module)
-        if self.checkpoint.quantization:  # somebody has chosen bits already, dense ones too
+        if self.checkpoint.quantization:  # its bits are kept, also of dense matrices
             return m
         return quantized_format(m, self.policy.trunk_bits_of(self.specs[module]), self.policy)
 
@@ -174,13 +172,13 @@ class _Conversion:
         return [(file, s.st_ino, s.st_size, s.st_mtime_ns) for file in files for s in (file.stat(),)]
 
     def _check_source(self) -> None:
-        """After a part has been written, before it counts. Raises ConvertError."""
+        """Called after a file is written, before the journal lists it. Raises ConvertError."""
         if self._stats() != self._signatures:
             raise self._changed()
 
     def _changed(self) -> ConvertError:
         return ConvertError(
-            f"{self.checkpoint.path}: the source changed while it was converted; remove {self.work} and run the command again"
+            f"{self.checkpoint.path}: the source changed during the conversion; remove {self.work} and run the command again"
         )
 
     @contextmanager
@@ -190,17 +188,17 @@ class _Conversion:
         except OSError as error:
             where = error.filename or self.work
             raise ConvertError(
-                f"{where}: {error.strerror}; mend this and run the same command again, it goes on where it stopped"
+                f"{where}: {error.strerror}; fix this and run the same command again; it resumes where it stopped"
             ) from None
 
     @contextmanager
     def _own_folder(self) -> Iterator[None]:
-        """The working folder, made if need be, for this process alone; gone again if nothing came to be in it."""
+        """The working folder: created if missing, locked for this process, removed afterwards if empty."""
         self.work.mkdir(exist_ok=True)
         strangers = [path.name for path in self.work.iterdir() if path.name.removesuffix(".tmp") not in self._names()]
         if strangers:
             raise ConvertError(
-                f"{self.work}: holds {strangers[0]!r}, which no conversion writes; move it away or choose another destination"
+                f"{self.work}: contains {strangers[0]!r}, which no conversion writes; move it away or choose another destination"
             )
         folder = os.open(self.work, os.O_RDONLY)
         try:
@@ -216,12 +214,12 @@ class _Conversion:
             os.close(folder)
 
     def _names(self) -> set[str]:
-        """Of the files that a conversion writes."""
+        """Names of the files that a conversion writes."""
         layers = (experts_file(layout.layer) for layout in self.layouts)
         return {_JOURNAL, TRUNK, MANIFEST, "config.json", *_COPIED, *layers}
 
     def _fingerprint(self) -> str:
-        """Of the source's contents as far as its headers, sizes, times and a few blocks of each file tell."""
+        """A hash of the source: its config and headers, and the size, time and a few blocks of each file."""
         digest = xxhash.xxh3_64(json.dumps(self.checkpoint.config, sort_keys=True).encode())
         for name, info in sorted(self.checkpoint.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape} {info.offset} {info.file.name}".encode())
@@ -235,7 +233,7 @@ class _Conversion:
         return digest.hexdigest()
 
     def _open_journal(self) -> dict[str, Any]:
-        """What an earlier run finished, if it was of the same source with the same settings; whatever it left half done goes."""
+        """What an earlier run finished, if it had the same source and settings; its unfinished files are deleted."""
         settings = {"version": PACK_VERSION, "source": self._fingerprint(), "policy": vars(self.policy)}
         file = self.work / _JOURNAL
         journal: dict[str, Any] = {"settings": settings, "layers": {}, "files": {}}
@@ -247,10 +245,10 @@ class _Conversion:
                 if "trunk" in found and self._is_whole(TRUNK, sizes):
                     done["trunk"] = found["trunk"]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ConvertError(f"{file}: damaged; remove {self.work} to begin anew") from None
+                raise ConvertError(f"{file}: damaged; remove {self.work} to start over") from None
             if found.get("settings") != settings:
                 raise ConvertError(
-                    f"{self.work}: was begun from another source or with other settings; remove it to begin anew"
+                    f"{self.work}: was started from another source or with other settings; remove it to start over"
                 )
             journal |= done
             journal["files"] = sizes
@@ -259,7 +257,7 @@ class _Conversion:
         return journal
 
     def _is_whole(self, name: str, sizes: dict[str, int]) -> bool:
-        """Whether a file that the journal lists is still there as it was written."""
+        """Whether a file that the journal lists exists with the size listed."""
         path = self.work / name
         return path.is_file() and path.stat().st_size == sizes[name]
 
@@ -272,7 +270,7 @@ class _Conversion:
         free = shutil.disk_usage(self.work).free
         if free < needed:
             raise ConvertError(
-                f"{self.work}: {format_bytes(needed)} are needed, {format_bytes(free)} are free; make room or choose another disk"
+                f"{self.work}: {format_bytes(needed)} needed, but only {format_bytes(free)} free; free some space or choose another disk"
             )
 
     def _advance(self, count: int) -> None:
@@ -281,7 +279,7 @@ class _Conversion:
 
     @contextmanager
     def _new_file(self, name: str) -> Iterator[BinaryIO]:
-        """A file that has its name only once it is whole and on the disk."""
+        """A file that gets its name only when it is complete and synced."""
         temporary = self.work / f"{name}.tmp"
         with temporary.open("wb") as file:
             yield file
@@ -289,7 +287,7 @@ class _Conversion:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         temporary.rename(self.work / name)
-        _sync_folder(self.work)  # the name is on the disk before the journal speaks of it
+        _sync_folder(self.work)  # the name must be on the disk before the journal lists it
 
     def _save(self, path: Path, value: dict[str, Any]) -> None:
         with self._new_file(path.name) as file:
@@ -321,7 +319,7 @@ class _Conversion:
                 yield f"{name}.{part.name}", self._copy(self.checkpoint.tensor(f"{name}.{part.name}"))
             return
         assert isinstance(source, Dense) and isinstance(target, Affine)
-        # Scales and biases follow the weights in the file but come out of the same pass over the source; they are small.
+        # Scales and biases follow the weights in the file but are computed in the same pass over the source; they are small.
         info = self.checkpoint.tensor(f"{name}.weight")
         kept: list[list[Any]] = [[] for _ in target.parts[1:]]
 
@@ -368,7 +366,7 @@ class _Conversion:
             self._advance(record.shape[0])
 
     def _stored_parts(self, layout: ExpertLayout, files: Sequence[BinaryIO], expert: int) -> list[Any]:
-        """The parts of one expert as the source has them, flat uint8."""
+        """The parts of one expert as stored in the source, flat uint8."""
         memory, starts = np.empty(layout.bytes_per_expert, np.uint8), np.cumsum((0, *layout.lengths))
         for r, length in enumerate(layout.lengths):
             file = files[layout.file_index[expert, r]]
@@ -395,7 +393,7 @@ class _Conversion:
         return self.ops.quantize(values, target.bits, target.group_size, target.symmetric)[: len(target.parts)]
 
     def _finish(self, journal: dict[str, Any]) -> None:
-        """Config, tokenizer and manifest; then the folder gets its name."""
+        """Writes config, tokenizer and manifest, then renames the folder."""
         for path in _copied_files(self.checkpoint.path):
             with self._new_file(path.name) as file, open_regular(path) as source:
                 shutil.copyfileobj(source, file)
@@ -433,13 +431,13 @@ class _Conversion:
         )
         self.work.rename(self.destination)
         _sync_folder(self.destination.parent)
-        # Last, so that a rename that fails can be tried again without doing the work anew; the reader does not look at it.
+        # Last, so that a failed rename can be retried without repeating the work; readers ignore the journal.
         (self.destination / _JOURNAL).unlink()
 
 
 def _copied_files(source: Path) -> list[Path]:
-    """The files that a pack takes over as they are. Raises ConvertError for one that is a link out of the checkpoint's folder: a pack is
-    given to others, and must not hold what its maker keeps elsewhere. The hub's cache links to blobs beside its snapshots."""
+    """The files that are copied to a pack unchanged. Raises ConvertError for a link out of the checkpoint's folder: packs are shared, and
+    must not contain private files. Links in the Hugging Face cache, from snapshots/ to blobs/, are allowed."""
     folder = source.resolve()
     homes = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     found = [source / name for name in _COPIED if (source / name).is_file()]
@@ -447,7 +445,7 @@ def _copied_files(source: Path) -> list[Path]:
         target = path.resolve()
         if not any(target.is_relative_to(home) for home in homes):
             raise ConvertError(
-                f"{path}: is a link to {target}, outside of the checkpoint's folder; put a copy in its place"
+                f"{path}: is a link to {target}, outside the checkpoint's folder; replace it with a copy"
             )
         if path.stat().st_size > MAX_TEXT:
             raise ConvertError(f"{path}: larger than {format_bytes(MAX_TEXT)}")

@@ -1,4 +1,4 @@
-"""LLM, which is a loaded model."""
+"""LLM: a loaded model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from . import _native
-from .checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, IoSettings, format_bytes
+from .checkpoint.reader import Checkpoint, open_checkpoint
+from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, EngineOptions
 from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
 from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.routed import RoutedExperts
 from .experts.store import ExpertStore
+from .files import read_json
 from .kv_cache import state_bytes
 from .layers import LoadedWeights
 from .machine import available_bytes, usable_processors
@@ -27,12 +29,15 @@ from .models import build, config_of, expert_layouts, scratch_bytes, weight_map
 from .ops import I64, Ops, make_ops
 from .prefix_cache import PrefixCache
 from .responses import GenerationResponse
-from .sampling import SamplingParams
+from .sampling import SamplingOptions, SamplingParams
 from .session import Session
 from .text.control import ChatPrompt
-from .tokenizer import Tokenizer
+from .text.family import PlainText
+from .text.tokenizer import Tokenizer
+from .units import format_bytes
+from .user_files import IoSettings
 
-# Goes up when a change makes states of before useless: another layout, other arithmetic.
+# Incremented when a change makes stored states unusable: another layout, other arithmetic.
 STATE_VERSION = 2
 
 __all__ = ["LLM", "Session", "embedded_model"]
@@ -46,16 +51,15 @@ def embedded_model() -> Path:
 
 
 class LLM:
-    """A model, open and loaded: trunk in memory, experts on disk with a cache of slots.
+    """A loaded model: trunk in memory, experts on disk with a cache of slots.
 
     >>> with LLM("path/to/checkpoint", memory="8GiB") as llm:
     ...     for piece in llm.generate("Once upon a time", max_tokens=100):
     ...         print(piece.text, end="", flush=True)
 
-    Options are the fields of EngineConfig, and `memory`, a size such as "8GiB". `instrument` may put something around the ops, such as
-    bench.profile's clock. One generation at a time: what is inside uses all
-    threads for one text. A process that is forked from this one cannot use it; start processes with multiprocessing's "spawn". Raises the
-    errors of expertstream.errors.
+    Options are the fields of EngineConfig, and `memory`, a size such as "8GiB". `instrument` may wrap the ops, for example with
+    bench.profile's clock. Run one generation at a time: each uses all threads. A forked process cannot use its parent's LLM; start
+    processes with multiprocessing's "spawn". Raises the errors of expertstream.errors.
     """
 
     def __init__(
@@ -64,11 +68,11 @@ class LLM:
         *,
         config: EngineConfig | None = None,
         instrument: Callable[[Ops], Ops] | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
         self.config = config or EngineConfig.from_options(options)
         if config is not None and options:
-            raise UsageError("give either config or options")
+            raise UsageError("give either config or options, not both")
         self.path = Path(path) if path is not None else embedded_model()
         self.checkpoint: Checkpoint = open_checkpoint(self.path)
         self.model_config = config_of(self.checkpoint)
@@ -79,16 +83,16 @@ class LLM:
         self.top_k = c.experts_per_token or trained
         if self.top_k > trained:
             raise UsageError(
-                f"experts_per_token is at most what the model was trained with, {trained}, not {self.top_k}"
+                f"experts_per_token must be at most {trained}, the number that the model was trained with; got {self.top_k}"
             )
         if c.thread_count > usable_processors():
             _log.warning(
-                "%d threads are more than the %d processors that may be used; that is slower",
+                "%d threads are more than the %d available processors, which is slower",
                 c.thread_count,
                 usable_processors(),
             )
-        lossy = [f"{self.top_k} of {trained} experts a token"] if self.top_k < trained else []
-        lossy += ["keys and values of 8 bits"] if c.kv_dtype == "int8" else []
+        lossy = [f"{self.top_k} of {trained} experts per token"] if self.top_k < trained else []
+        lossy += ["8-bit keys and values"] if c.kv_dtype == "int8" else []
         self.context_length, longest = (
             c.context_length or self._default_context(),
             self.model_config.max_position_embeddings,
@@ -96,8 +100,8 @@ class LLM:
         if self.context_length > longest:
             if not c.beyond_trained_context:
                 raise UsageError(
-                    f"a context of {self.context_length} is more than the {longest} tokens that this model was trained for; "
-                    "beyond_trained_context (--beyond-trained-context) allows it, and is lossy"
+                    f"context_length must be at most {longest}, the context this model was trained for; got {self.context_length}; "
+                    "beyond_trained_context=True allows more, but is lossy"
                 )
             lossy.append(f"context of {self.context_length} tokens, trained for {longest}")
         self.lossy = ", ".join(lossy)
@@ -131,7 +135,7 @@ class LLM:
         except BaseException as error:
             store.close()
             if isinstance(error, MemoryError):
-                raise BudgetError("the system gives no more memory; is there a limit on it (ulimit -v)?") from None
+                raise BudgetError("out of memory; check the limit set by ulimit -v") from None
             raise
 
     def _default_context(self) -> int:
@@ -145,11 +149,11 @@ class LLM:
         return context
 
     def _plan(self, store: ExpertStore) -> tuple[MemoryPlan, int]:
-        """The memory plan, and how many tokens of a prompt go through together."""
+        """The memory plan, and the chunk size of prompts in tokens."""
         c, m = self.config, self.model_config
         return plan_with_chunk(
             lambda tokens: scratch_bytes(m, tokens, self.context_length, c.thread_count),
-            # No larger than the context, but whole chunks of the gated-delta form.
+            # No larger than the context, rounded up to whole chunks of the gated-delta form.
             min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
             LEAST_CHUNK,
             memory_bytes=c.memory_bytes,
@@ -166,13 +170,13 @@ class LLM:
         )
 
     def describe(self) -> str:
-        """One line on how memory is divided and how experts are read."""
+        """One line that describes how memory is divided and how experts are read."""
         p, cached = self.plan, self.plan.slots - self.plan.ring_slots
         file_kind = "O_DIRECT" if self.experts.store.direct else "buffered"
         experts = (
             f"{min(cached, p.total_experts)} of {p.total_experts} experts cached"
             if p.residency == "slots"
-            else "experts left to the page cache"
+            else "experts in the page cache"
         )
         return (
             f"memory {format_bytes(p.budget_bytes)}: trunk {format_bytes(p.trunk_bytes)}, {self._state()}, "
@@ -190,50 +194,48 @@ class LLM:
         return f", {self.ops.description}"
 
     def keep_prefixes(self, directory: Path | None = None, disk_bytes: int = 0) -> None:
-        """Keeps what is computed of prompts, in memory as far as config.prefix_cache_bytes go, and in `directory`; later sessions go
-        on from the longest known beginning of their prompt. Raises UsageError for a directory that cannot be used."""
+        """Caches prompt states, in up to config.prefix_cache_bytes of memory and up to disk_bytes of `directory`; later sessions resume
+        from the longest cached beginning of their prompt. Raises UsageError for a directory that cannot be used."""
         if self.prefixes is not None:
             self.prefixes.close()
-            self._end_of_prefixes.detach()  # it would hold what is kept for as long as the model
+            self._end_of_prefixes.detach()  # it would keep the old cache alive as long as the model
         memory = self.config.prefix_cache_bytes
         try:
             self.prefixes = PrefixCache(self.state_fingerprint(), memory, directory, disk_bytes)
             self._end_of_prefixes: weakref.finalize[..., LLM] = weakref.finalize(self, self.prefixes.stop_writing)
             self._end_of_prefixes.atexit = False
         except OSError as error:
-            raise UsageError(f"{directory}: prefixes cannot be kept there: {error.strerror}") from None
+            raise UsageError(f"{directory}: prefixes cannot be stored there: {error.strerror}") from None
 
     def state_fingerprint(self) -> str:
-        """Of all that a text's state depends on: the checkpoint, and how it is computed. 40 hex digits."""
+        """A hash of everything that a sequence's state depends on: the checkpoint, and how it is computed. 40 hex digits."""
         c = self.config
         parts = (self.checkpoint.fingerprint(), self.ops.fingerprint, c.kv_dtype, self.top_k, STATE_VERSION)
         return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
     def checked(self, tokens: I64, params: SamplingParams, position: int = 0, unread: Sequence[int] = ()) -> I64:
-        """The tokens (T,) as a sequence takes them that has read `position` tokens and still has to read `unread`. Raises RequestError
-        or UsageError for what cannot be run, before anything is allocated."""
+        """`unread` and then `tokens` (T,), the tokens that a sequence at `position` has to read. Raises RequestError or UsageError if they
+        cannot be run, before anything is allocated."""
         self.experts.store.check_process()
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise UsageError("tokens are a one-dimensional array of whole numbers, as tokenizer.encode() gives")
+            raise UsageError("tokens must be a one-dimensional array of integers, as tokenizer.encode() returns")
         if tokens.shape[0] == 0:
             raise RequestError("the prompt is empty")
         vocabulary, longest = self.model_config.vocab_size, self.model_config.max_position_embeddings
         if int(tokens.min()) < 0:
-            raise UsageError(f"a token is at least 0, not {tokens.min()}")
+            raise UsageError(f"a token must be at least 0; got {tokens.min()}")
         if int(tokens.max()) >= vocabulary:
             raise CheckpointError(
-                f"{self.path}: tokenizer.json gives token {tokens.max()}, the model knows {vocabulary}: it is another model's"
+                f"{self.path}: tokenizer.json has token {tokens.max()}, but the model has only {vocabulary} tokens; use the model's own"
             )
         if params.logit_bias and max(params.logit_bias) >= vocabulary:
-            raise UsageError(
-                f"logit_bias: there is no token {max(params.logit_bias)}; the last one is {vocabulary - 1}"
-            )
+            raise UsageError(f"logit_bias: tokens must be below {vocabulary}; got {max(params.logit_bias)}")
         tokens = np.concatenate([np.array(unread, np.int64), tokens.astype(np.int64)])
         count, room = int(tokens.shape[0]), self.context_length - position
         if count + 1 > room:
             needed, fits = position + count + 1, max(room - 1, 0)
             advice = (
-                f"make --context at least {needed}" if needed <= longest else f"the model was trained for {longest}"
+                f"set context_length={needed} or more" if needed <= longest else f"the model was trained for {longest}"
             )
             raise ContextLengthError(
                 f"the prompt has {count} tokens, but the context has room for {fits}; {advice}", count, fits, longest
@@ -245,29 +247,46 @@ class LLM:
         self.experts.store.check_process()
         return Session(self)
 
-    def sampling_params(self, **given: Any) -> SamplingParams:
-        """The checkpoint's generation_config.json, overridden by what is given."""
+    def sampling_params(self, **given: Unpack[SamplingOptions]) -> SamplingParams:
+        """The checkpoint's generation_config.json, overridden by the arguments."""
         return SamplingParams.from_options(self.generation_config, str(self.path / "generation_config.json"), **given)
 
     def generate(
-        self, prompt: str | ChatPrompt, params: SamplingParams | None = None, **given: Any
+        self,
+        prompt: str | ChatPrompt,
+        params: SamplingParams | None = None,
+        **given: Unpack[SamplingOptions],
     ) -> Iterator[GenerationResponse]:
         """Continues `prompt`. Sampling: `params`, or keywords such as temperature=0.7, seed=1, max_tokens=100."""
         if params is not None and given:
-            raise UsageError("give either params or keywords")
+            raise UsageError("give either params or keywords, not both")
         if not isinstance(prompt, str | ChatPrompt):
-            raise UsageError(f"a prompt is a text, not {type(prompt).__name__}")
+            raise UsageError(f"a prompt must be str; got {type(prompt).__name__}")
         params = params or self.sampling_params(**given)
         return self.session().generate(self.tokenizer.encode(prompt, self.context_length - 1), params)
 
     def chat(
-        self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **given: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        params: SamplingParams | None = None,
+        **given: Unpack[SamplingOptions],
     ) -> Iterator[GenerationResponse]:
-        """Answers messages ({"role": "user", "content": "…"}), by the checkpoint's chat template."""
-        return self.generate(self.tokenizer.chat_prompt(messages), params, **given)
+        """Answers messages ({"role": "user", "content": "…"}), formatted by the checkpoint's chat template."""
+        if params is not None and given:
+            raise UsageError("give either params or keywords, not both")
+        return self.answer(self.tokenizer.chat_prompt(messages), params or self.sampling_params(**given))
+
+    def answer(
+        self, prompt: ChatPrompt, params: SamplingParams, progress: Callable[[int], None] | None = None
+    ) -> Iterator[GenerationResponse]:
+        """chat() of a rendered prompt. Reasoning and calls are in tags, whatever tokens the model marks them with. progress: receives how
+        many tokens of the prompt have been read."""
+        tokens, family = self.tokenizer.encode(prompt, self.context_length - 1), self.tokenizer.family
+        pieces = self.session().generate(tokens, params, progress, control_tokens=not family.plain)
+        return pieces if family.plain else _as_plain_text(pieces, PlainText(family.parser(reasoning=True)))
 
     def close(self) -> None:
-        """Frees the memory and closes the files. In a forked process it does nothing: they are the parent's."""
+        """Frees the memory and closes the files. Does nothing in a forked process: they belong to the parent."""
         if not self.experts.store.mine:
             return
         if self.prefixes is not None:
@@ -283,8 +302,16 @@ class LLM:
         self.close()
 
 
+def _as_plain_text(pieces: Iterator[GenerationResponse], text: PlainText) -> Iterator[GenerationResponse]:
+    for piece in pieces:
+        written = text.feed(piece.text)
+        if piece.finish_reason is not None:
+            written += text.finish(piece.finish_reason == "length")
+        yield replace(piece, text=written)
+
+
 def _make_reader(c: EngineConfig, path: Path) -> tuple[str, Any]:
-    """io_uring where the kernel lets us, else threads; the name says which."""
+    """A reader and its name: io_uring where the kernel allows it, else threads."""
     known = IoSettings.load(path)
     depth, split = c.queue_depth or known.queue_depth, c.split_bytes or known.split_bytes
     if c.reader != "pread":
@@ -292,10 +319,10 @@ def _make_reader(c: EngineConfig, path: Path) -> tuple[str, Any]:
             return "io_uring", _native.uring_reader(depth, split)
         except RuntimeError as error:
             if c.reader == "uring":
-                raise UsageError(f"io_uring cannot be used here ({error}); take --reader pread") from None
+                raise UsageError(f"io_uring cannot be used here ({error}); use reader=pread") from None
     try:
         return "pread", _native.pread_reader(depth, split)
     except RuntimeError as error:
         raise BudgetError(
-            f"{depth} reading threads cannot be started ({error}); take a smaller --queue-depth"
+            f"{depth} reading threads cannot be started ({error}); use fewer, such as queue_depth=4"
         ) from None

@@ -1,8 +1,8 @@
-"""Every error a user can meet. Each is one line that says what is wrong and what to do; each has an exit code.
+"""All errors that a user can encounter. A message is one line that says what is wrong and what to do, in terms of the Python API; the
+command line replaces keywords by its options (options.as_options). Each class has an exit code.
 
-Exit codes of the command line: 0 done, 1 output that could not be written, 2 wrong arguments, 3 a checkpoint that cannot be used,
-4 a read that failed, 5 not enough memory, 6 a prompt or request that cannot be run, 7 a conversion that could not be done,
-130 interrupted (Ctrl-C), 141 the reader of the output went away.
+Exit codes of the command line: 0 success, 1 output could not be written, 2 invalid arguments, 3 unusable checkpoint, 4 read error,
+5 not enough memory, 6 invalid prompt or request, 7 conversion failed, 130 interrupted (Ctrl-C), 141 the output was closed by its reader.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ __all__ = [
 
 
 class ExpertStreamError(Exception):
-    """Base of all errors that are answers, not bugs."""
+    """Base class of all errors that are not bugs in this program."""
 
     exit_code = 1
 
 
 class UsageError(ExpertStreamError):
-    """An option or a setting that cannot be."""
+    """An invalid option or setting."""
 
     exit_code = 2
 
 
 class CheckpointError(ExpertStreamError):
-    """A checkpoint that is damaged, incomplete or of a kind that is not supported."""
+    """A checkpoint that is damaged, incomplete or not supported."""
 
     exit_code = 3
 
 
 class ReadError(ExpertStreamError):
-    """Expert bytes that could not be read, or are not what the checkpoint says they are."""
+    """Expert data that could not be read, or does not match the checkpoint's description."""
 
     exit_code = 4
 
@@ -50,13 +50,13 @@ class BudgetError(ExpertStreamError):
 
 
 class RequestError(ExpertStreamError):
-    """A prompt or a request that cannot be run: empty, too long, no chat template."""
+    """A prompt or request that cannot be run: empty, too long, no chat template."""
 
     exit_code = 6
 
 
 class ContextLengthError(RequestError):
-    """A prompt longer than the context. tokens: of the prompt. limit: the most that a prompt may have, with room for one more.
+    """A prompt longer than the context. tokens: its length. limit: the longest prompt that leaves room for one more token.
     trained: the longest context that the model was trained for."""
 
     def __init__(self, message: str, tokens: int, limit: int, trained: int) -> None:
@@ -65,6 +65,6 @@ class ContextLengthError(RequestError):
 
 
 class ConvertError(ExpertStreamError):
-    """A conversion that could not go on: no disk space, other settings than it was begun with."""
+    """A conversion that failed: no disk space, or settings that differ from those it was started with."""
 
     exit_code = 7

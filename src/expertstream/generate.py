@@ -1,13 +1,14 @@
-"""The one decode loop: prefill in chunks, then one token a step. Everything that generates consumes it.
+"""The one decode loop: prefill in chunks, then one token per step. All generation uses it.
 
-It does not run the model itself: it says which pass it needs next and is sent the logits. So one text can be driven to its end, and a
-server can drive many, a pass of each in turn, or the single tokens of several in one pass.
+It does not run the model itself: it yields the pass that it needs next and receives the logits. So a caller can run one sequence to its
+end, and a server can run many, a pass of each in turn, or one pass over single tokens of several.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -18,24 +19,24 @@ from .kv_cache import KVCache
 from .ops import F32, I64
 from .sampling import Choice, Sampler
 
-__all__ = ["Forward", "NotFiniteError", "Step", "drive", "prefill", "stream_generate"]
+__all__ = ["Driver", "Forward", "NotFiniteError", "Step", "drive", "prefill", "stream_generate"]
 
 Result = TypeVar("Result")
 
 
 class NotFiniteError(ReadError):
-    """Logits with NaN or infinity among them."""
+    """Logits that contain NaN or infinity."""
 
 
 class CausalModel(Protocol):
     def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
-        """(T,) → (1, vocab), moving the cache on by T."""
+        """(T,) → (1, vocab); advances the cache by T."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A pass through the model that is needed to go on: tokens (T,) of a prompt, or one that was generated. The answer to it are the
-    logits (vocab,) after the last."""
+    """The next pass through the model: tokens (T,) of a prompt, or one generated token. To be answered with the logits (vocab,) after
+    the last."""
 
     tokens: I64
     cache: KVCache
@@ -48,27 +49,40 @@ class Forward:
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token and the seconds it took; the first one's include the prefill."""
+    """One generated token and the seconds it took; for the first, they include the prefill."""
 
     choice: Choice
     seconds: float
 
 
-def drive(model: CausalModel, steps: Generator[Forward | Result, F32 | None, None]) -> Generator[Result, None, None]:
-    """Runs every pass that is asked for, and yields the rest."""
-    answer = None
-    try:
-        while True:
-            step = steps.send(answer)
+class Driver(Iterator[Forward | Result]):
+    """Advances a generation. Each item is a result or a Forward, whose logits must be passed to answer() before the next item."""
+
+    def __init__(self, steps: Generator[Forward | Result, F32 | None, object]) -> None:
+        self._steps = steps
+        self._logits: F32 | None = None
+
+    def answer(self, logits: F32) -> None:
+        """Passes on the logits (vocab,) of the last Forward."""
+        self._logits = logits
+
+    def __next__(self) -> Forward | Result:
+        logits, self._logits = self._logits, None
+        return self._steps.send(logits)
+
+    def close(self) -> None:
+        """Ends the generation."""
+        self._steps.close()
+
+
+def drive(model: CausalModel, steps: Generator[Forward | Result, F32 | None, object]) -> Generator[Result, None, None]:
+    """Runs every pass that a generation requests, and yields its results."""
+    with closing(Driver(steps)) as driver:
+        for step in driver:
             if isinstance(step, Forward):
-                answer = step.run(model)
+                driver.answer(step.run(model))
             else:
-                answer = None
                 yield step
-    except StopIteration:
-        pass
-    finally:
-        steps.close()
 
 
 def prefill_steps(
@@ -88,13 +102,13 @@ def prefill(
     model: CausalModel, cache: KVCache, tokens: I64, chunk: int, progress: Callable[[int], None] | None = None
 ) -> F32:
     """Runs all tokens through the model, `chunk` at a time; returns the logits (vocab,) after the last."""
-    steps, answer = prefill_steps(cache, tokens, chunk, progress), None
-    while True:
-        try:
-            answer = steps.send(answer).run(model)
-        except StopIteration as end:
-            logits: F32 = end.value
-            return logits
+    driver: Driver[Forward] = Driver(prefill_steps(cache, tokens, chunk, progress))
+    logits: F32 | None = None
+    for step in driver:
+        logits = step.run(model)
+        driver.answer(logits)
+    assert logits is not None
+    return logits
 
 
 def stream_generate(
@@ -108,14 +122,14 @@ def stream_generate(
     """Yields tokens until one of eos_ids (which is yielded too) or max_tokens, and before each the passes that it needs. tokens: at
     least one, not yet in the cache.
 
-    Every token but the last is in the cache when its successor is asked for; the last never is.
+    A token enters the cache when its successor is requested; the last one never does.
     """
     begin = time.perf_counter()
     logits = yield from prefill_steps(cache, tokens, chunk, progress)
     for count in range(1, sampler.params.max_tokens + 1):
         if not np.isfinite(logits).all():
             raise NotFiniteError(
-                f"the model gave logits that are not numbers at position {cache.position}; the checkpoint may be damaged"
+                f"the logits at position {cache.position} are not finite; the checkpoint may be damaged"
             )
         choice = sampler(logits)
         now = time.perf_counter()

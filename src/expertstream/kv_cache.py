@@ -1,6 +1,6 @@
-"""What a model remembers of a sequence: rows of keys and values for each token, or a state that has no past.
+"""The state of a sequence: rows of keys and values for each token, or a state without history.
 
-A state of the second kind cannot be rewound, so copies are taken of it on the way past the positions where a prompt may be resumed.
+A state of the second kind cannot be rewound, so snapshots are taken when it passes the positions where a prompt may be resumed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from .formats.numbers import F32
+from .formats.numbers import F32, KeyValues
 
 __all__ = [
     "AttentionSpec",
@@ -32,8 +31,8 @@ __all__ = [
 ]
 
 ArrayShape = tuple[str, tuple[int, ...]]  # dtype's name, shape
-_BLOCK = 64  # positions; rows are dropped in whole blocks, which attention works on together
-_SPARE = 1024  # rows of a window beside those it needs: how often the rest is moved to the front
+_BLOCK = 64  # positions; rows are dropped in whole blocks, the unit of the attention kernels
+_SPARE = 1024  # rows of a window beyond those it needs, so that rows are moved to the front only now and then
 
 
 class CancelledError(Exception):
@@ -41,19 +40,19 @@ class CancelledError(Exception):
 
 
 class State(ABC):
-    """One layer's memory of a sequence."""
+    """One layer's state of a sequence."""
 
     @property
     @abstractmethod
-    def arrays(self) -> list[Any]:
-        """All of it, as it lies in memory."""
+    def arrays(self) -> list[KeyValues]:
+        """The arrays that make up the state."""
 
     def reserve(self, position: int, count: int) -> int:
-        """How many of `count` tokens from `position` on can be taken in now, at least one."""
+        """How many of `count` tokens from `position` on can be added now, at least one."""
         return count
 
     def reset(self) -> None:
-        """Back to a sequence without tokens."""
+        """Returns to an empty sequence."""
         return
 
 
@@ -62,64 +61,64 @@ class AttentionState(State):
     """keys, values (kv_heads, capacity, head_dim): float32, or bfloat16 bits as uint16; or (kv_heads, capacity, head_dim + 4) uint8,
     int8 values with their float32 scale at the end of each row. Row 0 is position `first`."""
 
-    keys: Any
-    values: Any
+    keys: KeyValues
+    values: KeyValues
     first: int = 0
 
     @property
-    def arrays(self) -> list[Any]:
+    def arrays(self) -> list[KeyValues]:
         return [self.keys, self.values]
 
-    def rows(self, begin: int, end: int) -> list[Any]:
-        """Copies of what was kept of tokens [begin, end)."""
+    def rows(self, begin: int, end: int) -> list[KeyValues]:
+        """Copies of the rows of tokens [begin, end)."""
         return [np.ascontiguousarray(a[:, begin:end]) for a in self.arrays]
 
-    def put(self, begin: int, rows: Sequence[Any]) -> None:
-        """What rows() gave."""
+    def put(self, begin: int, rows: Sequence[KeyValues]) -> None:
+        """Stores what rows() returned."""
         for mine, given in zip(self.arrays, rows, strict=True):
             mine[:, begin : begin + given.shape[1]] = given
 
     def row_shapes(self, tokens: int) -> list[ArrayShape]:
-        """Of what rows() gives for so many tokens."""
+        """The shapes of what rows() returns for so many tokens."""
         return [(a.dtype.name, (a.shape[0], tokens, *a.shape[2:])) for a in self.arrays]
 
 
 class SnapshotState(State):
-    """A state that is copied whole. kept: copies of it as it was after some tokens, where the cache was asked to keep them."""
+    """A state that is copied whole. kept: its snapshots by position, at the positions that the cache requests."""
 
-    kept: dict[int, list[Any]]
-
-    @abstractmethod
-    def copies(self, position: int) -> list[Any]:
-        """The state after `position` tokens, which is where it is."""
+    kept: dict[int, list[KeyValues]]
 
     @abstractmethod
-    def restore(self, position: int, arrays: Sequence[Any]) -> None:
-        """What copies() gave."""
+    def copies(self, position: int) -> list[KeyValues]:
+        """Copies of the state, which is at `position`."""
+
+    @abstractmethod
+    def restore(self, position: int, arrays: Sequence[KeyValues]) -> None:
+        """Restores what copies() returned."""
 
     @abstractmethod
     def shapes(self) -> list[ArrayShape]:
-        """Of what copies() gives."""
+        """The shapes of what copies() returns."""
 
     def keep_if_asked(self, cache: KVCache, position: int) -> None:
-        """Keeps copies if the cache is to keep this state as it is after `position` tokens."""
+        """Takes a snapshot if the cache requests one at `position`, where the state is."""
         if position in cache.keep and position not in self.kept:
             self.kept[position] = self.copies(position)
 
 
 @dataclass
 class WindowState(SnapshotState):
-    """Keys and values as in an AttentionState, of the last `window` positions at least: row 0 is position `first`, a multiple of 64.
-    copies() are the last `window` rows, the newest last; zeros stand for those before the first token."""
+    """Keys and values as in an AttentionState, of at least the last `window` positions: row 0 is position `first`, a multiple of 64.
+    copies() returns the last `window` rows, the newest last, with zeros in place of those before the first token."""
 
-    keys: Any
-    values: Any
+    keys: KeyValues
+    values: KeyValues
     window: int
     first: int = 0
-    kept: dict[int, list[Any]] = field(default_factory=dict)
+    kept: dict[int, list[KeyValues]] = field(default_factory=dict)
 
     @property
-    def arrays(self) -> list[Any]:
+    def arrays(self) -> list[KeyValues]:
         return [self.keys, self.values]
 
     def reserve(self, position: int, count: int) -> int:
@@ -136,7 +135,7 @@ class WindowState(SnapshotState):
         self.first = 0
         self.kept.clear()
 
-    def copies(self, position: int) -> list[Any]:
+    def copies(self, position: int) -> list[KeyValues]:
         found = []
         for rows, (_, shape) in zip(self.arrays, self.shapes(), strict=True):
             copy = np.zeros(shape, rows.dtype)
@@ -145,7 +144,7 @@ class WindowState(SnapshotState):
             found.append(copy)
         return found
 
-    def restore(self, position: int, arrays: Sequence[Any]) -> None:
+    def restore(self, position: int, arrays: Sequence[KeyValues]) -> None:
         begin = max(0, position - self.window)
         self.first = begin // _BLOCK * _BLOCK
         for rows, given in zip(self.arrays, arrays, strict=True):
@@ -162,10 +161,10 @@ class DeltaState(SnapshotState):
 
     conv_state: F32
     recurrent_state: F32
-    kept: dict[int, list[Any]] = field(default_factory=dict)
+    kept: dict[int, list[KeyValues]] = field(default_factory=dict)
 
     @property
-    def arrays(self) -> list[Any]:
+    def arrays(self) -> list[KeyValues]:
         return [self.conv_state, self.recurrent_state]
 
     def reset(self) -> None:
@@ -184,26 +183,22 @@ class DeltaState(SnapshotState):
 
 
 class KVCache:
-    """The state of one sequence. `position` tokens have been seen; at most `capacity` can be.
+    """The state of one sequence, after `position` tokens of at most `capacity`.
 
-    `keep`: positions, multiples of 64, at which the states that cannot be rewound are kept on the way past, in each one's `kept`. A
-    forward pass that fails leaves the cache in between two tokens: `valid` is False then, and it must be reset."""
+    `keep`: positions, multiples of 64, at which states that cannot be rewound are to take a snapshot, stored in their `kept`. A forward
+    pass that fails leaves the cache between two tokens: `valid` is then False, and it must be reset."""
 
     def __init__(self, layers: list[State], capacity: int) -> None:
         self.layers, self.capacity = layers, capacity
         self.position = 0
         self.valid = True
         self.keep: frozenset[int] = frozenset()
-        self.cancelled: threading.Event | None = (
-            None  # set by another thread: the pass under way ends with CancelledError
-        )
+        self.cancelled: threading.Event | None = None  # set by another thread; the current pass raises CancelledError
         self.pause: Callable[[], None] | None = None  # called between the layers of a pass over a prompt
-        self.each_logits: Callable[[F32], None] | None = (
-            None  # is given the logits (n, vocab) of all tokens, in order, a few at a time
-        )
+        self.each_logits: Callable[[F32], None] | None = None  # receives all tokens' logits in order, as (n, vocab)
 
     def between_layers(self) -> None:
-        """What a model calls before each layer of a pass. Raises CancelledError."""
+        """Called by the model before each layer of a pass. Raises CancelledError."""
         if self.cancelled is not None and self.cancelled.is_set():
             raise CancelledError
         if self.pause is not None:
@@ -227,7 +222,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Keys and values (kv_heads, head_dim) of every token, or, with a window, of the last ones."""
+    """Keys and values (kv_heads, head_dim) of every token, or, with a window, of the last `window` tokens."""
 
     kv_heads: int
     head_dim: int
@@ -251,7 +246,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """The shapes of a DeltaState, whose size does not depend on how many tokens there were."""
+    """The shapes of a DeltaState, whose size does not depend on the number of tokens."""
 
     conv: tuple[int, int]
     recurrent: tuple[int, int, int]
@@ -272,5 +267,5 @@ def make_cache(specs: Sequence[StateSpec], capacity: int, dtype: str) -> KVCache
 
 
 def state_bytes(specs: Sequence[StateSpec], capacity: int, dtype: str) -> int:
-    """What make_cache() allocates."""
+    """The bytes that make_cache() allocates."""
     return sum(spec.nbytes(capacity, dtype) for spec in specs)

@@ -1,4 +1,4 @@
-"""What this process may take: memory and processors, the machine's and every control group's above us."""
+"""Memory and processors that this process may use, as limited by the machine and by each of its control groups."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _UNLIMITED = 1 << 60
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Bytes that can be taken without swapping or being killed: the least of MemAvailable and, for each control group from
-    ours to the top, limit − use, where page cache does not count as used, for it can be taken back. `root` is for tests."""
+    """Bytes that can be allocated without swapping or being killed: the least of MemAvailable and, for each control group from
+    this process's to the root, limit − use, not counting page cache, which can be reclaimed. `root` is for tests."""
     available = _meminfo(root).get("MemAvailable", 0)
     for limit, used, reclaimable in _groups(root):
         available = min(available, max(0, limit - max(0, used - reclaimable)))
@@ -20,13 +20,13 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """The memory this process could have at most, were nothing else running: MemTotal or the tightest control group."""
+    """The most memory that this process could use if nothing else ran: MemTotal or the tightest control group's limit."""
     total = _meminfo(root).get("MemTotal", 0)
     return min([total, *(limit for limit, _, _ in _groups(root))])
 
 
 def usable_processors(root: Path = Path("/")) -> int:
-    """Processors this process may run on, and no more than a control group's quota pays for; at least 1."""
+    """Processors that this process may run on, but no more than its control groups' quotas allow; at least 1."""
     count = len(os.sched_getaffinity(0))
     for group, version in _group_folders(root, "cpu"):
         try:
@@ -62,7 +62,7 @@ def _groups(root: Path) -> list[tuple[int, int, int]]:
 
 
 def _group_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
-    """(folder, version) of every control group from ours to the top that may limit `controller`."""
+    """(folder, version) of every control group from this process's to the root that may limit `controller`."""
     found: list[tuple[Path, int]] = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -77,7 +77,7 @@ def _group_folders(root: Path, controller: str) -> list[tuple[Path, int]]:
         else:
             continue
         for mount in mounts:
-            # Inside a container the path may be the host's: where it does not exist, the mount itself is our group.
+            # Inside a container the path may be the host's: if it does not exist, the mount itself is the group.
             group = mount / path.lstrip("/")
             if not group.is_dir():
                 group = mount

@@ -1,8 +1,8 @@
-"""What was computed of prompts, kept for the prompts that begin like them: in memory under one budget, on disk under another.
+"""Cached prompt states, reused by prompts with the same beginning: in memory under one budget, on disk under another.
 
-A tree. A node holds the tokens from its parent's position to its own, their keys and values, and the states after the last of them that
-cannot be rewound. A prompt can be resumed at a node's end, and nowhere else. Positions are multiples of 64, where a prompt's
-chunked form may be cut, so what is computed after a restored prefix is bit for bit what a whole prefill would have given.
+They form a tree. A node holds the tokens from its parent's position to its own, their keys and values, and the states at its end that
+cannot be rewound. A prompt can be resumed only at the end of a node. Positions are multiples of 64, where a prompt's chunked form
+may be split, so the results after a restored prefix are bit for bit those of a full prefill.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from .state_file import StateFile, StateFileError, array_bytes, is_state_file, w
 
 __all__ = ["GRAIN", "PrefixCache", "snapshot_positions"]
 
-GRAIN = 64  # tokens; a prompt's chunks
-MAX_TOKENS = 1 << 22  # of one file
-# What this cache writes; nothing else in its directory is ever deleted.
+GRAIN = 64  # tokens; chunks of a prompt are multiples of it
+MAX_TOKENS = 1 << 22  # in one file
+# The names that this cache writes; nothing else in its directory is ever deleted.
 _FOLDER, _FILE = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{40}\.state")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.state\.\d+")
 _log = logging.getLogger("expertstream")
 
 
 def snapshot_positions(prompt: int, starts: list[int], every: int) -> frozenset[int]:
-    """Where a prompt of so many tokens is worth keeping: before the second message (system prompt and tools are often the same) and
-    the last (what a next turn repeats), rounded down to whole chunks, and every so many tokens. starts: where messages begin."""
+    """Where to cache a prompt of so many tokens, in whole chunks: before its second message (system prompt and tools are often shared)
+    and its last (the next turn repeats what precedes it), at its end, and every so many tokens. starts: where messages begin."""
     wanted = {*range(every, prompt, every), *starts[1:2], *starts[-1:], prompt - 1}
     return frozenset(p // GRAIN * GRAIN for p in wanted if p >= GRAIN)
 
 
 @dataclass(eq=False)
 class Node:
-    key: str  # says which tokens, from the very first on, and of which model
+    key: str  # a hash of the model and of all tokens from the first on
     parent: Node | None
     tokens: I64
     position: int  # of its end
-    # In memory: each layer's rows for these tokens, then, if it is whole, the states that cannot be rewound.
+    # In memory: each layer's rows for these tokens and, if `whole`, the states that cannot be rewound.
     arrays: list[Any] | None = None
     whole: bool = True
     file: StateFile | None = None
     used: float = 0.0
-    forgotten: bool = False  # not to be used, nor written any more
+    forgotten: bool = False  # must no longer be used or written
     children: dict[str, Node] = field(default_factory=dict)
 
     @property
     def path(self) -> list[Node]:
-        """From the first node on, without the root."""
+        """The nodes from the first one to this, without the root."""
         found: list[Node] = []
         node: Node | None = self
         while node is not None and node.parent is not None:
@@ -70,7 +70,7 @@ class Node:
 
     @property
     def usable(self) -> bool:
-        """A prompt can go on from here."""
+        """Whether a prompt can be resumed here."""
         return self.parent is None or self.file is not None or (self.arrays is not None and self.whole)
 
     @property
@@ -79,9 +79,9 @@ class Node:
 
 
 class PrefixCache:
-    """`fingerprint`: of everything that states depend on; files of others are not looked at. `directory` may not exist yet.
+    """`fingerprint`: a hash of everything that states depend on; files with another one are not read. `directory` need not exist yet.
 
-    restore() and insert() belong to the one thread that runs the model; files are written by a thread of this cache's own."""
+    Only the model's thread may call restore() and insert(); files are written by the cache's own thread."""
 
     def __init__(self, fingerprint: str, memory_bytes: int, directory: Path | None = None, disk_bytes: int = 0) -> None:
         self.memory_limit, self.disk_limit = memory_bytes, disk_bytes
@@ -89,14 +89,14 @@ class PrefixCache:
         self.hits = self.lookups = self.tokens_reused = 0
         self._rows = 0  # how many of a node's arrays are keys and values
         self._root = Node(fingerprint, None, np.empty(0, np.int64), 0)
-        self._lock = threading.Lock()  # the tree, between the model's thread, the writer's, and who asks for numbers
+        self._lock = threading.Lock()  # guards the tree: the model's thread, the writer's and readers of counters
         self._directory = directory / fingerprint[:32] if directory is not None and disk_bytes else None
-        # Short: who computes waits for the disk rather than hold more in memory than was planned.
+        # Short: the model's thread waits for the disk rather than exceed the planned memory.
         self._jobs: queue.Queue[tuple[Node, list[Any]] | None] = queue.Queue(maxsize=2)
         self._writer: threading.Thread | None = None
         if self._directory is not None:
             for folder in (self._directory.parent, self._directory):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # they hold what people said
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # they contain users' text
             self._open_files(self._directory)
             self._trim_others(self._directory)
             self._trim_disk()
@@ -104,7 +104,7 @@ class PrefixCache:
             self._writer.start()
 
     def restore(self, tokens: I64, cache: KVCache) -> int:
-        """Fills an empty cache with the longest prefix of tokens (but the last) that is known; returns its length."""
+        """Fills an empty cache with the longest cached prefix of tokens, without the last token; returns its length."""
         with self._lock:
             self.lookups += 1
             node = self._longest(self._root, tokens[:-1], usable=True)
@@ -114,7 +114,7 @@ class PrefixCache:
                 try:
                     self._fill(cache, n, self._arrays(n, whole=n is node, cache=cache), whole=n is node)
                 except (StateFileError, OSError) as error:
-                    _log.warning("a kept prefix is left out: %s", error)
+                    _log.warning("a cached prefix is ignored: %s", error)
                     with self._lock:
                         self._forget(n)
                         node = self._longest(self._root, tokens[:-1], usable=True)
@@ -130,24 +130,24 @@ class PrefixCache:
         return 0
 
     def holds(self, cache: KVCache) -> bool:
-        """Whether even one of this text's states would find room."""
+        """Whether one snapshot of this sequence fits in the limits."""
         size = sum(array_bytes(shape) for state in cache.snapshots for shape in state.shapes())
         return size <= max(self.memory_limit, self.disk_limit if self._directory is not None else 0)
 
     def insert(self, tokens: I64, cache: KVCache) -> None:
-        """Keeps what the cache kept on its way through a prompt that begins with tokens; forgets it in the cache."""
+        """Stores the snapshots that a sequence took of a prompt that begins with tokens, and removes them from its cache."""
         states = cache.snapshots
-        # A pass that was broken off may have kept what it did not finish.
+        # An interrupted pass may have taken snapshots of some states only.
         kept = set.intersection(*(set(s.kept) for s in states)) if states else cache.keep
         positions = sorted(p for p in kept if p <= cache.position)
         now = time.time()
         with self._lock:
             node, fresh = self._root, list[tuple[Node, list[Any]]]()
             for position in positions:
-                # Nodes that are there already may end elsewhere: each of ours begins at the last one that its tokens pass through.
+                # Existing nodes may end elsewhere: a new one begins at the end of the last one that matches its tokens.
                 node = self._longest(node, tokens[:position])
                 if node.position == position:
-                    if not node.usable and node.arrays is not None:  # its states were dropped, and here they are again
+                    if not node.usable and node.arrays is not None:  # its states had been dropped
                         node.arrays += [array for state in states for array in state.kept[position]]
                         node.whole = True
                         self.memory_bytes += sum(a.nbytes for a in node.arrays[self._rows :])
@@ -175,7 +175,7 @@ class PrefixCache:
                 self._jobs.put((child, arrays))
 
     def forget(self, tokens: I64, shared: int = 0) -> None:
-        """Drops what is kept of prompts that begin like tokens, and its files; all but what ends within the first `shared` tokens."""
+        """Drops all nodes of prompts that begin like tokens, and their files, except nodes that end within the first `shared` tokens."""
         with self._lock:
             here: list[Node] = [self._root]
             while here:
@@ -190,12 +190,12 @@ class PrefixCache:
                         here.append(child)
 
     def flush(self) -> None:
-        """Waits until everything that is to be on disk is."""
+        """Waits until all queued files are written."""
         if self._writer is not None:
             self._jobs.join()
 
     def stop_writing(self) -> None:
-        """For a model that is collected without having been closed: the writer's thread ends when it can, and nobody waits for it."""
+        """For a model that is garbage-collected without close(): tells the writer's thread to end, and does not wait for it."""
         with contextlib.suppress(queue.Full):
             self._jobs.put_nowait(None)
 
@@ -205,10 +205,10 @@ class PrefixCache:
             self._writer.join()
             self._writer = None
 
-    # Below, the lock is held, but in _arrays, _fill and the writer's own.
+    # The methods below are called with the lock held, except _arrays, _fill and those of the writer's thread.
 
     def _longest(self, node: Node, tokens: I64, usable: bool = False) -> Node:
-        """The deepest node below `node` (or itself) whose tokens are the first of these; of usable ones, if that is asked."""
+        """The deepest (usable) node at or below `node` whose tokens are a prefix of these."""
         best, open_ = node, [node]
         while open_:
             here = open_.pop()
@@ -228,7 +228,7 @@ class PrefixCache:
         states = [shape for state in cache.snapshots for shape in state.shapes()]
         file = node.file
         if file is None:
-            raise StateFileError("a piece of it has gone")
+            raise StateFileError("one of its parts is gone")
         _touch(file.path)
         if not whole:
             return file.read(0, len(rows), rows)
@@ -242,7 +242,7 @@ class PrefixCache:
         return arrays
 
     def _fill(self, cache: KVCache, node: Node, arrays: list[Any], whole: bool) -> None:
-        """One node's part of a cache."""
+        """Copies one node's arrays to its part of a cache."""
         at = 0
         for layer in cache.rows:
             count = len(layer.arrays)
@@ -255,8 +255,8 @@ class PrefixCache:
         node.used = time.time()
 
     def _trim_memory(self, spare: Node | None) -> None:
-        """Drops what was not used for longest: first states between a prompt's beginning and its end, where nothing branches off, for they
-        are large and the likeliest next prompt goes on from the end; then ends."""
+        """Drops the least recently used: first states inside a prompt where nothing branches off, since they are large and the next prompt
+        most likely resumes from the end; then the ends."""
         protected = {id(n) for n in spare.path} if spare is not None else set()
         while self.memory_bytes > self.memory_limit:
             held = [n for n in _below(self._root) if n.arrays is not None]
@@ -270,7 +270,7 @@ class PrefixCache:
             inner = {id(n.parent) for n in held}
             ends = [n for n in held if id(n) not in inner and id(n) not in protected]
             if not ends:
-                # One prompt alone is more than the budget: from its end, so that what many share stays.
+                # One prompt alone exceeds the budget: start from its end, so that shared beginnings stay.
                 ends = [n for n in held if id(n) not in inner]
             victim = min(ends, key=lambda n: n.used)
             self.memory_bytes -= victim.memory_bytes
@@ -301,7 +301,7 @@ class PrefixCache:
             node.parent.children.pop(node.key, None)
 
     def _forget(self, node: Node) -> None:
-        """A node that cannot be read, and all that goes on from it."""
+        """Drops a node that cannot be used, and all nodes below it."""
         for n in [*_below(node), node]:
             self.memory_bytes -= n.memory_bytes
             n.arrays, n.forgotten = None, True
@@ -313,12 +313,12 @@ class PrefixCache:
             node.parent.children.pop(node.key, None)
 
     def _write_all(self) -> None:
-        """The writer's thread."""
+        """Runs in the writer's thread."""
         while (job := self._jobs.get()) is not None:
             try:
                 self._write(*job)
             except Exception as error:  # the next one may succeed
-                _log.warning("a prefix cannot be kept on disk: %s", error)
+                _log.warning("a prefix cannot be written to disk: %s", error)
             finally:
                 self._jobs.task_done()
         self._jobs.task_done()
@@ -340,14 +340,14 @@ class PrefixCache:
             if node.forgotten or not leads_there():
                 path.unlink(missing_ok=True)
                 return
-            holder = parent.children.setdefault(node.key, node)  # it may have left memory meanwhile
+            holder = parent.children.setdefault(node.key, node)  # it may have been dropped from memory meanwhile
             if holder.file is None:
                 self.disk_bytes += file.size
             holder.file = file
             self._trim_disk()
 
     def _trim_others(self, mine: Path) -> None:
-        """The limit is for all models together: what was kept for others goes first, and what a write left that was cut short."""
+        """The limit is for all models together: deletes other models' files first, and the remains of interrupted writes."""
         others = []
         for path in mine.parent.glob("*/*"):
             if not _FOLDER.fullmatch(path.parent.name) or path.parent.is_symlink():
@@ -359,7 +359,7 @@ class PrefixCache:
                 elif path.parent != mine and _FILE.fullmatch(path.name) and is_state_file(path):
                     others.append((stat.st_mtime, stat.st_size, path))
             except OSError:
-                continue  # another process was faster
+                continue  # another process deleted it
         left = sum(size for _, size, _ in others) + self.disk_bytes
         for _, size, path in sorted(others):
             if left <= self.disk_limit:
@@ -368,7 +368,7 @@ class PrefixCache:
             left -= size
 
     def _open_files(self, directory: Path) -> None:
-        """Puts what an earlier start left into the tree, parents first. What is damaged is warned of and left alone."""
+        """Adds the files of earlier runs to the tree, parents first. Damaged files are reported and left alone."""
         found: dict[str, tuple[StateFile, I64, str]] = {}
         for path in sorted(directory.glob("*.state")):
             if not _FILE.fullmatch(path.name):
@@ -378,13 +378,13 @@ class PrefixCache:
                 last = len(file.header["arrays"]) - 1
                 (count,) = file.header["arrays"][last]["shape"]
                 if not 0 < count <= MAX_TOKENS:
-                    raise StateFileError(f"{path}: {count} tokens")
+                    raise StateFileError(f"{path}: invalid number of tokens, {count}")
                 (tokens,) = file.read(last, last + 1, [("int64", (count,))])
                 parent = str(file.header.get("parent"))
                 if _key(parent, tokens) != path.stem or file.integer("position") % GRAIN:
-                    raise StateFileError(f"{path}: named for other tokens than it holds")
+                    raise StateFileError(f"{path}: its name does not match its tokens")
             except (StateFileError, OSError, IndexError, ValueError) as error:
-                _log.warning("a kept prefix is left out: %s", error if str(path) in str(error) else f"{path}: {error}")
+                _log.warning("a cached prefix is ignored: %s", error if str(path) in str(error) else f"{path}: {error}")
                 continue
             found[path.stem] = (file, tokens, parent)
         by_parent: dict[str, list[str]] = {}
@@ -396,14 +396,14 @@ class PrefixCache:
             for key in by_parent.pop(node.key, []):
                 file, tokens, _ = found.pop(key)
                 if file.integer("position") != node.position + tokens.shape[0]:
-                    _log.warning("a kept prefix is left out: %s: at another position than it says", file.path)
+                    _log.warning("a cached prefix is ignored: %s: its position is wrong", file.path)
                     continue
                 position = node.position + tokens.shape[0]
                 child = Node(key, node, tokens, position, file=file, used=file.path.stat().st_mtime)
                 node.children[key] = child
                 self.disk_bytes += file.size
                 ready.append(child)
-        for file, _, _ in found.values():  # nothing leads there any more
+        for file, _, _ in found.values():  # their parents are gone
             file.path.unlink(missing_ok=True)
 
 
@@ -423,4 +423,4 @@ def _touch(path: Path) -> None:
     try:
         os.utime(path)
     except OSError:
-        _log.debug("%s: its time cannot be set", path)
+        _log.debug("%s: its modification time cannot be set", path)

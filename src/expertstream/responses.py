@@ -1,4 +1,4 @@
-"""What a generation gives back: pieces of text, log-probabilities, counters."""
+"""Results of a generation: pieces of text, log-probabilities, counters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TokenLogprob:
 
 
 class ExpertSpans:
-    """The expert counters of one generation. They are read only when somebody asks: adding up every layer's at every token would cost
-    more than the token's own bookkeeping."""
+    """The expert counters of one generation, added up only on access: summing all layers at every token would cost more than the token's
+    other bookkeeping."""
 
     def __init__(self, counters: ExpertStats) -> None:
         self._counters = counters
@@ -36,7 +36,7 @@ class ExpertSpans:
         self._prefilled = self._counters.copy()
 
     def end(self) -> None:
-        """What is counted later belongs to others."""
+        """Later counts belong to other generations."""
         self._end = self._counters.copy()
 
     @property
@@ -58,16 +58,16 @@ class ExpertSpans:
 
 @dataclass
 class GenerationStats:
-    """What one generation took. Seconds and rates are of the wall clock; experts are counted, in prefill and decode apart."""
+    """Measurements of one generation. Times and rates are wall-clock; experts are counted separately for prefill and decode."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt's, those that did not have to be read again
+    cached_tokens: int = 0  # prompt tokens that did not have to be read again
     generated_tokens: int = 0
-    ttft_seconds: float = 0.0  # time to first token: prefill and the first draw
+    ttft_seconds: float = 0.0  # time to first token: prefill and sampling it
     decode_seconds: float = 0.0  # of the tokens after the first
     seed: int = 0
-    stop_string: str = ""  # which one ended it
-    lossy: str = ""  # what was asked for that changes the model's output, "" if nothing
+    stop_string: str = ""  # the one that ended the answer
+    lossy: str = ""  # settings that change the model's output, "" if none
     experts: ExpertSpans = field(default_factory=lambda: ExpertSpans(ExpertStats(0)))
 
     @property
@@ -103,7 +103,7 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class GenerationResponse:
-    """One piece of an answer: the text that became whole since the last piece. The last has a finish_reason: "stop" (end token or
+    """One piece of an answer: the text completed since the previous piece. The last has a finish_reason: "stop" (end token or
     stop string) or "length". stats are running totals."""
 
     text: str
@@ -111,7 +111,7 @@ class GenerationResponse:
     logprob: TokenLogprob | None
     finish_reason: str | None
     stats: GenerationStats
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # with the first piece, where they were asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # in the first piece, if requested
 
 
 class StopStrings:
@@ -119,10 +119,10 @@ class StopStrings:
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops, self._held = stops, ""
-        self.found = ""  # which
+        self.found = ""  # the one that occurred
 
     def add(self, text: str) -> str:
-        """What of it can be shown; nothing any more once a stop string is found."""
+        """Returns the text that can be shown; nothing once a stop string is found."""
         if self.found:
             return ""
         self._held += text
@@ -134,7 +134,7 @@ class StopStrings:
             at, self.found = min(places)
             shown, self._held = self._held[:at], ""
             return shown
-        # What is held is shorter than the longest stop string, and mostly nothing but the new text.
+        # The held text is shorter than the longest stop string, and mostly just the new text.
         ends = (at for at in range(len(self._held)) if any(stop.startswith(self._held[at:]) for stop in self._stops))
         at = next(ends, len(self._held))
         shown, self._held = self._held[:at], self._held[at:]

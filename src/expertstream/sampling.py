@@ -1,28 +1,45 @@
-"""From logits to a token."""
+"""Choosing a token from logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
 from .errors import CheckpointError, UsageError
 from .ops import F32, I64
 
-__all__ = ["Choice", "Constraint", "Sampler", "SamplingParams", "scored"]
+__all__ = ["Choice", "Constraint", "Sampler", "SamplingOptions", "SamplingParams", "scored"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keywords of LLM.generate() and LLM.chat(): the fields of SamplingParams; None takes the default."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    logprobs: int | None
+    stop: str | Sequence[str] | None
+    max_tokens: int | None
+    logit_bias: Mapping[int, float] | None
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    Order: penalties, temperature, top_k, top_p, min_p, then one draw. temperature 0 takes the most likely token.
+    Order: penalties, temperature, top_k, top_p, min_p, then one sample. temperature 0 takes the most likely token.
     repetition_penalty divides positive and multiplies negative logits of every token seen in prompt or answer (Keskar et al., CTRL,
-    2019); presence_penalty and frequency_penalty are OpenAI's, over the answer. logit_bias: added to the logits of tokens, before the
-    rest. logprobs: how many alternatives to report with each token, from the untouched distribution; None for no log-probabilities.
+    2019); presence_penalty and frequency_penalty are OpenAI's, applied to the answer. logit_bias: added to the logits of tokens, before
+    the rest. logprobs: how many alternatives to report with each token, from the unmodified distribution; None for no log-probabilities.
     """
 
     temperature: float = 0.0
@@ -32,7 +49,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int | None = None  # None: another one each time
+    seed: int | None = None  # None: a new one each time
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
     max_tokens: int = 512
@@ -49,7 +66,7 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise UsageError(f"{name} is a number from {low} to {high}, not {value!r}")
+                raise UsageError(f"{name} must be a number from {low} to {high}; got {value!r}")
         for name, low, high in (
             ("top_k", 0, 1 << 31),
             ("max_tokens", 1, 1 << 31),
@@ -59,28 +76,32 @@ class SamplingParams:
             value = getattr(self, name)
             if (value is None and name in ("logprobs", "seed")) or (type(value) is int and low <= value <= high):
                 continue
-            raise UsageError(f"{name} is a whole number from {low} to {high}, not {value!r}")
+            raise UsageError(f"{name} must be an integer from {low} to {high}; got {value!r}")
         if not isinstance(self.stop, tuple) or any(not isinstance(s, str) or not s for s in self.stop):
-            raise UsageError(f"stop holds texts, none of them empty, not {self.stop!r}")
+            raise UsageError(f"stop must be non-empty strings; got {self.stop!r}")
         for token, bias in (self.logit_bias or {}).items():
             if type(token) is not int or token < 0:
-                raise UsageError(f"logit_bias: a token must be a whole number of at least 0; got {token!r}")
+                raise UsageError(f"logit_bias: a token must be an integer of at least 0; got {token!r}")
             if not isinstance(bias, int | float) or not -100 <= bias <= 100:
                 raise UsageError(f"logit_bias: the bias of token {token} must be between -100 and 100; got {bias!r}")
 
     @classmethod
-    def from_options(cls, generation_config: Mapping[str, Any], where: str, **given: Any) -> SamplingParams:
-        """A checkpoint's generation_config.json, overridden by what is given and not None. Where that file asks for the most likely
-        token, giving top_k, top_p or min_p asks for a draw, at temperature 1. Raises UsageError for what is given, CheckpointError
-        naming `where` for what the file says."""
-        given = {name: value for name, value in given.items() if value is not None}
+    def from_options(
+        cls, generation_config: Mapping[str, Any], where: str, **options: Unpack[SamplingOptions]
+    ) -> SamplingParams:
+        """A checkpoint's generation_config.json, overridden by the options that are not None. If that file selects the most likely
+        token, an option top_k, top_p or min_p selects sampling at temperature 1. Raises UsageError for invalid options, CheckpointError
+        naming `where` for invalid values in the file."""
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
         elif isinstance(given.get("stop"), list):
             given["stop"] = tuple(given["stop"])
         unknown = sorted(set(given) - set(cls.__dataclass_fields__))
         if unknown:
-            raise UsageError(f"unknown sampling option {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)}")
+            raise UsageError(
+                f"unknown sampling option {unknown[0]!r}; the options are {', '.join(cls.__dataclass_fields__)}"
+            )
         defaults: dict[str, Any] = {}
         if generation_config.get("do_sample", "temperature" in generation_config):
             defaults["temperature"] = 1.0
@@ -100,18 +121,18 @@ class SamplingParams:
 
 
 class Constraint(Protocol):
-    """Says which tokens may come next."""
+    """Restricts which tokens may come next."""
 
     def mask(self, logits: F32) -> F32:
-        """A copy of logits (vocab,) in which tokens that may not come are -inf."""
+        """A copy of logits (vocab,) in which forbidden tokens are -inf."""
 
     def accept(self, token: int) -> None:
-        """The token has been chosen."""
+        """Called with the chosen token."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen token; logprob and alternatives (token, logprob; most likely first) where asked for."""
+    """A chosen token; logprob and alternatives (token, logprob; most likely first) if requested."""
 
     token: int
     logprob: float | None
@@ -119,7 +140,7 @@ class Choice:
 
 
 class Sampler:
-    """One text's draws. With the same seed, logits and parameters it makes the same choices on every run."""
+    """Chooses the tokens of one sequence. The same seed, logits and parameters give the same choices on every run."""
 
     def __init__(self, params: SamplingParams, prompt: list[int], constraint: Constraint | None = None) -> None:
         if params.seed is None:
@@ -164,12 +185,12 @@ class Sampler:
         p = self.params
         order = _at_least(logits, p.top_k) if p.top_k else np.arange(logits.shape[0])
         if p.top_k or p.top_p < 1:
-            # Most likely first; among equals the lower number, so that a seed means one text.
+            # Most likely first, equal ones by number, so that a seed determines the text.
             order = order[np.argsort(-logits[order], kind="stable")]
             if p.top_k:
                 order = order[: p.top_k]
         chosen = logits[order].astype(np.float64)
-        # Near temperature 0 the quotient overflows to -inf, whose probability is 0, as it should be.
+        # Near temperature 0 the quotient overflows to -inf, whose probability is 0, as intended.
         with np.errstate(over="ignore"):
             probs = np.exp((chosen - chosen.max()) / p.temperature)
         probs /= probs.sum()
@@ -194,8 +215,8 @@ def scored(token: int, logits: F32, count: int) -> Choice:
 
 
 def _at_least(logits: F32, count: int) -> I64:
-    """Tokens, ascending, among which are the `count` likeliest, and few others: a vocabulary is long, and sorting it takes longer than
-    some models take for a token. The count-th largest of the maxima of `blocks` is no more than the count-th largest logit."""
+    """The `count` most likely tokens and few others, in ascending order: sorting a whole vocabulary can take longer than a small model
+    takes for a token. The count-th largest of the blocks' maxima is at most the count-th largest logit."""
     width = 64
     blocks = logits.shape[0] // width
     if blocks < 2 * count:

@@ -1,4 +1,4 @@
-"""Session: one sequence on a model, with the state of what it has read and written."""
+"""Session: one sequence of a model, with its state."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RequestError
 from .formats.numbers import F32, I64
-from .generate import Forward, NotFiniteError, Step, drive, stream_generate
+from .generate import Driver, Forward, NotFiniteError, Step, drive, stream_generate
 from .kv_cache import make_cache
 from .prefix_cache import GRAIN, PrefixCache, snapshot_positions
 from .responses import ExpertSpans, GenerationResponse, GenerationStats, StopStrings, TokenLogprob
 from .sampling import Choice, Constraint, Sampler, SamplingParams, scored
 from .state_file import StateFile, StateFileError, write_state
-from .tokenizer import Detokenizer
+from .text.tokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from .engine import LLM
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 _log = logging.getLogger("expertstream")
-KEEP_EVERY = 4096  # tokens of a long prompt, beside the beginnings of messages
+KEEP_EVERY = 4096  # tokens between snapshots of a long prompt, in addition to those at messages
 
 
 class Session:
-    """One text on a model: what has been read and written so far, and the state that goes with it."""
+    """One sequence of a model: the text read and written so far, and its state."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -43,9 +43,9 @@ class Session:
         control_tokens: bool = False,
         constraint: Constraint | None = None,
     ) -> Iterator[GenerationResponse]:
-        """Appends tokens (T,) to the text and continues it. `progress` is told how many tokens of the prompt are read. With
-        `control_tokens`, what a model writes between <think> or <tool_call> tokens comes with them. `constraint` says which tokens
-        may come next. Raises RequestError before any work if the tokens cannot fit."""
+        """Appends tokens (T,) to the text and continues it. `progress` receives the number of prompt tokens read so far. With
+        `control_tokens`, the text includes control tokens such as <think> and <tool_call>. `constraint` restricts which tokens may
+        come next. Raises RequestError before any work if the tokens do not fit."""
         return drive(self.llm.model, self.steps(tokens, params, progress, control_tokens, constraint))
 
     def steps(
@@ -57,10 +57,10 @@ class Session:
         constraint: Constraint | None = None,
         prompt_logprobs: int | None = None,
     ) -> Generator[Forward | GenerationResponse, F32 | None, None]:
-        """generate(), for callers that run the passes: it is sent the logits of each Forward that it yields. prompt_logprobs: the first
-        response has the log-probabilities of the prompt's tokens, with so many alternatives each; the whole prompt is computed."""
+        """generate() for callers that run the passes and send the logits of each Forward that it yields. prompt_logprobs: the first
+        response has the log-probabilities of the prompt's tokens, with so many alternatives each; no cached prefix is used."""
         if not self.cache.valid:
-            raise RequestError("this session stopped in the middle of a token; reset() it")
+            raise RequestError("this session stopped in the middle of a token; call reset()")
         tokens = self.llm.checked(tokens, params, self.cache.position, self._unread)
         room = self.cache.capacity - self.cache.position
         # The last token's own state is never needed, so an answer may be one longer than the room.
@@ -68,14 +68,14 @@ class Session:
         return self._pieces(tokens, limited, progress, control_tokens, constraint, prompt_logprobs)
 
     def reset(self) -> None:
-        """Forgets the text."""
+        """Clears the sequence."""
         self.cache.reset()
         self._unread = []
 
     def save(self, path: Path) -> None:
-        """Writes the text's state to a file, from which load() goes on without reading the text again. Raises OSError."""
+        """Writes the state to a file, from which load() resumes without reading the text again. Raises OSError."""
         if not self.cache.valid:
-            raise RequestError("this session stopped in the middle of a token; reset() it")
+            raise RequestError("this session stopped in the middle of a token; call reset()")
         arrays: list[Any] = []
         for rows in self.cache.rows:
             arrays += rows.rows(0, self.cache.position)
@@ -85,16 +85,16 @@ class Session:
         write_state(path, header, arrays)
 
     def load(self, path: Path) -> None:
-        """The state that save() wrote. Raises RequestError for a file that is damaged, too long for this context, or of another model;
-        the session is empty then."""
+        """Loads the state that save() wrote. Raises RequestError for a file that is damaged, too long for this context, or from another
+        model; the session is then empty."""
         self.reset()
         try:
             file = StateFile.open(path)
             if file.header.get("of") != self.llm.state_fingerprint():
-                raise StateFileError(f"{path}: of another model, or computed in another way")
+                raise StateFileError(f"{path}: from another model, or computed with other settings")
             position = file.integer("position")
             if position >= self.cache.capacity:
-                raise StateFileError(f"{path}: a text of {position} tokens does not fit this context")
+                raise StateFileError(f"{path}: its {position} tokens do not fit this context")
             at = 0
             for layer in self.cache.rows:
                 expected = layer.row_shapes(position)
@@ -107,7 +107,7 @@ class Session:
             unread = file.header.get("unread")
             known = range(self.llm.model_config.vocab_size)
             if not isinstance(unread, list) or not all(type(t) is int and t in known for t in unread):
-                raise StateFileError(f"{path}: tokens that the model does not know")
+                raise StateFileError(f"{path}: contains tokens outside the model's vocabulary")
             self._unread = unread
             self.cache.position = position
         except (StateFileError, OSError, IndexError, ValueError) as error:
@@ -132,47 +132,50 @@ class Session:
         experts = ExpertSpans(llm.experts.stats)
         stats = GenerationStats(int(tokens.shape[0]), seed=sampler.params.seed or 0, lossy=llm.lossy, experts=experts)
         detokenizer, stops = Detokenizer(llm.tokenizer, not control_tokens), StopStrings(params.stop)
-        # Only a text from its first token on can share a prefix with others; and log-probabilities need every pass.
+        # Only a sequence that begins here can share a prefix with others; and log-probabilities need every pass.
         prefixes = llm.prefixes if self.cache.position == 0 and scores is None else None
         if prefixes is not None:
             stats.cached_tokens = prefixes.restore(tokens, self.cache)
             if prefixes.holds(self.cache):
                 starts = llm.tokenizer.message_starts(tokens)
                 self.cache.keep = snapshot_positions(len(tokens), starts, KEEP_EVERY)
-        steps = stream_generate(
-            self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+        steps: Driver[Step] = Driver(
+            stream_generate(
+                self.cache, tokens[stats.cached_tokens :], sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+            )
         )
-        answer: F32 | None = None
         begun: tuple[int, list[list[F32]]] | None = None
         try:
             while True:
                 try:
-                    step = steps.send(answer)
-                except StopIteration:
-                    return
+                    step = next(steps, None)
                 except NotFiniteError as error:
                     if prefixes is None or stats.generated_tokens:
                         raise
                     prefixes.forget(tokens)
                     if not stats.cached_tokens:
                         raise
-                    # What was kept may be damaged where no checksum can tell: the whole prompt is read again, once.
-                    _log.warning("a kept prefix is forgotten: %s", error)
+                    # The cached state may be damaged in a way that no checksum detects: read the whole prompt again, once.
+                    _log.warning("a cached prefix is dropped: %s", error)
                     keep = self.cache.keep
                     self.cache.reset()
                     self.cache.keep = keep
-                    stats.cached_tokens, answer, begun = 0, None, None
-                    steps = stream_generate(
-                        self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress
+                    stats.cached_tokens, begun = 0, None
+                    steps = Driver(
+                        stream_generate(self.cache, tokens, sampler, llm.tokenizer.eos_ids, llm.prefill_chunk, progress)
                     )
                     continue
+                if step is None:
+                    return
                 if isinstance(step, Forward):
                     if not step.prompt:
                         self.cache.each_logits = None
                     if step.prompt and prefixes is not None and (begun is None or begun[0] != self.cache.position):
                         begun = self._states()
                     try:
-                        answer = yield step
+                        logits = yield step
+                        assert logits is not None
+                        steps.answer(logits)
                         self._unread = []
                     except GeneratorExit:
                         if step.prompt and prefixes is not None and prefixes.holds(self.cache):
@@ -182,10 +185,9 @@ class Session:
                         begun = self._snapshot()
                         try:
                             prefixes.insert(tokens, self.cache)
-                        except Exception:  # out of memory, perhaps: the answer does not depend on it
-                            _log.exception("a prefix cannot be kept")
+                        except Exception:  # perhaps out of memory; the answer does not depend on it
+                            _log.exception("a prefix cannot be cached")
                     continue
-                answer = None
                 piece = self._piece(step, params, stats, detokenizer, stops)
                 if scores is not None:
                     piece, scores = replace(piece, prompt_logprobs=tuple(scores)), None
@@ -196,7 +198,7 @@ class Session:
             steps.close()
 
     def _scorer(self, tokens: I64, scores: list[TokenLogprob], count: int) -> Callable[[F32], None]:
-        """Takes the logits of all tokens, a few rows at a time, and appends the log-probabilities of their successors."""
+        """Receives the logits of all tokens, a few rows at a time, and appends the log-probabilities of their successors."""
 
         def score(logits: F32) -> None:
             for row in logits:
@@ -216,15 +218,14 @@ class Session:
         )
 
     def _states(self) -> tuple[int, list[list[F32]]] | None:
-        """Copies of the states that a pass over a part of the prompt changes and that cannot be rewound, and after how many tokens they
-        are; None where a prompt cannot be resumed."""
+        """The position, and copies of the states that cannot be rewound from the next pass; None where a prompt cannot be resumed."""
         position = self.cache.position
         if not position or position % GRAIN:
             return None
         return position, [state.copies(position) for state in self.cache.snapshots]
 
     def _snapshot(self) -> tuple[int, list[list[F32]]] | None:
-        """What _states() gives, where the pass that has just ended kept it already; nothing is copied."""
+        """As _states(), but without copying: the snapshots that the last pass took, None if it took none here."""
         position = self.cache.position
         states = self.cache.snapshots
         if position % GRAIN or not all(position in state.kept for state in states):
@@ -232,7 +233,7 @@ class Session:
         return position, [state.kept[position] for state in states]
 
     def _keep_abandoned(self, prefixes: PrefixCache, tokens: I64, begun: tuple[int, list[list[F32]]] | None) -> None:
-        """Keeps what was computed of a prompt that is cancelled, without the pass that was under way: begun is from before it."""
+        """Caches what was computed of a cancelled prompt, without the interrupted pass; begun: the states before that pass."""
         found = (self._states() if self.cache.valid else None) or begun
         if found is None:
             return
@@ -242,13 +243,13 @@ class Session:
         self.cache.keep |= {position}
         try:
             prefixes.insert(tokens, self.cache)
-        except Exception:  # out of memory, perhaps; the request is over
-            _log.exception("a prefix cannot be kept")
+        except Exception:  # perhaps out of memory; the request is over
+            _log.exception("a prefix cannot be cached")
 
     def _piece(
         self, step: Step, params: SamplingParams, stats: GenerationStats, detokenizer: Detokenizer, stops: StopStrings
     ) -> GenerationResponse:
-        """What one more token makes of the answer."""
+        """The response for one more token."""
         llm, token = self.llm, step.choice.token
         stats.generated_tokens += 1
         if stats.generated_tokens == 1:

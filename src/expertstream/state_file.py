@@ -1,6 +1,6 @@
-"""Files of arrays with a checksum for each: what was computed of a text, kept for the next start. Nothing in one is trusted unread.
+"""Files of arrays with a checksum for each, which store the state of a sequence. Contents are verified before use.
 
-magic 8 bytes | header's length, u32 | header, JSON | xxh3-64 of the header, 8 bytes | the arrays, one after another. The header's "arrays"
+magic 8 bytes | header length, u32 | header, JSON | xxh3-64 of the header, 8 bytes | the arrays, one after another. The header's "arrays"
 lists dtype, shape and xxh3-64 of each.
 """
 
@@ -29,11 +29,11 @@ _MAX_DIMENSIONS = 8
 
 
 class StateFileError(Exception):
-    """A file that is damaged, cut short, or none of ours."""
+    """A file that is damaged, truncated, or not a state file."""
 
 
 def write_state(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray]) -> int:
-    """Writes beside `path` and renames, so that a file is whole or not there. Returns its size in bytes. Raises OSError."""
+    """Writes a temporary file and renames it, so that `path` is complete or absent. Returns its size in bytes. Raises OSError."""
     entries = [
         {"dtype": a.dtype.name, "shape": list(a.shape), "xxh3": xxhash.xxh3_64_hexdigest(_raw(a))}
         for a in map(np.ascontiguousarray, arrays)
@@ -63,11 +63,11 @@ def is_state_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class StateFile:
-    """An opened file: its header is checked, its arrays are when they are read."""
+    """A state file. Its header has been checked; its arrays are checked when they are read."""
 
     path: Path
     header: dict[str, Any]
-    begin: int  # of the first array
+    begin: int  # offset of the first array
 
     @classmethod
     def open(cls, path: Path) -> StateFile:
@@ -83,7 +83,7 @@ class StateFile:
             raise StateFileError(f"{path}: damaged header")
         try:
             header = json.loads(text)
-        except (ValueError, RecursionError):  # a checksum says that it is whole, not who wrote it
+        except (ValueError, RecursionError):  # a checksum proves integrity, not origin
             raise StateFileError(f"{path}: the header is not JSON") from None
         if not isinstance(header, dict) or not isinstance(header.get("arrays"), list):
             raise StateFileError(f"{path}: the header lists no arrays")
@@ -91,11 +91,11 @@ class StateFile:
             _check_entry(path, entry, size)
         found = cls(path, header, 20 + length)
         if size != found.size:
-            raise StateFileError(f"{path}: cut short or longer than it says")
+            raise StateFileError(f"{path}: truncated, or longer than its header says")
         return found
 
     def integer(self, name: str) -> int:
-        """A count of the header, at least 0. Raises StateFileError."""
+        """A count in the header, at least 0. Raises StateFileError."""
         value = self.header.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
             raise StateFileError(f"{self.path}: the header's {name!r} is not a count")
@@ -106,11 +106,11 @@ class StateFile:
         return self.begin + sum(map(_bytes, self.header["arrays"]))
 
     def read(self, first: int, last: int, expected: Sequence[tuple[str, tuple[int, ...]]]) -> list[np.ndarray]:
-        """Arrays [first, last), whose dtypes and shapes must be those expected. Raises StateFileError, OSError; StateFileError too for
-        floats that are not finite."""
+        """Arrays [first, last), whose dtypes and shapes must be those expected. Raises StateFileError, also for
+        floats that are not finite, or OSError."""
         entries = self.header["arrays"]
         if [(e["dtype"], tuple(e["shape"])) for e in entries[first:last]] != list(expected):
-            raise StateFileError(f"{self.path}: other shapes than this model's")
+            raise StateFileError(f"{self.path}: its shapes differ from this model's")
         arrays = []
         with open_regular(self.path) as file:
             file.seek(self.begin + sum(map(_bytes, entries[:first])))
@@ -120,7 +120,7 @@ class StateFile:
                 if file.readinto(data) != data.size or xxhash.xxh3_64_hexdigest(data) != entry["xxh3"]:
                     raise StateFileError(f"{self.path}: damaged")
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    raise StateFileError(f"{self.path}: values that are not finite")
+                    raise StateFileError(f"{self.path}: contains values that are not finite")
                 arrays.append(array)
         return arrays
 
@@ -128,7 +128,7 @@ class StateFile:
 def _check_entry(path: Path, entry: Any, size: int) -> None:
     """Raises StateFileError for an array that a file of that size cannot hold, before anything is allocated for it."""
     if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES or not isinstance(entry.get("xxh3"), str):
-        raise StateFileError(f"{path}: the header lists an array of no known kind")
+        raise StateFileError(f"{path}: the header lists an array of an unknown type")
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
         raise StateFileError(f"{path}: the header lists an array without a shape")
@@ -140,7 +140,7 @@ def _check_entry(path: Path, entry: Any, size: int) -> None:
 
 
 def array_bytes(shape: tuple[str, tuple[int, ...]]) -> int:
-    """Bytes of an array of a dtype and a shape."""
+    """Bytes of an array with this dtype and shape."""
     return math.prod(shape[1]) * int(np.dtype(shape[0]).itemsize)
 
 

@@ -1,4 +1,4 @@
-"""What `expertstream inspect` says about a checkpoint: read from headers, nothing is loaded."""
+"""The summary that `expertstream inspect` prints, read from a checkpoint's headers; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.reader import open_checkpoint
-from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, format_bytes
+from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig
 from .experts.budget import default_budget
 from .experts.store import slot_bytes
 from .kv_cache import state_bytes
 from .machine import available_bytes, memory_limit_bytes
 from .models import config_of, expert_layouts, scratch_bytes, weight_map
-from .visible import one_line
+from .text.visible import one_line
+from .units import format_bytes
 
 __all__ = ["summarize", "summary_text"]
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
-    """Architecture, parameters, bits and bytes, and what of it fits this machine. Raises CheckpointError."""
+    """Architecture, parameters, bits, bytes, and how much of them fits in this machine's memory. Raises CheckpointError."""
     checkpoint = open_checkpoint(path)
     config = config_of(checkpoint)
     specs, layouts = weight_map(config), expert_layouts(config, checkpoint)
@@ -34,13 +35,13 @@ def summarize(path: str | Path) -> dict[str, Any]:
             m = checkpoint.matrix_format(name, *spec.shape)
             trunk_formats[str(m)] = trunk_formats.get(str(m), 0) + m.nbytes
             if name == "model.embed_tokens" and not config.tie_word_embeddings:
-                embedding_bytes = m.nbytes  # one row of it is read a token
+                embedding_bytes = m.nbytes  # one row of it is read per token
     expert_parameters = [sum(m.rows * m.cols for m in layout.format.matrices) for layout in layouts]
     experts = sum(layout.num_experts for layout in layouts)
     expert_bytes = [layout.bytes_per_expert for layout in layouts]
     routed = config.num_experts_per_tok * sum(expert_bytes)
     formats = {", ".join(dict.fromkeys(map(str, layout.format.matrices[:2]))): None for layout in layouts}
-    # What `run` would need with its defaults: everything but the slots, and one layer's experts.
+    # What `run` needs with its defaults: everything but the slots, plus one layer's experts.
     settings = EngineConfig.from_options({})
     context = min(DEFAULT_CONTEXT, config.max_position_embeddings)
     state = state_bytes(config.states, context, settings.kv_dtype)
@@ -83,22 +84,22 @@ def summarize(path: str | Path) -> dict[str, Any]:
 
 
 def summary_text(s: dict[str, Any]) -> str:
-    """The summary for a person."""
+    """The summary as text."""
     machine, kinds = s["machine"], ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in s["layer_types"].items())
     skipped = ", ".join(f"{n} tensors of {what}" for what, n in s["skipped_tensors"].items())
     trunk = "; ".join(f"{format_bytes(n)} {name}" for name, n in s["trunk_formats_bytes"].items())
     rows = [
         ("checkpoint", f"{s['path']} ({s['kind']})"),
         ("architecture", f"{s['model_type']}, {s['layers']} layers ({kinds}), hidden size {s['hidden_size']}"),
-        ("experts", f"{s['num_experts']} a layer, {s['num_experts_per_tok']} used a token"),
+        ("experts", f"{s['num_experts']} per layer, {s['num_experts_per_tok']} used per token"),
         ("parameters", f"{s['parameters_total'] / 1e9:.4g} B total, {s['parameters_active'] / 1e9:.4g} B active"),
         ("expert bits", s["expert_format"]),
         ("trunk", f"{format_bytes(s['trunk_bytes'])} ({trunk})"),
         ("one expert", format_bytes(s["bytes_per_expert"])),
         ("all experts", format_bytes(s["experts_bytes"])),
         (
-            "read a token",
-            f"{format_bytes(s['bytes_per_token'])}, of which experts {format_bytes(s['routed_bytes_per_token'])}",
+            "per token",
+            f"{format_bytes(s['bytes_per_token'])} read, of which experts {format_bytes(s['routed_bytes_per_token'])}",
         ),
         (
             "context",
@@ -111,7 +112,7 @@ def summary_text(s: dict[str, Any]) -> str:
         ),
         (
             "",
-            f"at least {format_bytes(machine['floor_bytes'])} are needed; {machine['share_of_experts_that_fit']:.0%} of the experts fit",
+            f"needs at least {format_bytes(machine['floor_bytes'])}; {machine['share_of_experts_that_fit']:.0%} of the experts fit",
         ),
     ]
     return "\n".join(f"{name:<13} {one_line(value)}" for name, value in rows)

@@ -26,8 +26,8 @@ from expertstream.bench.profile import PHASES, Profiler
 from expertstream.bench.speed import bench_decode, bench_prefill
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.cli import main
-from expertstream.config import IoSettings
 from expertstream.engine import embedded_model
+from expertstream.user_files import IoSettings
 
 
 def test_machine_rates() -> None:
@@ -222,20 +222,20 @@ def test_reports_are_drawn(pack_folder: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "decode"], "give a checkpoint folder"),
+        (["bench", "decode"], "needs a checkpoint folder"),
         (["bench", "mem", "somewhere"], "takes no path"),
-        (["bench", "decode", "/tmp", "--budgets", "0"], "--budgets is a list"),
-        (["bench", "decode", "/tmp", "--budgets", "a,b"], "--budgets is a list"),
+        (["bench", "decode", "/tmp", "--budgets", "0"], "--budgets must be a list"),
+        (["bench", "decode", "/tmp", "--budgets", "a,b"], "--budgets must be a list"),
         (["bench", "decode", "/no/such"], "no such file or folder"),
         (["bench", "mem", "--json", "/tmp"], "is a folder"),
         (["run", "--profile", "/no/such/folder/x.json", "hi"], "a folder that exists"),
         (["synth", "small", "/no/such/folder/x"], "no such folder"),
         (["bench", "mem", "--csv", "/no/such/folder/x.csv"], "no such folder"),
-        (["synth", "nonsense", "/tmp/x"], "no geometry"),
-        (["synth", "small", "/tmp/x", "--routing", "trace"], "go together"),
+        (["synth", "nonsense", "/tmp/x"], "unknown geometry"),
+        (["synth", "small", "/tmp/x", "--routing", "trace"], "must be given together"),
         (["synth", "small", "/tmp/x", "--routing", "trace", "--trace", "/no/such"], "not a routing trace"),
-        (["plan", "35b", "--prompt", "0"], "--prompt at least 1"),
-        (["plan", "nonsense"], "no geometry"),
+        (["plan", "35b", "--prompt", "0"], "--prompt from 1 to --context"),
+        (["plan", "nonsense"], "unknown geometry"),
         (["report", "/no/such/file"], "cannot be read"),
     ],
 )
@@ -249,7 +249,7 @@ def test_plan_speaks_and_gives_json(tmp_path: Path, capsys: pytest.CaptureFixtur
     model = str(embedded_model())
     assert main(["plan", model, "--memory", "1MiB", "--memory", "200MiB", "--context", "512", "--prompt", "128"]) == 0
     out = capsys.readouterr().out
-    assert "too little" in out and "would help" in out
+    assert "too small" in out and "would speed up" in out
     assert main(["plan", "small", "--memory", "300MiB", "--json", "--disk", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["predictions"][0]["decode_tps"] > 0 and found["machine"]["disk_rate"] > 0

@@ -49,9 +49,9 @@ def test_turns_and_what_is_taken_back(tmp_path: Path) -> None:
     assert [m["content"] for m in chat.conversation.messages] == ["Hi", "Hello"]
     chat.run("/undo")
     chat.run("/undo")
-    assert chat.conversation.messages == [] and "nothing to take back" in view.notes[-1]
+    assert chat.conversation.messages == [] and "nothing to undo" in view.notes[-1]
     chat.run("/stats")
-    assert "5.0 tokens/s" in view.notes[-1] and "of which 4 were known" in view.notes[-1]
+    assert "5.0 tokens/s" in view.notes[-1] and "prompt 10, 4 cached" in view.notes[-1]
     assert not chat.run("/quit")
 
 
@@ -135,7 +135,7 @@ def test_sessions_stay_and_are_found(tmp_path: Path) -> None:
     chat.run(f"/export {tmp_path}/out.md")
     assert "**user**\n\nHi" in (tmp_path / "out.md").read_text()
     for line, told in (
-        (f"/export {tmp_path}/out.md", "exists already"), ("/resume nobody", "no session"), ("/save ../x", "letters, digits"),
+        (f"/export {tmp_path}/out.md", "already exists"), ("/resume nobody", "no session"), ("/save ../x", "letters, digits"),
         ("/rename my first", "already"), ("/nonsense", "/help lists"), ("/think maybe", "on, off"), ("/export", "give a file"), ("/save", "give a name"),
     ):  # fmt: skip
         chat.run(line)
@@ -275,12 +275,12 @@ def test_a_pipe_gets_the_answers_alone(tmp_path: Path) -> None:
     (tmp_path / "config" / "expertstream" / "system.md").write_text("You are a kind helper.\n")
     result = run_chat(tmp_path, "--temperature", "0", said="What is the capital of France?\n/nonsense\n/system\n")
     assert result.returncode == 0 and result.stdout == "The capital of France is Paris.\n", result.stderr
-    assert "✗ there is no /nonsense" in result.stderr and "You are a kind helper." in result.stderr
+    assert "✗ unknown command /nonsense" in result.stderr and "You are a kind helper." in result.stderr
     (line,) = run_chat(tmp_path, "--sessions").stdout.splitlines()
     name, count, begin = line.split("\t")
     assert (count, begin) == ("2 messages", "What is the capital of France?")
     again = run_chat(tmp_path, "--resume", name, said="/export /dev/stdout\n")
-    assert "exists already" in again.stderr and "2 messages" in again.stderr
+    assert "already exists" in again.stderr and "2 messages" in again.stderr
 
 
 def test_a_resumed_session_is_not_read_again(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_resumed_session_is_not_read_again(tmp_path: Path) -> None:
     first = run_chat(tmp_path, *long, said="What is the capital of France?\n/save paris\n")
     assert first.returncode == 0, first.stderr
     again = run_chat(tmp_path, *long, "--resume", "paris", said="Thank you.\n/stats\n")
-    known = re.search(r"prompt (\d+), of which (\d+) were known", again.stderr)
+    known = re.search(r"prompt (\d+), (\d+) cached", again.stderr)
     assert known is not None and int(known[2]) >= 256 > int(known[1]) - int(known[2]) > 0, again.stderr
     saved = SessionStore(tmp_path / "data" / "expertstream" / "sessions").load("paris")
     assert len(saved.messages) == 4 and saved.system.startswith("You are a kind helper.")
@@ -297,15 +297,15 @@ def test_a_resumed_session_is_not_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--url", "ftp://x"], "--url is an address"),
-        (["--url", "http://127.0.0.1:9", "--memory", "1GiB"], "do not go together"),
+        (["--url", "ftp://x"], "--url must be an address"),
+        (["--url", "http://127.0.0.1:9", "--memory", "1GiB"], "cannot be combined"),
         (["--url", "http://127.0.0.1:9"], "no server answers at"),
-        (["--resume"], "no session to go on with"),
+        (["--resume"], "no session to resume"),
         (["--resume", "nobody"], "expertstream chat --sessions"),
-        (["--resume", "x", "--no-save"], "do not go together"),
-        (["--name", "x"], "--name is for --url"),
-        (["--yes"], "--yes is for"),
-        (["--temperature", "-1"], "temperature is a number"),
+        (["--resume", "x", "--no-save"], "cannot be combined"),
+        (["--name", "x"], "--name needs --url"),
+        (["--yes"], "--yes needs"),
+        (["--temperature", "-1"], "temperature must be a number"),
         (["/no/such/model"], "no such folder"),
         (["--mcp", "/no/such/file"], "not a list of MCP servers"),
     ],

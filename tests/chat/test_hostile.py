@@ -21,7 +21,7 @@ from expertstream.chat.backends import RemoteBackend, ServerError
 from expertstream.chat.sessions import Conversation, SessionStore
 from expertstream.chat.terminal import TerminalView
 from expertstream.errors import ExpertStreamError, RequestError, UsageError
-from expertstream.visible import excerpt, spelled_out, visible
+from expertstream.text.visible import excerpt, spelled_out, visible
 
 MODELS = b'{"data": [{"id": "m"}]}'
 

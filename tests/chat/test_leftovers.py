@@ -117,7 +117,7 @@ def test_a_deleted_session_leaves_nothing(tmp_path: Path) -> None:
     assert backend.forgotten == [
         [{"role": "user", "content": "the first secret"}, {"role": "assistant", "content": "Paris"}]
     ]
-    assert chat.conversation.messages == [] and view.notes[-2:] == ["deleted one", "a new session"]
+    assert chat.conversation.messages == [] and view.notes[-2:] == ["deleted one", "new session"]
     chat.run("again")  # the session that was open does not come back
     (name,) = chat.store.names()
     assert "secret" not in (chat.store.folder / f"{name}.json").read_text()

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from expertstream import LLM
 from expertstream.checkpoint.pack import read_manifest
 from expertstream.checkpoint.quantize import BitPolicy
+from expertstream.checkpoint.reader import open_checkpoint
 from expertstream.convert import convert
 from expertstream.errors import CheckpointError
+from expertstream.formats import Affine
+from expertstream.models import config_of, expert_layouts, weight_map
 from expertstream.ops.reference import ReferenceOps
 from expertstream.summary import summarize
 
@@ -194,3 +197,33 @@ def test_gpt_oss_as_mlx_has_it(tmp_path: Path, trunk: tuple[int, int] | None) ->
         )
         with LLM(release, exact=True, **options) as llm:
             assert np.array_equal(oracle.our_logits(llm, tokens), got[0])
+
+
+def test_mlx_reads_what_the_tests_write_in_its_layout_as_we_do(mlx_folder: Path) -> None:
+    """oracle.save_mlx lays a pack's values out as mlx-lm does: MLX itself finds the same values in it."""
+    tensors = mx.load(str(mlx_folder / "model.safetensors"))
+    checkpoint = open_checkpoint(mlx_folder)
+    c = config_of(checkpoint)
+    specs = weight_map(c)
+    found = 0
+    for name, spec in specs.items():
+        if spec.kind != "matrix" or f"language_model.{name}.scales" not in tensors:
+            continue
+        w = checkpoint.weight(name, spec)
+        assert isinstance(w.format, Affine)
+        parts = [tensors[f"language_model.{name}.{part.name}"] for part in w.format.parts]
+        wide = [part.astype(mx.float32) for part in parts[1:]]
+        theirs = mx.dequantize(parts[0], *wide, group_size=w.format.group_size, bits=w.format.bits)
+        assert np.array_equal(np.array(theirs), w.format.dequantize(w.parts)), name
+        found += 1
+    for layout in expert_layouts(c, checkpoint):
+        prefix = f"language_model.model.layers.{layout.layer}.mlp.switch_mlp"
+        for part, m, ours in zip(
+            ("gate", "up", "down"), layout.format.matrices, oracle.dequantize_expert(layout, 3)[0], strict=True
+        ):
+            assert isinstance(m, Affine)
+            stored = [tensors[f"{prefix}.{part}_proj.{p.name}"][3] for p in m.parts]
+            wide = [s.astype(mx.float32) for s in stored[1:]]
+            assert np.array_equal(np.array(mx.dequantize(stored[0], *wide, group_size=m.group_size, bits=m.bits)), ours)
+            found += 1
+    assert found > 20

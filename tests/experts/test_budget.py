@@ -27,14 +27,14 @@ def test_what_is_left_becomes_slots() -> None:
 
 
 def test_a_budget_below_the_floor_names_the_number_that_would_do() -> None:
-    with pytest.raises(BudgetError, match="at least --memory 176MiB"):
+    with pytest.raises(BudgetError, match="at least memory=176MiB"):
         plan(memory_bytes=176 * MIB - 1)
     p = plan(memory_bytes=176 * MIB)
     assert p.slots == p.ring_slots == 8
 
 
 def test_more_than_is_available_is_refused() -> None:
-    with pytest.raises(BudgetError, match="only 500 MiB is available; give at most --memory 499MiB"):
+    with pytest.raises(BudgetError, match="only 500 MiB is available; set memory=499MiB or less"):
         plan(available_bytes=500 * MIB)
 
 

@@ -20,6 +20,8 @@ from expertstream.models import scratch_bytes
 from .. import oracle
 from ..conftest import SMALL
 
+# Where an interrupt may fall.
+INTERRUPTED = tuple(f"experts/{name}.py" for name in ("cache", "tier", "link", "fetch", "policy"))
 TOKENS = oracle.random_tokens(SMALL, 40)
 
 
@@ -83,19 +85,19 @@ def test_every_expert_is_read_at_most_once_a_layer_and_chunk(pack_folder: Path) 
         split_bytes=1 << 20,
     ) as llm:
         reads: Counter[tuple[int, int]] = Counter()
-        start = llm.experts.start
+        start = llm.experts.link.start
 
         def counting_start(layer: int, loads: list[Any]) -> None:
             reads.update((layer, load.expert) for load in loads)
             start(layer, loads)
 
-        llm.experts.start = counting_start  # type: ignore[method-assign]
-        before = llm.experts.reader.reads
+        llm.experts.link.start = counting_start  # type: ignore[method-assign]
+        before = llm.experts.link.reader.reads
         llm.model(oracle.random_tokens(SMALL, 128), llm.session().cache)
         assert max(reads.values()) == 1
         assert len(reads) > SMALL["num_hidden_layers"] * 20
         # One record is one read of the kernel's, and the counters say the same.
-        assert llm.experts.reader.reads - before == sum(reads.values()) == llm.experts.stats.total().misses
+        assert llm.experts.link.reader.reads - before == sum(reads.values()) == llm.experts.stats.total().misses
         assert llm.experts.stats.total().bytes_read == sum(reads.values()) * llm.plan.slot_bytes
 
 
@@ -104,11 +106,11 @@ def test_a_long_prompt_does_not_flush_what_decoding_keeps(pack_folder: Path) -> 
         session = llm.session()
         for token in TOKENS:
             llm.model(np.array([token]), session.cache)
-        kept = [dict(layer) for layer in llm.experts._resident]
+        kept = [dict(layer) for layer in llm.experts.tier.resident]
         evictions = llm.experts.stats.total().evictions
         assert evictions > 0
         llm.model(oracle.random_tokens(SMALL, 128, seed=9), session.cache)
-        assert [dict(layer) for layer in llm.experts._resident] == kept
+        assert [dict(layer) for layer in llm.experts.tier.resident] == kept
         assert llm.experts.stats.total().evictions == evictions
 
 
@@ -167,7 +169,7 @@ def test_a_failed_read_stops_with_file_layer_and_expert(
                 llm.model(TOKENS[t : t + 1], cache)
         assert not cache.valid
         _native.clear_faults()
-        assert llm.experts.reader.pending == 0
+        assert llm.experts.link.reader.pending == 0
         cache.reset()
         parts = [llm.model(TOKENS[:30], cache, all_logits=True)]
         parts += [llm.model(TOKENS[t : t + 1], cache) for t in range(30, 40)]
@@ -274,13 +276,13 @@ def test_reading_ahead_is_counted_and_never_fails_a_request_that_does_not_need_i
         assert llm.experts.stats.layers[0].prefetched == 0  # nobody knows the next token
         # A guess for an expert that nobody asks for fails unheard; one that is asked for fails by name.
         layer = llm.experts.store.layouts[1].layer
-        missing = [e for e in range(SMALL["num_experts"]) if e not in llm.experts._resident[layer]]
+        missing = [e for e in range(SMALL["num_experts"]) if e not in llm.experts.tier.resident[layer]]
         for asked in (False, True):
             _native.set_fault(0, 1, errno.EIO)
-            with llm.experts.fetch(0, list(llm.experts._resident[0])[:1]) as fetch:
+            with llm.experts.fetch(0, list(llm.experts.tier.resident[0])[:1]) as fetch:
                 llm.experts.hint(layer, missing[:1])
                 assert len(list(fetch)) == 1
-                while llm.experts.reader.pending:
+                while llm.experts.link.reader.pending:
                     llm.experts.wait(0, 1)
             _native.clear_faults()
             if asked:
@@ -309,7 +311,7 @@ def test_slots_come_and_go_with_memory(pack_folder: Path, expected: np.ndarray, 
         pack_folder, memory=budget_for(pack_folder, 60), context_length=256, prefill_chunk=64, reader=reader
     ) as llm:
         experts, slot = llm.experts, llm.plan.slot_bytes
-        planned, wanted = experts.planned, [0]
+        planned, wanted = experts.tier.planned, [0]
         experts._pressure = lambda: wanted[0]
         cache, parts = llm.session().cache, []
         for step, wanted[0] in enumerate([0, 0, 20 * slot, 0, 10**9, 0, -8 * slot, 0, -(10**9), 0]):
@@ -320,17 +322,20 @@ def test_slots_come_and_go_with_memory(pack_folder: Path, expected: np.ndarray, 
                 else llm.model(TOKENS[29 + step : 30 + step], cache)
             )
             slots = (
-                experts._free_ring
-                + experts._free
-                + experts._parked
-                + [s for layer in experts._resident for s in layer.values()]
+                experts.tier.free_ring
+                + experts.tier.free
+                + experts.tier.parked
+                + [s for layer in experts.tier.resident for s in layer.values()]
             )
-            slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
-            assert sorted(slots) == list(range(llm.plan.slots)) and experts.resident <= experts.cached
-            assert experts.cached == [planned, planned, planned - 20, planned - 20, 0, 0, 8, 8, planned, planned][step]
+            slots += [load.slot for load in [*experts._prefetched.values(), *experts._wasted]]
+            assert sorted(slots) == list(range(llm.plan.slots)) and experts.resident <= experts.tier.cached
+            assert (
+                experts.tier.cached
+                == [planned, planned, planned - 20, planned - 20, 0, 0, 8, 8, planned, planned][step]
+            )
         parts.append(llm.model(TOKENS[39:40], cache))
         assert np.array_equal(np.concatenate(parts), expected)
-        assert experts.reader.registered_buffers == (reader == "uring")  # all memory is back
+        assert experts.link.reader.registered_buffers == (reader == "uring")  # all memory is back
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -344,7 +349,7 @@ def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expecte
     lines_until: list[int] = [0]
 
     def tracer(frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(("experts/cache.py", "experts/policy.py")):
+        if not frame.f_code.co_filename.endswith(INTERRUPTED):
             return None
         if event == "line":
             lines_until[0] -= 1
@@ -374,11 +379,11 @@ def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expecte
             assert np.array_equal(np.concatenate(parts), expected), line
             experts = llm.experts
             slots = (
-                experts._free_ring
-                + experts._free
-                + experts._parked
-                + [s for layer in experts._resident for s in layer.values()]
+                experts.tier.free_ring
+                + experts.tier.free
+                + experts.tier.parked
+                + [s for layer in experts.tier.resident for s in layer.values()]
             )
-            slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
+            slots += [load.slot for load in [*experts._prefetched.values(), *experts._wasted]]
             assert sorted(slots) == list(range(llm.plan.slots)), line
         assert interrupted > 120

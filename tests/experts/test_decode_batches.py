@@ -16,7 +16,7 @@ from expertstream.experts.stats import LayerStats
 
 from .. import oracle
 from ..conftest import SMALL
-from .test_cache import budget_for, logits_of
+from .test_cache import INTERRUPTED, budget_for, logits_of
 
 TRACE = Path(__file__).resolve().parent.parent / "data" / "embedded-trace.npz"
 TOKENS = oracle.random_tokens(SMALL, 40)
@@ -51,7 +51,7 @@ def test_a_batch_evicts_what_it_does_not_need(sequences: int) -> None:
     with embedded(240) as llm:
         kept = decode(llm, sequences, prompt=False)
         resident = llm.experts.resident
-        assert llm.experts.ring < 4 * sequences or sequences < 8
+        assert llm.experts.tier.ring < 4 * sequences or sequences < 8
     with embedded(240) as llm:
         frozen = decode(llm, sequences, prompt=True)
     assert frozen.evictions == 0 < kept.evictions and resident <= 240
@@ -77,7 +77,7 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
     left = [0]
 
     def tracer(frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.endswith("experts/cache.py"):
+        if not frame.f_code.co_filename.endswith(INTERRUPTED):
             return None
         if event == "line":
             left[0] -= 1
@@ -89,9 +89,9 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
         pack_folder, memory=budget_for(pack_folder, 60), context_length=256, prefill_chunk=64, reader=reader
     ) as llm:
         experts, interrupted = llm.experts, 0
-        registered = experts.reader.registered_buffers
+        registered = experts.link.reader.registered_buffers
         for line in [*range(1, 40), *range(40, 400, 9)]:
-            for size in (experts.planned, 7, 20, 0):
+            for size in (experts.tier.planned, 7, 20, 0):
                 left[0] = line
                 sys.settrace(tracer)
                 try:
@@ -105,13 +105,14 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
                 parts += [llm.model(TOKENS[t : t + 1], cache) for t in range(30, 32)]
                 assert np.array_equal(np.concatenate(parts), expected[:32]), (line, size)
                 assert all(
-                    len(resident) <= quota for resident, quota in zip(experts._resident, experts.quotas, strict=True)
+                    len(resident) <= quota
+                    for resident, quota in zip(experts.tier.resident, experts.tier.quotas, strict=True)
                 )
-                slots = [*experts._free_ring, *experts._free, *experts._parked]
-                slots += [s for layer in experts._resident for s in layer.values()]
-                slots += [load.slot for load in [*experts._ahead.values(), *experts._wrong]]
+                slots = [*experts.tier.free_ring, *experts.tier.free, *experts.tier.parked]
+                slots += [s for layer in experts.tier.resident for s in layer.values()]
+                slots += [load.slot for load in [*experts._prefetched.values(), *experts._wasted]]
                 assert sorted(slots) == list(range(llm.plan.slots)), (line, size)
-                assert experts.reader.registered_buffers == (registered and not experts._parked), (line, size)
+                assert experts.link.reader.registered_buffers == (registered and not experts.tier.parked), (line, size)
         assert interrupted > 100
 
 
@@ -123,12 +124,12 @@ def test_a_change_of_size_keeps_the_slots_of_what_is_being_read_ahead(
         experts = llm.experts
         llm.model(TOKENS[:1], llm.session().cache)
         experts.drain()
-        ring = sorted(experts._free_ring)
-        missing = [e for e in range(24) if e not in experts._resident[1]][:3]
+        ring = sorted(experts.tier.free_ring)
+        missing = [e for e in range(24) if e not in experts.tier.resident[1]][:3]
         monkeypatch.setattr(experts.prefetcher, "guess", lambda layer, ranked: ranked)
         experts.hint(1, missing)
-        assert len(experts._free_ring) == len(ring) - len(missing) > 0
+        assert len(experts.tier.free_ring) == len(ring) - len(missing) > 0
         if wrong:
             experts.drop_predictions(1)  # before the reads are done, as far as anybody has looked
-        experts.resize(experts.planned - 4)
-        assert sorted(experts._free_ring) == ring and not experts._ahead and not experts._wrong
+        experts.resize(experts.tier.planned - 4)
+        assert sorted(experts.tier.free_ring) == ring and not experts._prefetched and not experts._wasted

@@ -185,15 +185,15 @@ def test_fewer_experts_change_the_result_and_are_named(tmp_path: Path) -> None:
         layer.mlp.gate.top_k = 2
     tokens = oracle.random_tokens(config, 50)
     with LLM(folder, experts_per_token=2, kv_dtype="f32", memory="64MiB", context_length=512) as llm:
-        assert llm.lossy == "2 of 4 experts a token"
+        assert llm.lossy == "2 of 4 experts per token"
         assert oracle.relative_error(oracle.our_logits(llm, tokens), oracle.oracle_logits(fewer, tokens)) < DENSE
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, "hidden_size must be a whole number from 1 to 2"),
-        ({"hidden_size": -4}, "hidden_size must be a whole number from 1 to 2"),
+        ({"hidden_size": None}, "hidden_size must be an integer from 1 to 2"),
+        ({"hidden_size": -4}, "hidden_size must be an integer from 1 to 2"),
         ({"layer_types": ["linear_attention"] * 3}, "layer_types must name"),
         ({"layer_types": ["other"] * 4}, "layer_types must name"),
         ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) is more than num_experts \(8\)"),
@@ -210,7 +210,7 @@ def test_fewer_experts_change_the_result_and_are_named(tmp_path: Path) -> None:
         ),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be greater than 0"),
         ({"rms_norm_eps": 1e30}, "rms_norm_eps must be greater than 0"),
-        ({"vocab_size": 10**15}, "vocab_size must be a whole number from 1 to 2"),
+        ({"vocab_size": 10**15}, "vocab_size must be an integer from 1 to 2"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ({"layer_types": [["x"]] * 4}, "layer_types must name"),
         ({"text_config": None}, "text_config must be an object"),

@@ -142,7 +142,7 @@ def test_json_by_a_schema(server: Server) -> None:
         ({"messages": HELLO}, 400, "max_tokens: Field required"),
         ({"messages": [], "max_tokens": 1}, 400, "messages"),
         ({"messages": HELLO, "max_tokens": 1, "model": "other"}, 404, "no model 'other'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}], "max_tokens": 1}, 400, "this model reads text only, not image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}], "max_tokens": 1}, 400, "this model reads text only; got image"),
         ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "max_tokens": 1}, 400, "must be in an assistant's message"),
         ({"messages": [{"role": "assistant", "content": "x"}], "max_tokens": 1}, 400, "the last message"),
         ({"messages": HELLO, "max_tokens": 1, "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, 400, "not among the tools"),
@@ -245,7 +245,7 @@ def test_what_a_model_cannot_see_is_named_in_history_and_refused_when_new(server
     refused = httpx.post(
         f"{server.url}/v1/messages", json={**body, "messages": [*messages, {"role": "user", "content": [pdf]}]}
     )
-    assert refused.status_code == 400 and "this model reads text only, not document" in refused.text
+    assert refused.status_code == 400 and "this model reads text only; got document" in refused.text
 
 
 def test_the_sdks_tool_runner_goes_on_without_threads(client: anthropic.Anthropic, llm: LLM) -> None:

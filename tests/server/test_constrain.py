@@ -200,10 +200,10 @@ def test_what_a_client_cannot_be_given(grammars: Grammars) -> None:
     for schema, message in (
         (deep, "levels deep"),
         ({"enum": ["x" * 70_000]}, "at most 64 KiB"),
-        ({"type": "nonsense"}, "cannot be followed"),
-        ({"$ref": "#/nowhere"}, "cannot be followed"),
-        ({"type": "string", "pattern": "(("}, "cannot be followed"),
-        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "cannot be followed"),
+        ({"type": "nonsense"}, "cannot be enforced"),
+        ({"$ref": "#/nowhere"}, "cannot be enforced"),
+        ({"type": "string", "pattern": "(("}, "cannot be enforced"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "cannot be enforced"),
     ):
         with pytest.raises(RequestError, match=message):
             as_json(grammars, schema)
@@ -224,7 +224,7 @@ def test_a_schema_made_to_hurt_neither_hangs_nor_crashes(llm: LLM, grammars: Gra
             for _ in range(30):
                 guide.accept(int(guide.mask(np.zeros(llm.model_config.vocab_size, np.float32)).argmax()))
         except RequestError as error:
-            assert "cannot be followed" in str(error)
+            assert "cannot be enforced" in str(error)
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])

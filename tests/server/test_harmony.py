@@ -126,3 +126,40 @@ def test_the_command_line_chats_with_it(llm: LLM, tmp_path: Path, capsys: pytest
             LocalBackend(llm, {}).reply([{"role": "user", "content": "Hi"}], [], None, lambda done, total: None)
         )
     assert [e.text for e in events if isinstance(e, Reasoning)] and [e.text for e in events if isinstance(e, Content)]
+
+
+def test_python_and_run_show_an_answer_in_tags(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    call = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}'
+    for written, shown in (
+        (THOUGHT + "<|channel|>final<|message|>Hello.", "<think>\nThinking.\n</think>\n\nHello."),
+        (
+            THOUGHT + call,
+            '<think>\nThinking.\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n',
+        ),
+        ("<|channel|>final<|message|>Hello.", "Hello."),
+    ):
+        with scripted(llm, written):
+            assert (
+                "".join(piece.text for piece in llm.chat([{"role": "user", "content": "Hi"}], max_tokens=200)) == shown
+            )
+    from expertstream.cli import main
+
+    assert (
+        main(
+            [
+                "run",
+                str(llm.path),
+                "--chat",
+                "Hi",
+                "--memory",
+                "256MiB",
+                "--context",
+                "512",
+                "--max-tokens",
+                "8",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert "<|" not in capsys.readouterr().out

@@ -16,7 +16,7 @@ import pytest
 from expertstream.engine import LLM
 from expertstream.errors import ContextLengthError, RequestError
 from expertstream.server import protocol
-from expertstream.tokenizer import Tokenizer
+from expertstream.text.tokenizer import Tokenizer
 
 from .conftest import HELLO, Server
 

@@ -68,13 +68,13 @@ def test_what_does_no_harm_is_taken(server: Server, path: str, body: dict[str, A
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("responses", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: messages must be given as messages"),
-        ("responses", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools must be given as tools"),
+        ("responses", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs must not contain messages; use the request's own messages"),
+        ("responses", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs must not contain tools; use the request's own tools"),
         *(("responses", {"input": [{"type": "function_call_output", "call_id": "c", "output": output}]}, "input.0.content") for output in (["text"], [1], [None], [[]], [{"type": 5}])),
         *(("chat/completions", {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", **more}}, "tool_choice.tools: must be a list") for more in ({"allowed_tools": None}, {"allowed_tools": 3}, {"tools": 5}, {})),
         ("responses", {"input": [{"type": "input_text", "text": "LOST?"}]}, "items of type 'input_text' are not supported"),
         ("responses", {"input": [{"type": "compaction"}]}, "items of type 'compaction' are not supported"),
-        ("chat/completions", {"model": "zz"}, "there is no model 'zz' here; there is 'small', 'gpt-4'; start the server with --alias"),
+        ("chat/completions", {"model": "zz"}, "there is no model 'zz'; available: 'small', 'gpt-4'; start the server with --alias"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_taken_is_said(server: Server, path: str, body: dict[str, Any], message: str) -> None:

@@ -115,11 +115,11 @@ def test_forms_of_answers(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id is not supported: this server keeps no conversations"),
+        ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id is not supported: this server does not store conversations"),
         ({"input": "x", "conversation": "c"}, "conversation is not supported"),
         ({"input": []}, "input must have at least one item"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0: item_reference is not supported"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0: this model reads text only, not input_image"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0: this model reads text only; got input_image"),
         ({"input": [{"type": "message", "role": "user"}]}, "input.0: a message must have a role and content"),
         ({"input": "x", "tool_choice": "required", "tools": [{"type": "web_search"}]}, "there are no functions among the tools"),
         ({"input": "x", "n": 2}, "n must be 1; got 2"),

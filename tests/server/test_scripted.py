@@ -175,7 +175,7 @@ def test_the_form_of_an_answer_under_its_popular_names(server: Server, llm: LLM,
 def test_two_forms_are_one_too_many(server: Server) -> None:
     body = {"messages": HELLO, "guided_regex": "a", "response_format": {"type": "json_object"}}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
-    assert answer.status_code == 400 and "the answer can have one form" in answer.text
+    assert answer.status_code == 400 and "the answer can have only one format" in answer.text
     for form in ({"guided_regex": "("}, {"guided_grammar": "start: nothing"}, {"guided_choice": []}):
         answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, **form})
         assert answer.status_code == 400, answer.text

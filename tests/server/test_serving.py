@@ -167,7 +167,7 @@ def test_who_left_the_queue_leaves_its_place(llm: LLM) -> None:
             assert ask(server, max_tokens=1).status_code == 200
             assert running.result().status_code == 200
         too_many = ask(server, n=4)
-        assert too_many.status_code == 400 and "more than may wait" in too_many.json()["error"]["message"]
+        assert too_many.status_code == 400 and "n must be at most 3" in too_many.json()["error"]["message"]
     finally:
         server.stop()
 
@@ -346,7 +346,7 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys: pytes
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["serve", "--port", str(taken.getsockname()[1]), "/no/such/model"]) == 2
-    assert "take another with --port" in capsys.readouterr().err
+    assert "choose another with --port" in capsys.readouterr().err
 
 
 def test_the_command_serves_and_ends_in_order(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_asked_twice_a_server_ends_at_once() -> None:
             assert isinstance(running.exception(), httpx.HTTPError)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in errors and "once more ends at once" in errors, errors
+    assert process.returncode == 130 and "Traceback" not in errors and "a second signal stops at once" in errors, errors
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_asked_twice_a_server_ends_at_once() -> None:
         (["--queue", "-1"], "--queue"),
         (["--parallel", "0"], "--parallel"),
         (["--cache-memory", "much"], "not a size"),
-        (["--cache-dir", "/proc/nowhere"], "prefixes cannot be kept there"),
+        (["--cache-dir", "/proc/nowhere"], "prefixes cannot be stored there"),
         (["--api-key-file", "/no/such"], "cannot be read"),
         (["/no/such/model"], "no such folder"),
     ],

@@ -92,9 +92,9 @@ def test_unknown_fields_are_named_once_at_every_depth() -> None:
     ("kind", "fields", "message"),
     [
         (CompletionRequest, {"suffix": "end"}, "suffix is not supported: this model cannot fill in"),
-        (ChatRequest, {"functions": [{"name": "f"}]}, "functions is not supported: give tools"),
+        (ChatRequest, {"functions": [{"name": "f"}]}, "functions is not supported: use tools"),
         (ChatRequest, {"audio": {"voice": "x"}}, "audio is not supported"),
-        (ResponsesRequest, {"previous_response_id": "resp_1"}, "previous_response_id is not supported: this server keeps no"),
+        (ResponsesRequest, {"previous_response_id": "resp_1"}, "previous_response_id is not supported: this server does not store"),
         (ResponsesRequest, {"background": True}, "background is not supported"),
     ],
 )  # fmt: skip
@@ -114,7 +114,7 @@ def test_minus_one_is_how_some_spell_not_given() -> None:
 def test_stops_are_few_and_short() -> None:
     for stop in ("x" * 513, ["x"] * 17):
         request, *_ = parse_request(ChatRequest, body(ChatRequest, stop=stop))
-        with pytest.raises(RequestError, match="stop: at most 16 strings of at most 512"):
+        with pytest.raises(RequestError, match="stop must be at most 16 strings of at most 512"):
             request.sampling()
     request, *_ = parse_request(MessagesRequest, body(MessagesRequest, stop_sequences=["x" * 600]))
     with pytest.raises(RequestError, match="stop_sequences"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertstream.text.family import HarmonyFamily, TagFamily, family_of
 from expertstream.text.harmony import HarmonyParser, harmony_messages
 from expertstream.text.output_base import CallDelta, CallEnd, CallStart, Content, Event, Reasoning
-from expertstream.tokenizer import Tokenizer
+from expertstream.text.tokenizer import Tokenizer
 
 from ..fetch_fixtures import TEMPLATES
 from .test_real_templates import tokenizer_with

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import expertstream
-from expertstream.template import render_template
 from expertstream.text.output import CallDelta, CallEnd, CallStart, Content, Event, OutputParser, Reasoning
+from expertstream.text.template import render_template
 
 TOOL = {
     "type": "function",

@@ -13,7 +13,7 @@ from expertstream.engine import embedded_model
 from expertstream.errors import RequestError
 from expertstream.server.conversation import Conversation
 from expertstream.server.request import thinking_variables
-from expertstream.tokenizer import Tokenizer
+from expertstream.text.tokenizer import Tokenizer
 
 from ..fetch_fixtures import TEMPLATES
 

@@ -153,8 +153,8 @@ for _ in range(40):
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        (DEEP, "#: a schema is at most 32 levels deep"),
-        ({"enum": ["x" * 70_000]}, "#: a schema is at most 64 KiB"),
+        (DEEP, "#: a schema must be at most 32 levels deep"),
+        ({"enum": ["x" * 70_000]}, "#: a schema must be at most 64 KiB"),
         ({"type": "nonsense"}, '#: type: "nonsense" is not a type or a list of types'),
         (
             {"properties": {"a/b": {"$ref": "#/nowhere"}}},

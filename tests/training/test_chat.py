@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from expertstream import RequestError
 from expertstream.engine import embedded_model
-from expertstream.tokenizer import Tokenizer
+from expertstream.text.tokenizer import Tokenizer
 from training.chat import SPECIALS, segments
 from training.evaluate import loops, parse_calls
 from training.generate import clean

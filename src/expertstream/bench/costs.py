@@ -1,4 +1,4 @@
-"""What a token costs, by arithmetic from a config: bytes of weights that decoding touches, and multiply-adds."""
+"""The cost of a token, calculated from a config: bytes of weights that decoding touches, and multiply-adds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["TokenCost", "token_cost"]
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Of decoding one token."""
+    """The cost of decoding one token."""
 
-    trunk_bytes: int  # weights of the trunk, without the embedding, of which one row is read
+    trunk_bytes: int  # weights of the trunk, without the embedding (only one row of it is read)
     expert_bytes: int  # one expert
     experts: int  # top_k · layers
     kv_bytes: int  # keys and values for each further token of a long context, in bfloat16
-    multiply_adds: int  # with weights, the output projection included
-    head_multiply_adds: int  # which a prompt needs only once
+    multiply_adds: int  # with weights, including the output projection
+    head_multiply_adds: int  # of the output projection, which a prompt needs only once
 
     @property
     def bytes(self) -> int:

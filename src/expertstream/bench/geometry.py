@@ -1,17 +1,17 @@
-"""The sizes of known models, as config.json has them."""
+"""The sizes of known models, in the form of config.json."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reader import read_json
 from ..errors import UsageError
+from ..files import read_json
 from ..models import read_config
 
 __all__ = ["GEOMETRIES", "TRACE", "geometry_config"]
 
-TRACE = "routing-trace.npz"  # beside a synthetic model: what its router is to pick when it is measured
+TRACE = "routing-trace.npz"  # in a synthetic model's folder: the experts that its router selects in benchmarks
 
 _COMMON: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text", "vocab_size": 248320, "head_dim": 256, "num_key_value_heads": 2, "linear_conv_kernel_dim": 4,
@@ -49,7 +49,7 @@ _GPT_OSS: dict[str, Any] = {
     },
 }  # fmt: skip
 
-# The sizes of the releases' config.json.
+# From the config.json of the releases.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "qwen3.5-397b-a17b": _sizes(4096, 60, 32, 64, 512, 10, 1024),
     "qwen3.5-122b-a10b": _sizes(3072, 48, 32, 64, 256, 8, 1024),
@@ -65,7 +65,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},
     "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},
-    # For tests and quick looks: seconds to write, and larger than a small control group.
+    # For tests and quick experiments: written in seconds, and larger than a small control group.
     "small": _sizes(
         1024, 12, 8, 8, 128, 4, 512, head_dim=128, linear_num_key_heads=4, linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=8192
     ),
@@ -73,8 +73,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def geometry_config(name: str, layers: int = 0) -> dict[str, Any]:
-    """The config of a named geometry (a unique part of a name will do), or of a config.json or the folder that holds one; `layers`
-    of it if not 0. Raises UsageError, CheckpointError."""
+    """The config of a named geometry (a unique part of a name is enough), or of a config.json or a folder with one; only the first
+    `layers` layers if not 0. Raises UsageError, CheckpointError."""
     path = Path(name)
     if path.name == "config.json" or (path / "config.json").is_file():
         whole = read_json(path if path.name == "config.json" else path / "config.json")
@@ -82,16 +82,16 @@ def geometry_config(name: str, layers: int = 0) -> dict[str, Any]:
         for key in ("quantization", "quantization_config"):
             config.pop(key, None)
     else:
-        # A whole word of a name goes before a part of one: 35b is not 235b.
+        # A whole word of a name takes precedence over a part of one: 35b is not 235b.
         found = [known for known in GEOMETRIES if name.lower() in known.split("-")]
         found = found or [known for known in GEOMETRIES if name.lower() in known]
         if name not in GEOMETRIES and len(found) != 1:
-            raise UsageError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}, or give a config.json")
+            raise UsageError(f"unknown geometry {name!r}; give one of {', '.join(GEOMETRIES)}, or a config.json")
         config = dict(GEOMETRIES[name if name in GEOMETRIES else found[0]])
     if layers:
         c = read_config(config, name)
         if not 0 < layers <= c.num_hidden_layers:
-            raise UsageError(f"{name} has {c.num_hidden_layers} layers, so --layers is 1 to that, not {layers}")
+            raise UsageError(f"--layers must be from 1 to {c.num_hidden_layers}, the layers of {name}; got {layers}")
         config |= {"num_hidden_layers": layers, "layer_types": list(c.layer_types[:layers])}
     read_config(config, name)
     return config

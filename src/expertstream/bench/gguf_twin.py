@@ -1,8 +1,8 @@
-"""The same values as a GGUF file, for llama.cpp: Q4_0 and Q8_0 blocks hold symmetric groups of 32 exactly.
+"""Writes the same values as a GGUF file, for llama.cpp: Q4_0 and Q8_0 blocks hold symmetric groups of 32 exactly.
 
-What differs is order. llama.cpp pairs value head h with key head h mod Hk where Hugging Face pairs it with h div (Hv/Hk), so rows of
+Only the order differs. llama.cpp pairs value head h with key head h mod Hk where Hugging Face pairs it with h div (Hv/Hk), so rows of
 the value parts (qkv, z, a, b, A, dt, conv) and columns of out_proj are rearranged; norms are stored with their +1, A as −exp(A_log).
-(llama.cpp, conversion/qwen.py.) An expert tensor holds all experts of a layer, so three files are written beside each other's turn.
+(llama.cpp, conversion/qwen.py.) A GGUF expert tensor holds all experts of a layer, so a layer's experts are buffered until complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..models.qwen3_5_moe import LINEAR, Config
 
 __all__ = ["GGUFTwin", "config_for_twin"]
 
-# Ours to llama.cpp's; those of a layer without their prefix.
+# expertstream's names to llama.cpp's; names inside a layer without their prefix.
 _NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "post_attention_norm.weight",
@@ -55,14 +55,16 @@ _EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"
 
 
 def config_for_twin(c: DecoderConfig) -> Config:
-    """The config of a model that a twin can be written of. Raises UsageError."""
+    """The config of a model for which a twin can be written. Raises UsageError."""
     if type(c) is not Config:
-        raise UsageError("a GGUF twin can be written of Qwen3.5-MoE's sizes only")
+        raise UsageError(
+            "a GGUF twin requires the sizes of a Qwen3.5-MoE model; choose another geometry or omit the twin"
+        )
     return c
 
 
 class GGUFTwin:
-    """Written as the pack is: tensors in the order of weight_map(), then the experts layer by layer."""
+    """Written like the pack: tensors in the order of weight_map(), then the experts layer by layer."""
 
     def __init__(
         self, path: Path, c: Config, formats: dict[str, MatrixFormat], experts: ExpertFormat, tokenizer: Path
@@ -84,7 +86,7 @@ class GGUFTwin:
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
-        self._pending: list[NDArray[np.uint8]] = []  # of one layer: blocks of gate, up, down of all its experts
+        self._pending: list[NDArray[np.uint8]] = []  # one layer: blocks of gate, up and down of all its experts
 
     def _declare(self, name: str, shape: tuple[int, ...], m: MatrixFormat | None) -> None:
         if m is None or not m.quantized:
@@ -108,7 +110,7 @@ class GGUFTwin:
         w.add_value_length(c.head_dim)
         w.add_rope_freq_base(c.rope_theta)
         w.add_rope_dimension_count(c.rotary_dims)
-        # Positions of text are equal in all three, so only the sum matters.
+        # For text, the positions in all three sections are equal, so only the sum matters.
         w.add_rope_dimension_sections([c.rotary_dims // 2, 0, 0, 0])
         w.add_layer_norm_rms_eps(c.rms_norm_eps)
         w.add_expert_count(c.num_experts)
@@ -174,7 +176,7 @@ class GGUFTwin:
         self.writer.write_tensor_data(np.ascontiguousarray(values, np.float32))
 
     def expert(self, layer: int, expert: int, part: int, w: Any) -> None:
-        """Experts come one by one, their tensors part by part: a layer is kept until it is whole."""
+        """Experts arrive one by one, their tensors part by part: a layer is buffered until it is complete."""
         if expert == 0:
             if part == 0:
                 self._pending = []

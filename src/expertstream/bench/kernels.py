@@ -1,4 +1,4 @@
-"""Every kernel table of this machine on typical shapes: bits against the plain C++ table, then speed against the roofline."""
+"""Every kernel table of this machine on typical shapes: results compared bit for bit with the plain C++ table, speed with the roofline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _native
-from ..formats import Affine, Dense, MatrixFormat
+from ..formats import MXFP4, Affine, Dense, MatrixFormat
 from ..formats.numbers import F32, to_bf16
 from ..ops import Weight
 from ..ops.cpu import CpuOps
@@ -22,6 +22,7 @@ FORMATS = {
     "4 bits, symmetric, groups of 32": (4, 32, "f16", True),
     "8 bits, groups of 64": (8, 64, "bf16", False),
     "2 bits, groups of 64": (2, 64, "bf16", False),
+    "MXFP4": (4, 32, "e8m0", True),
     "bfloat16": (16, 0, "bf16", False),
 }
 SHAPES = (
@@ -29,15 +30,20 @@ SHAPES = (
     (2048, 512),
     (8192, 2048),
     (32768, 2048),
-)  # an expert's gate and down, a projection, more than caches hold
+)  # an expert's gate and down, a projection, a matrix larger than the caches
 
 
 def _format(rows: int, cols: int, bits: int, group: int, dtype: str, symmetric: bool) -> MatrixFormat:
+    if dtype == "e8m0":
+        return MXFP4(rows, cols)
     return Affine(rows, cols, bits, group, dtype, symmetric) if bits < 16 else Dense(rows, cols, dtype)
 
 
 def _weight(m: MatrixFormat, rng: np.random.Generator) -> Weight:
     data, *others = m.part_bytes
+    if isinstance(m, MXFP4):
+        codes = np.resize(rng.integers(0, 256, min(data, 1 << 22), np.uint8), data)
+        return Weight(m, (codes, rng.integers(118, 122, others[0], np.uint8)))
     if not isinstance(m, Affine):
         values = to_bf16(rng.standard_normal(min(m.rows * m.cols, 1 << 20), np.float32)).view(np.uint8)
         return Weight(m, (np.resize(values, data),))
@@ -58,8 +64,8 @@ def bench_kernels(
     tokens: tuple[int, ...] = (1, 12, 64, 512),
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """One row an instruction set, format, shape and number of tokens; `same_bits` says whether the table's result on it was the
-    scalar table's. The roofline is the lower of arithmetic peak and bandwidth times products a byte."""
+    """One row per instruction set, format, shape and number of tokens; `same_bits` says whether the table's results equal the scalar
+    table's. The roofline is the lower of arithmetic peak and bandwidth times products per byte."""
     rng, rows = np.random.default_rng(0), []
     bandwidth = memory_bandwidth(threads)
     for isa in _native.available_isas()[::-1]:
@@ -68,7 +74,7 @@ def bench_kernels(
             ops, plain = CpuOps(threads, isa, activation_bits), CpuOps(threads, "scalar", activation_bits)
             for name, (bits, group, dtype, symmetric) in FORMATS.items():
                 if bits == 16 and activation_bits == 16:
-                    continue  # dense weights meet float32 activations either way
+                    continue  # dense weights use float32 activations either way
                 small = _format(48, 256, bits, group, dtype, symmetric)
                 x = rng.standard_normal((13, 256), np.float32)
                 check = [o.project(x, [o.bind(_weight(small, np.random.default_rng(1)))])[0] for o in (ops, plain)]
@@ -80,7 +86,7 @@ def bench_kernels(
                         if count * m.rows * m.cols > 2 << 30:
                             continue
                         x = rng.standard_normal((count, m.cols), np.float32)
-                        # Small matrices stay in the cache: many runs, so that a clock can see them.
+                        # Small matrices stay in the cache: repeat until the time is measurable.
                         runs = max(1, int(2e7 / (m.rows * m.cols * count)))
                         seconds = timed(partial(_run, ops, x, weight, runs), 3) / runs
                         products = m.rows * m.cols * count

@@ -1,4 +1,4 @@
-"""What a machine can do: memory bandwidth, arithmetic, and its disk at the engine's own access pattern. Seconds, not minutes."""
+"""Measures a machine in seconds: memory bandwidth, arithmetic, and the disk with the engine's access pattern."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from .. import _native
-from ..config import IoSettings, format_bytes
 from ..errors import UsageError
+from ..units import format_bytes
+from ..user_files import IoSettings
 
 __all__ = ["DiskRate", "arithmetic_peak", "best_setting", "disk_rates", "memory_bandwidth", "thread_counts", "timed"]
 
 
 def timed(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Median seconds of several runs, after one that warms up."""
+    """Median seconds of several runs, after a warm-up run."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -40,15 +41,15 @@ def thread_counts(most: int) -> list[int]:
 
 
 def memory_bandwidth(threads: int, size: int = 1 << 30) -> float:
-    """Bytes a second that `threads` threads read from `size` bytes, far more than caches hold."""
+    """Bytes per second that `threads` threads read from a block of `size` bytes, which should be far larger than the caches."""
     memory = _native.Arena(size).view()
-    memory[:: 1 << 12] = 1  # every page is there
+    memory[:: 1 << 12] = 1  # touch every page
     engine = _native.Engine(threads, _native.available_isas()[-1], 8)
     return size / timed(lambda: engine.read_memory(memory))
 
 
 def arithmetic_peak(threads: int, isa: str = "") -> float:
-    """Multiply-adds a second of the integer dot product, from registers: what no matrix product can exceed."""
+    """Multiply-adds per second of the integer dot product on registers: the upper bound of any matrix product."""
     engine = _native.Engine(threads, isa or _native.available_isas()[-1], 8)
     rounds = 1000
     while True:
@@ -74,7 +75,7 @@ class DiskRate:
 
 @contextmanager
 def _files(path: Path, record_bytes: int) -> Iterator[list[Path]]:
-    """Files to read: a pack's experts, a checkpoint's safetensors, a single file; else one that is made and removed."""
+    """Files to read: a pack's experts, a checkpoint's safetensors or a single file; otherwise a temporary file."""
     found = (
         [path] if path.is_file() else sorted(path.glob("experts-*.safetensors")) or sorted(path.glob("*.safetensors"))
     )
@@ -93,7 +94,7 @@ def _files(path: Path, record_bytes: int) -> Iterator[list[Path]]:
                     file.write(block)
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UsageError(f"{path}: a test file of 1 GiB cannot be written there: {error.strerror}") from None
+            raise UsageError(f"{path}: cannot write a test file of 1 GiB there: {error.strerror}") from None
         yield [made]
     finally:
         made.unlink(missing_ok=True)
@@ -107,8 +108,8 @@ def disk_rates(
     seconds: float = 1.0,
     report: Callable[[DiskRate], None] = lambda rate: None,
 ) -> list[DiskRate]:
-    """Every depth, O_DIRECT and buffered (each cold: what is read is dropped from the page cache before), then at the best direct
-    depth every split. Raises UsageError."""
+    """Every depth, O_DIRECT and buffered (each cold: the files are dropped from the page cache first), then every split at the best
+    direct depth. Raises UsageError."""
     record_bytes = -(-record_bytes // 4096) * 4096
     rates: list[DiskRate] = []
 
@@ -133,14 +134,14 @@ def disk_rates(
 def _one_rate(
     files: list[Path], direct: bool, depth: int, split: int, record_bytes: int, seconds: float
 ) -> float | None:
-    """Bytes a second; None where the file system refuses O_DIRECT."""
+    """Bytes per second; None if the file system refuses O_DIRECT."""
     try:
         fds = [os.open(file, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)) for file in files]
     except OSError:
         return None
     for fd in fds:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    # As many records on their way as keep `depth` pieces in flight, and as many as a layer of a model asks for.
+    # Enough records in flight to keep `depth` pieces busy, and as many as one layer of a model requests.
     records = max(8, -(-depth * split // record_bytes) + 1)
     arena = _native.Arena(records * record_bytes)
     try:
@@ -176,14 +177,14 @@ def _one_rate(
 
 
 def best_setting(rates: list[DiskRate]) -> DiskRate:
-    """The fewest reads in flight that reach 95 % of the best rate: more only make each wait longer."""
+    """The lowest queue depth that reaches 95 % of the best rate: a deeper queue only adds latency."""
     best = max(rate.bytes_per_second for rate in rates)
     good = [rate for rate in rates if rate.bytes_per_second >= 0.95 * best]
     return min(good, key=lambda rate: (rate.queue_depth, -rate.bytes_per_second))
 
 
 def remember(path: Path, rates: list[DiskRate]) -> str:
-    """Keeps the best direct setting for this disk, at least 8 reads in flight, for every later run; says what it was."""
+    """Saves the best direct setting for this disk, with at least 8 reads in flight, for all later runs; returns a description."""
     chosen = best_setting([rate for rate in rates if rate.direct] or rates)
     depth = max(chosen.queue_depth, 8)
     IoSettings(depth, chosen.split_bytes, chosen.bytes_per_second).save(path)

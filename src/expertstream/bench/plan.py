@@ -1,8 +1,8 @@
-"""What to expect of a model on this machine, from measured rates and arithmetic, before any download.
+"""Predicts a model's speed on this machine from measured rates and its sizes, before any download.
 
-A decoded token takes as long as reading the weights it touches from memory, and then as long as the disk takes for the missing
-experts, less what of that goes on while the processor works. Measured on this engine: the experts and the shared expert are multiplied
-while others arrive; the mixers of the next layer go on while experts are read ahead, as far as guesses are right.
+The time of a decoded token is the time to read the weights it touches from memory plus the disk time of the missing experts, minus
+their overlap. In this engine, cached experts and the shared expert are computed while others arrive, and the token mixer of the next
+layer runs while correctly predicted experts are prefetched.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .synth import expert_format, trunk_formats
 
 __all__ = ["Machine", "Prediction", "load_model", "predict"]
 
-# Hit rate of S3-FIFO by share of the experts that fit: our policy replayed on a public trace of Kimi-Linear, 300 tokens, 8 of 256
-# experts (docs/cache-policies.md). Models differ: OLMoE, 8 of 64, hits 43, 61 and 81 % at an eighth, a quarter and a half. Uniform
-# routing has no memory: its hit rate is the share itself.
+# Hit rate of S3-FIFO by share of the experts that fit, replayed on a public trace of Kimi-Linear: 300 tokens, 8 of 256 experts
+# (docs/cache-policies.md). Models differ: OLMoE (8 of 64) hits 43, 61 and 81 % at an eighth, a quarter and a half. With uniform routing
+# the hit rate is the share itself.
 REAL_ROUTING = ((0.0, 0.0), (0.0625, 0.47), (0.125, 0.60), (0.25, 0.74), (0.5, 0.87), (1.0, 1.0))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured: bytes a second of memory and disk, multiply-adds a second at their peak."""
+    """Measured rates: bytes per second of memory and disk, peak multiply-adds per second."""
 
     memory_rate: float
     disk_rate: float
@@ -45,28 +45,32 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
+    """The sizes of a model."""
+
     name: str
     config: DecoderConfig
     cost: TokenCost
-    trunk_bytes: int  # in memory, the embedding included
+    trunk_bytes: int  # in memory, including the embedding
     slot_bytes: int
     model_bytes: int
 
 
 @dataclass(frozen=True)
 class Prediction:
+    """What to expect of one memory budget."""
+
     budget_bytes: int
     slots: int
     hit_rate: float
-    missed_bytes: float  # a token
+    missed_bytes: float  # per token
     decode_tps: float
     prefill_tps: float
     ttft_seconds: float  # of a prompt of `prompt_tokens`
-    bound: str  # what decoding waits for
+    bound: str  # what limits decoding
 
 
 def load_model(name: str, layers: int, policy: BitPolicy) -> Model:
-    """A checkpoint folder as it is, or a geometry as `convert` with this policy would make it. Raises UsageError, CheckpointError."""
+    """A checkpoint folder as it is, or a geometry as `convert` with this policy would write it. Raises UsageError, CheckpointError."""
     path = Path(name)
     if (path / "config.json").is_file() and not layers and any(path.glob("*.safetensors")):
         checkpoint = open_checkpoint(path)
@@ -101,7 +105,7 @@ def predict(
     routing: str = "real",
     threads: int = 1,
 ) -> Prediction | None:
-    """None where the budget does not hold the trunk, the context and one layer's experts."""
+    """None if the budget is too small for the trunk, the context and one layer's experts."""
     c, cost = model.config, model.cost
     settings = EngineConfig(context_length=context, memory_bytes=budget_bytes)
     try:
@@ -126,13 +130,13 @@ def predict(
     cached = plan.slots - plan.ring_slots
     hit = hit_rate_of(min(1.0, cached / plan.total_experts), routing)
     missed = (1 - hit) * cost.experts * model.slot_bytes
-    # Decode: memory's time for what is touched, and the disk's, of which the experts' own products hide a part.
+    # Decode: memory time of the bytes touched plus disk time, part of which overlaps with computing experts.
     touched = cost.bytes + cost.kv_bytes * min(context, 1024)
     compute = touched / (MEMORY_REACH * machine.memory_rate)
     disk = missed / (DISK_REACH * machine.disk_rate) if missed else 0.0
     hidden = min(disk, compute) * HIDDEN_SHARE
     decode = compute + disk - hidden
-    # Prefill: arithmetic, or every touched expert once a chunk from the disk, whichever takes longer: they go on together.
+    # Prefill: arithmetic, or reading every touched expert once per chunk, whichever takes longer: they overlap.
     pairs = min(chunk, prompt_tokens) * c.num_experts_per_tok
     touched_experts = c.num_experts * (1 - (1 - 1 / c.num_experts) ** pairs)
     chunks = -(-prompt_tokens // chunk)
@@ -149,14 +153,14 @@ def predict(
     )
 
 
-# What of each limit the engine reaches. Of memory bandwidth with resident experts, and of the arithmetic peak in a long prompt: measured
-# (docs/log.md). Of the disk's steady rate with a layer's misses in flight, and how much of the shorter of computing and reading goes on
-# during the longer: assumed. docs/measuring.md compares what follows from them with measurements.
+# The share of each limit that the engine reaches. Measured (docs/log.md): of memory bandwidth with resident experts, and of the arithmetic
+# peak in a long prompt. Assumed: of the disk's steady rate with a layer's misses in flight, and the share of the shorter of computing and
+# reading that overlaps with the longer. docs/measuring.md compares the resulting predictions with measurements.
 MEMORY_REACH, DISK_REACH, PREFILL_REACH, HIDDEN_SHARE = 0.93, 0.9, 0.40, 0.45
 
 
 def advice(model: Model, machine: Machine, budget_bytes: int, **options: Any) -> list[tuple[str, float]]:
-    """(a change, how many times faster decoding would be), the most useful first."""
+    """(change, factor by which decoding would be faster), the most useful first."""
     base = predict(model, machine, budget_bytes, **options)
     if base is None:
         return []

@@ -1,7 +1,7 @@
-"""Where a token's time goes: a clock around every op and every wait, as sums by phase and as a Chrome trace.
+"""Where a token's time goes: a timer around every op and every wait, reported as sums by phase and as a Chrome trace.
 
-Nothing is in the way when it is not asked for: the clock is an Ops around the real one (LLM's `instrument`), and a reader around the
-real reader. What neither covers is Python's own share.
+Profiling costs nothing when it is off: the timers are a wrapper around the real Ops (LLM's `instrument`) and one around the real reader.
+The time that neither covers is Python's own share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..ops import F32, Ops
 
 __all__ = ["PHASES", "Profiler"]
 
-# Op → phase; project() is counted as "mix" in a layer and "head" after the last.
+# Op → phase; project() counts as "mix" in a layer and as "head" after the last layer.
 PHASES = {
     "embed": "embed", "rms_norm": "norm", "project": "mix", "attention": "mix", "delta_net": "mix", "route": "router",
     "shared_expert": "shared", "experts": "experts", "moe": "experts", "accumulate": "combine", "tile": "arrange", "wait": "wait",
@@ -39,7 +39,7 @@ class Event:
 
 
 class _Clock:
-    """An Ops, or a reader, whose calls are noted."""
+    """Wraps an Ops or a reader and records its calls."""
 
     def __init__(self, inner: Any, profiler: Profiler, names: frozenset[str]) -> None:
         self._inner = inner
@@ -51,11 +51,11 @@ class _Clock:
 
 
 class Profiler:
-    """Use `LLM(..., instrument=profiler.instrument)`, then `watch(llm)`. Events of a forward pass lie between two of its begins."""
+    """Use `LLM(..., instrument=profiler.instrument)`, then `watch(llm)`. The events of a forward pass begin within its span."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.selected: np.ndarray[Any, Any] | None = None  # (layers, experts): how often each was chosen
+        self.selected: np.ndarray[Any, Any] | None = None  # (layers, experts): how often each was selected
         self.spans: list[tuple[float, float, int]] = []  # begin, end and tokens of every forward pass
         self._layer, self._fetched, self._layers = -1, -1, 0
 
@@ -65,10 +65,11 @@ class Profiler:
         return clock  # type: ignore[no-any-return]
 
     def watch(self, llm: LLM) -> None:
-        """Clocks the reader too, counts experts, and notes where forward passes begin and end."""
+        """Also times the reader, counts experts, and records the begin and end of forward passes."""
         self._layers = llm.model_config.num_hidden_layers
         self.selected = np.zeros((self._layers, llm.model_config.num_experts), np.int64)
-        llm.experts.reader = _Clock(llm.experts.reader, self, frozenset(("wait", "submit")))
+        clock: Any = _Clock(llm.experts.link.reader, self, frozenset(("wait", "submit")))
+        llm.experts.link.reader = clock
         forward, fetch, resident = llm.model._forward, llm.experts.fetch, llm.experts.resident_block
 
         def noted(batch: Batch, all_logits: bool) -> F32:
@@ -102,18 +103,18 @@ class Profiler:
             try:
                 return call(*args, **kwargs)
             finally:
-                # The next layer's router asked ahead of time is this layer's work.
+                # Running the next layer's router for prefetch counts as this layer's work.
                 self.events.append(Event(name, min(self._layer, max(0, self._layers - 1)), begin, time.perf_counter()))
                 if name in (
                     "moe",
                     "accumulate",
-                ):  # the next op belongs to the next layer, unless more of this one's experts come
+                ):  # the next op belongs to the next layer, unless more experts of this one follow
                     self._layer = self._fetched + 1
 
         return run
 
     def phases(self, decode: bool) -> dict[str, float]:
-        """Milliseconds a token (decode), or a prompt's token, by phase; "python" is what no op and no wait covers."""
+        """Milliseconds per decoded token (decode) or per prompt token, by phase; "python" is the time outside all ops and waits."""
         spans = [span for span in self.spans if (span[2] == 1) == decode]
         tokens = sum(span[2] for span in spans)
         if not tokens:
@@ -150,12 +151,12 @@ class Profiler:
             if not phases:
                 continue
             total = sum(phases.values())
-            lines.append(f"[{title}: {total:.2f} ms a token, {total / max(1, self._layers):.3f} ms a layer]")
+            lines.append(f"[{title}: {total:.2f} ms per token, {total / max(1, self._layers):.3f} ms per layer]")
             lines += [f"  {phase:8} {ms:8.3f} ms {ms / total:6.1%}" for phase, ms in phases.items()]
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """A Chrome trace (chrome://tracing, Perfetto), which also holds the sums and the counts that `report` draws. Raises UsageError."""
+        """Writes a Chrome trace (chrome://tracing, Perfetto) with the sums and counts that `report` plots. Raises UsageError."""
         start = min((span[0] for span in self.spans), default=0.0)
 
         def event(name: str, begin: float, end: float, thread: int, **args: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures of what was measured: one HTML page and a PNG for each."""
+"""Plots measurements: a PNG for each figure and one HTML page with all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLORS = {
 
 
 def write_report(files: list[Path], out: Path) -> list[Path]:
-    """Draws every file; returns what was written, the page last. Raises UsageError."""
+    """Plots every file; returns the files written, the page last. Raises UsageError."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -33,13 +33,13 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
         except OSError as error:
             raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError):
-            raise UsageError(f"{file}: not JSON; give what `bench decode --json` or `run --profile` wrote") from None
+            raise UsageError(f"{file}: not JSON; give the output of `bench decode --json` or `run --profile`") from None
         if isinstance(data, dict) and data.get("bench") == "decode" and data.get("rows"):
             figures += [(f"{file.stem}-{name}", title, draw(data["rows"])) for name, title, draw in _DECODE]
         elif isinstance(data, dict) and "expertstream" in data:
             figures += [(f"{file.stem}-{name}", title, draw(data)) for name, title, draw in _PROFILE]
         else:
-            raise UsageError(f"{file}: neither `bench decode --json` nor `run --profile` wrote this")
+            raise UsageError(f"{file}: not the output of `bench decode --json` or `run --profile`")
     try:
         out.mkdir(parents=True, exist_ok=True)
         written = []
@@ -79,15 +79,15 @@ def _axes(title: str, width: float = 7.5, height: float = 4.2) -> tuple[Any, Any
 def _speed(rows: list[dict[str, Any]]) -> Any:
     context = min(row["context"] for row in rows)
     rows = sorted((row for row in rows if row["context"] == context), key=lambda row: row["budget_bytes"])
-    figure, axes = _axes(f"Decoding against memory, context {context:,}")
+    figure, axes = _axes(f"Decoding speed by memory budget, context {context:,}")
     x = [row["budget_bytes"] / (1 << 30) for row in rows]
-    axes.plot(x, [row["memory_limit_tps"] for row in rows], "--", color="#4c72b0", label="memory's limit")
+    axes.plot(x, [row["memory_limit_tps"] for row in rows], "--", color="#4c72b0", label="memory limit")
     disk = [row["disk_limit_tps"] if row["read_bytes_per_token"] else None for row in rows]
-    axes.plot(x, disk, "--", color="#c44e52", label="disk's limit")
+    axes.plot(x, disk, "--", color="#c44e52", label="disk limit")
     axes.plot(x, [row["warm_tps"] for row in rows], "o-", color="#222222", label="warm")
     axes.plot(x, [row["cold_tps"] for row in rows], "o:", color="#8c8c8c", label="cold")
     top = max(row[key] for row in rows for key in ("memory_limit_tps", "warm_tps"))
-    axes.set(xlabel="memory budget, GiB", ylabel="tokens a second", ylim=(0, top * 1.15))
+    axes.set(xlabel="memory budget, GiB", ylabel="tokens per second", ylim=(0, top * 1.15))
     axes.legend(frameon=False)
     return figure
 
@@ -96,14 +96,14 @@ def _hits(rows: list[dict[str, Any]]) -> Any:
     figure, axes = _axes("Experts found in memory")
     rows = sorted(rows, key=lambda row: row["fraction"])
     axes.plot([100 * row["fraction"] for row in rows], [100 * row["hit_rate"] for row in rows], "o-", color="#55a868")
-    axes.plot([0, 100], [0, 100], ":", color="#8c8c8c", label="if all experts were used alike")
+    axes.plot([0, 100], [0, 100], ":", color="#8c8c8c", label="if all experts were used equally often")
     axes.set(xlabel="share of the experts that fit, %", ylabel="hit rate, %", xlim=(0, 100), ylim=(0, 102))
     axes.legend(frameon=False)
     return figure
 
 
 def _contexts(rows: list[dict[str, Any]]) -> Any:
-    figure, axes = _axes("Decoding against context")
+    figure, axes = _axes("Decoding speed by context")
     for fraction in sorted({row["fraction"] for row in rows}):
         mine = sorted((row for row in rows if row["fraction"] == fraction), key=lambda row: row["context"])
         axes.plot(
@@ -112,7 +112,7 @@ def _contexts(rows: list[dict[str, Any]]) -> Any:
             "o-",
             label=f"{fraction:.0%} of the experts",
         )
-    axes.set(xlabel="tokens of context", ylabel="tokens a second", xscale="log")
+    axes.set(xlabel="tokens of context", ylabel="tokens per second", xscale="log")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return figure
@@ -120,7 +120,7 @@ def _contexts(rows: list[dict[str, Any]]) -> Any:
 
 def _phases(data: dict[str, Any]) -> Any:
     summary = data["expertstream"]
-    figure, axes = _axes("Where each millisecond of a layer goes", height=2.8)
+    figure, axes = _axes("Time per layer by phase", height=2.8)
     named = "decode_ms" if summary["decode_ms"] else "prompt_ms"  # one legend for both bars
     for y, key in enumerate(("decode_ms", "prompt_ms")):
         left, phases = 0.0, summary[key]
@@ -131,7 +131,7 @@ def _phases(data: dict[str, Any]) -> Any:
                 left += width
         axes.text(left, y, f" {left:.2f} ms", va="center")
     axes.set_yticks([0, 1], ["decode", "prompt"])
-    axes.set(xlabel="milliseconds a token and layer")
+    axes.set(xlabel="milliseconds per token and layer")
     axes.margins(x=0.12)
     axes.legend(frameon=False, ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     return figure
@@ -139,7 +139,7 @@ def _phases(data: dict[str, Any]) -> Any:
 
 def _heat(data: dict[str, Any]) -> Any:
     selected = data["expertstream"]["selected"]
-    figure, axes = _axes("How often each expert was chosen", height=max(2.6, 0.12 * len(selected) + 1.6))
+    figure, axes = _axes("How often each expert was selected", height=max(2.6, 0.12 * len(selected) + 1.6))
     image = axes.imshow(selected, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, label="times")
@@ -169,12 +169,12 @@ def _timeline(data: dict[str, Any]) -> Any:
 
 
 _DECODE = (
-    ("speed", "Tokens a second against memory", _speed),
+    ("speed", "Tokens per second by memory budget", _speed),
     ("hits", "Hit rate", _hits),
-    ("contexts", "Tokens a second against context", _contexts),
+    ("contexts", "Tokens per second by context", _contexts),
 )
 _PROFILE = (
-    ("phases", "Where each millisecond of a layer goes", _phases),
+    ("phases", "Time per layer by phase", _phases),
     ("timeline", "One token, op by op", _timeline),
-    ("experts", "Which experts were chosen", _heat),
+    ("experts", "Which experts were selected", _heat),
 )

@@ -1,4 +1,4 @@
-"""How fast the engine is on this machine: decode and prefill, cold and warm, by memory budget and context length."""
+"""Measures the engine on this machine: decode and prefill, cold and warm, by memory budget and context length."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.reader import Checkpoint, open_checkpoint
-from ..config import format_bytes
 from ..engine import LLM
 from ..errors import BudgetError, UsageError
 from ..formats import MatrixFormat
 from ..formats.numbers import F32, I64, to_bf16
 from ..generate import prefill
-from ..kv_cache import AttentionState, KVCache
+from ..kv_cache import AttentionState, KVCache, WindowState
 from ..layers import DecoderConfig
 from ..models import config_of, weight_map
 from ..ops import Ops, Weight
+from ..units import format_bytes
 from .costs import TokenCost, token_cost
 from .geometry import TRACE
 from .machine import arithmetic_peak, disk_rates, memory_bandwidth
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 def drop_page_cache(folder: Path) -> None:
-    """What follows reads a folder's files from the disk."""
+    """Drops a folder's files from the page cache, so that the next reads come from the disk."""
     for file in folder.iterdir():
         if file.is_file():
             fd = os.open(file, os.O_RDONLY)
@@ -47,7 +47,7 @@ def trunk_formats_of(checkpoint: Checkpoint, c: DecoderConfig) -> dict[str, Matr
 
 
 def checkpoint_cost(llm: LLM) -> TokenCost:
-    """Of the checkpoint that is open."""
+    """The cost of a token of the open checkpoint."""
     layouts = llm.experts.store.layouts
     expert = sum(m.nbytes for layout in layouts for m in layout.format.matrices) // len(layouts)
     return token_cost(llm.model_config, trunk_formats_of(llm.checkpoint, llm.model_config), expert, llm.top_k)
@@ -58,20 +58,20 @@ def _expert_bytes(llm: LLM) -> int:
 
 
 def _open_with_share(path: Path, share: float, context: int, options: dict[str, Any]) -> LLM | None:
-    """A model with slots for this share of its experts; None if that is more than this machine has. What else it needs follows from
-    the budget (a long prompt's scratch shrinks with it), so the budget is corrected until the share is right."""
+    """A model with slots for this share of its experts; None if they do not fit this machine. Its other memory depends on the budget
+    (the scratch of a long prompt shrinks with it), so the budget is adjusted until the share is right."""
     with LLM(path, context_length=context, **options) as llm:
         budget, wanted = llm.plan.used_bytes, int(share * llm.plan.total_experts)
-        if wanted > llm.experts.planned:
-            return None  # more than this machine has
-        budget -= (llm.experts.planned - wanted) * llm.plan.slot_bytes
-    del llm  # its memory, before the next one looks how much there is
+        if wanted > llm.experts.tier.planned:
+            return None  # does not fit this machine
+        budget -= (llm.experts.tier.planned - wanted) * llm.plan.slot_bytes
+    del llm  # frees its memory before the next model checks how much is available
     for _ in range(6):
         try:
             llm = LLM(path, context_length=context, memory_bytes=budget, **options)
         except BudgetError:
             return None
-        wrong = llm.experts.planned - wanted
+        wrong = llm.experts.tier.planned - wanted
         if abs(wrong) <= max(1, llm.plan.total_experts // 200):
             return llm
         llm.close()
@@ -81,11 +81,11 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
 
 
 class _Traced:
-    """Ops whose router picks what a recorded trace says, token after token, from the start again at its end."""
+    """Ops whose router selects the experts of a recorded trace, token by token; at its end the trace starts over."""
 
     def __init__(self, ops: Ops, experts: I64) -> None:
         self._ops, self._experts = ops, experts  # (tokens, layers, top_k)
-        self._layers: dict[int, int] = {}  # a router's weight → its layer, in the order in which they first speak
+        self._layers: dict[int, int] = {}  # router weight → layer, in the order of their first calls
         self._at: dict[int, int] = {}  # layer → tokens so far
 
     def __getattr__(self, name: str) -> Any:
@@ -101,21 +101,21 @@ class _Traced:
 
 
 def read_trace(path: Path, c: DecoderConfig) -> I64:
-    """The routing trace beside a synthetic model: experts (tokens, layers, top_k), distinct in each row. Raises UsageError."""
+    """The routing trace of a synthetic model: experts (tokens, layers, top_k), distinct in each row. Raises UsageError."""
     experts = load_trace(path).experts
     layers, top_k = c.num_hidden_layers, c.num_experts_per_tok
     if experts.shape[1] < layers or experts.shape[2] < top_k:
         raise UsageError(
-            f"{path}: experts is (tokens, layers, top-k), at least (1, {layers}, {top_k}), not {experts.shape}"
+            f"{path}: experts must have shape (tokens, layers, top-k), at least (1, {layers}, {top_k}); got {experts.shape}"
         )
     experts = experts[:, :layers, :top_k]
     if experts.max() >= c.num_experts:
-        raise UsageError(f"{path}: expert {experts.max()} of a model that has {c.num_experts}")
+        raise UsageError(f"{path}: expert numbers must be less than {c.num_experts}; got {experts.max()}")
     return experts
 
 
 def _with_trace(path: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options that make a model follow the trace in its folder, if there is one. Guesses would all be right then: none are made."""
+    """Options that make a model follow the trace in its folder, if there is one. Prefetch is off: every prediction would be right."""
     if not (path / TRACE).is_file():
         return options
     c = config_of(open_checkpoint(path))
@@ -129,9 +129,11 @@ def _with_trace(path: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill_context(cache: KVCache, tokens: int, rng: np.random.Generator) -> None:
-    """As if so many tokens had been read: how long attention takes does not depend on what they were."""
+    """Fills the cache as if that many tokens had been read: attention time does not depend on their values."""
     for state in cache.layers:
-        if isinstance(state, AttentionState):
+        if isinstance(state, WindowState):
+            state.restore(tokens, [np.zeros(shape, dtype) for dtype, shape in state.shapes()])
+        elif isinstance(state, AttentionState):
             for values in (state.keys, state.values):
                 some = rng.standard_normal(
                     (values.shape[0], min(tokens, 512), values.shape[2]), np.float32
@@ -164,8 +166,8 @@ def bench_decode(
     report: Callable[[Row], None] = lambda row: None,
     skipped: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
-    """One row a budget and context; `skipped` is told of shares that do not fit this machine. Cold: the first tokens with nothing in
-    memory but the trunk. Warm: after slots are full. The disk and the memory are measured beside each budget: shared machines drift."""
+    """One row per budget and context; `skipped` is called for shares that do not fit this machine. Cold: the first tokens with only the
+    trunk in memory. Warm: once the slots are full. Disk and memory are measured again for each budget, since shared machines drift."""
     options = _with_trace(path, dict(options or {}))
     rng, rows = np.random.default_rng(0), []
     longest = max(256, *contexts) + tokens + 64
@@ -181,7 +183,7 @@ def bench_decode(
             disk = disk_rates(path, slot, depths=(16,), splits=(256 << 10,), seconds=0.7)[0].bytes_per_second
             cache = llm.session().cache
             cold = _decode(llm, cache, _random_tokens(llm, 8, rng))
-            # A prompt fills free slots; a few tokens then bring the order of use.
+            # A prompt fills free slots; a few decoded tokens then establish the eviction order.
             cache.reset()
             prefill(llm.model, cache, _random_tokens(llm, 256, rng), llm.prefill_chunk)
             for context in contexts:
@@ -225,7 +227,7 @@ def bench_prefill(
     report: Callable[[Row], None] = lambda row: None,
     skipped: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
-    """One row a budget and length; `skipped` is told of shares that do not fit this machine. Cold: nothing in memory but the trunk.
+    """One row per budget and length; `skipped` is called for shares that do not fit this machine. Cold: only the trunk in memory.
     Warm: the same prompt again."""
     options = dict(options or {})
     rng, rows = np.random.default_rng(0), []
@@ -280,7 +282,7 @@ def describe_decode(row: Row) -> str:
 
 DECODE_HEADER = (
     f"{'share':>5} {'budget':>9} {'context':>7} {'cold':>7} {'warm':>7} {'hits':>6} {'read/token':>10} {'memory':>7} {'disk':>7} "
-    f"{'reach':>6}   (tokens a second; limits of memory and disk, and warm against the lower one)"
+    f"{'reach':>6}   (tokens per second; limits of memory and disk; reach: warm over the lower limit)"
 )
 
 
@@ -294,5 +296,5 @@ def describe_prefill(row: Row) -> str:
 
 PREFILL_HEADER = (
     f"{'share':>5} {'budget':>9} {'tokens':>7} {'cold':>7} {'warm':>7} {'read':>10} {'disk':>9} {'G mul/s':>7} {'peak':>6}"
-    "   (tokens a second; time the disk would take alone; share of the arithmetic peak)"
+    "   (tokens per second; time for the disk alone; share of the arithmetic peak)"
 )

@@ -1,9 +1,9 @@
-"""Synthetic packs: a model's sizes with random weights, written at the disk's speed, to measure before downloading the real one.
+"""Synthetic packs: a model's sizes with random weights, written at the disk's speed, for benchmarks before downloading the real one.
 
-Random weights need care to behave like a model. Codes are zero-mean and matrices keep activations of size 1, so that no layer blows
-up; what returns to the residual stream is small beside the embeddings, so that routing follows the token and does not freeze on a few
-experts (which shows hit rates that no real model has). Routing is near uniform, or Zipf by way of one constant channel: channel 0 of
-every embedding is the same, nothing writes to it, and the router's column 0 holds the logarithm of each expert's share.
+Random weights need care to behave like a model. Codes are zero-mean and matrices keep activations at unit scale, so that no layer
+explodes; what is added to the residual stream is small compared with the embeddings, so that routing follows the token instead of
+sticking to a few experts (with hit rates that no real model has). Routing is nearly uniform, or Zipf by means of a constant channel:
+channel 0 of every embedding is the same, nothing writes to it, and the router's column 0 holds the logarithm of each expert's share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ..checkpoint.format import MANIFEST, PACK_FORMAT, PACK_VERSION, WeightSpec,
 from ..checkpoint.pack import TRUNK, experts_file, write_records
 from ..checkpoint.quantize import BitPolicy, quantized_format
 from ..checkpoint.safetensors import header_bytes
-from ..config import format_bytes
 from ..engine import embedded_model
 from ..errors import UsageError
 from ..formats import Affine, Dense, ExpertFormat, MatrixFormat
@@ -31,23 +30,24 @@ from ..formats.numbers import to_bf16, to_f32
 from ..layers import DecoderConfig
 from ..models import read_config, weight_map
 from ..ops.cpu import CpuOps
+from ..units import format_bytes
 from .geometry import TRACE
 from .traces import load_trace, save_trace
 
 __all__ = ["Matrix", "Synthesizer", "trunk_formats", "write_synthetic"]
 
-_SPREAD = {2: 0.8165, 4: 4.3205, 8: 73.32}  # deviation of the codes 1…2^bits − 1 around the middle one
-_BACK = ("o_proj", "out_proj", "down_proj")  # what is added to the residual stream
+_SPREAD = {2: 0.8165, 4: 4.3205, 8: 73.32}  # standard deviation of the codes 1…2^bits − 1 around the middle one
+_BACK = ("o_proj", "out_proj", "down_proj")  # matrices whose output is added to the residual stream
 _POOL = 32 << 20
 
 Progress = Callable[[int, int], None]
 
-_MARK = ".synth"  # in a folder that is being written
+_MARK = ".synth"  # marks a folder that is being written
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One random matrix as a checkpoint stores it: its parts, row after row."""
+    """One random matrix as a checkpoint stores it: its parts, row by row."""
 
     format: MatrixFormat
     parts: tuple[NDArray[np.uint8], ...]
@@ -58,7 +58,7 @@ class Matrix:
 
 
 class Synthesizer:
-    """Draws matrices. Bytes come from a pool of random ones, at ever other places: as random as a benchmark needs, and far faster."""
+    """Draws matrices. Bytes are copied from random offsets of a random pool: random enough for benchmarks, and far faster."""
 
     def __init__(self, c: DecoderConfig, policy: BitPolicy, routing: str, seed: int, scale_dtype: str) -> None:
         self.config, self.policy, self.routing, self.scale_dtype = c, policy, routing, scale_dtype
@@ -83,7 +83,7 @@ class Synthesizer:
         return out
 
     def quantized(self, m: Affine, deviation: float) -> Matrix:
-        """Values of this standard deviation, scales within a factor of 1.25 either way."""
+        """Values with this standard deviation; scales vary by a factor of up to 1.25 either way."""
         groups = m.rows * m.cols // m.group_size
         step = deviation / _SPREAD[m.bits] * self.rng.uniform(0.8, 1.25, min(groups, 65536))
         scales = np.resize(_narrow(step, m.dtype), groups)
@@ -94,7 +94,7 @@ class Synthesizer:
         return Matrix(m, (*parts, biases))
 
     def matrix(self, module: str, m: MatrixFormat, spec: WeightSpec) -> Matrix:
-        """A trunk matrix by its role."""
+        """A trunk matrix, drawn according to its role."""
         embedding, back = module == "model.embed_tokens", module.endswith(_BACK)
         deviation = 1.0 if embedding else m.cols**-0.5 * (0.3 if back else 1.0)
         if isinstance(m, Affine):
@@ -106,7 +106,7 @@ class Synthesizer:
         elif back:
             values[0] = 0.0
         elif spec.sensitive and m.rows == self.config.num_experts:
-            values *= 2  # sharp enough that rounding does not often change who is chosen
+            values *= 2  # sharp enough that rounding seldom changes which experts are selected
             values[:, 0] = self._log_shares(m.rows)
         return Matrix(m, (to_bf16(values).view(np.uint8).ravel(),))
 
@@ -117,12 +117,12 @@ class Synthesizer:
         return -0.6 * np.log(1 + order).astype(np.float32)
 
     def _with_constant_channel(self, w: Matrix) -> Matrix:
-        """Column 0 of every row the largest code, so that its values differ only as their scales do."""
+        """Sets column 0 of every row to the largest code, so that its values differ only by their scales."""
         w.data.reshape(w.format.rows, -1)[:, 0] |= (1 << w.format.kernel.bits) - 1
         return w
 
     def _without_first_row(self, w: Matrix) -> Matrix:
-        """Row 0, which writes to channel 0 of the residual stream, all zero."""
+        """Sets row 0, which writes to channel 0 of the residual stream, to zero."""
         middle = 1 << (w.format.kernel.bits - 1)
         byte = sum(middle << shift for shift in range(0, 8, w.format.kernel.bits))
         w.data[: w.data.size // w.format.rows] = byte
@@ -141,7 +141,7 @@ class Synthesizer:
         return np.zeros(spec.shape, np.float32)
 
     def experts(self, format: ExpertFormat) -> Iterator[Matrix]:
-        """gate, up and down of one expert, for ever."""
+        """gate, up and down of one expert after another, endlessly."""
         while True:
             for i, m in enumerate(format.matrices):
                 assert isinstance(m, Affine)
@@ -193,15 +193,15 @@ def write_synthetic(
     threads: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Writes a pack; returns its bytes. `gguf`: also the same values as a GGUF file, which needs symmetric groups of 32. `trace`: a
-    recorded routing trace that `bench decode` is to follow. Raises UsageError."""
+    """Writes a pack; returns its bytes. `gguf`: also writes the same values as a GGUF file, which needs symmetric groups of 32. `trace`: a
+    recorded routing trace for `bench decode` to follow. Raises UsageError."""
     policy = policy or BitPolicy()
     if gguf is not None and not (
         policy.symmetric and policy.group_size == 32 and (policy.bits, policy.trunk_bits) in ((4, 4), (4, 8))
     ):
-        raise UsageError("a GGUF twin has 4-bit experts in symmetric groups of 32 (Q4_0), and a trunk of 4 or 8 bits")
-    if folder.exists() or folder.is_symlink():  # a link to nothing, too
-        raise UsageError(f"{folder}: exists already; choose another name or remove it")
+        raise UsageError("a GGUF twin needs 4-bit experts in symmetric groups of 32 (Q4_0) and a trunk of 4 or 8 bits")
+    if folder.exists() or folder.is_symlink():  # a dangling link, too
+        raise UsageError(f"{folder}: already exists; choose another name or remove it")
     for path in (folder, gguf):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path.absolute().parent}: no such folder")
@@ -218,7 +218,7 @@ def write_synthetic(
     total += c.num_hidden_layers * c.num_experts * record_pieces(experts)[1]
     free = shutil.disk_usage(folder.absolute().parent).free
     if free < total * (2 if gguf is not None else 1):
-        raise UsageError(f"{folder}: {format_bytes(total)} are needed, {format_bytes(free)} are free")
+        raise UsageError(f"{folder}: needs {format_bytes(total)} of disk space; {format_bytes(free)} are free")
     work = folder.with_name(folder.name + ".partial")
     if work.exists():
         if not (work / _MARK).is_file():
@@ -330,7 +330,7 @@ def _records(
             w = next(draw)
             if twin is not None:
                 twin.expert(layer, expert, i, w)
-            # Random rows are random tiles; only a twin needs them to hold the same values.
+            # Tiles of random rows are as random; only a twin needs the same values, so only then are they rearranged.
             for part in ops.tiled(m, w.parts) if twin is not None or i == 2 else w.parts:
                 begin = next(at)
                 record[begin : begin + part.size] = part

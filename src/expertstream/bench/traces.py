@@ -1,7 +1,7 @@
-"""Routing traces: which experts a model chose, token after token. Recorded from a run, read from a file, replayed through policies.
+"""Routing traces: which experts a model selected for each token. Recorded from a run, read from a file, replayed through policies.
 
-A trace is an .npz: `experts` (tokens, layers, top_k), unsigned, distinct in each row; `starts`, the positions at which a text
-begins; `num_experts`. What it is for: how often would a cache of some size have had the expert that is asked for.
+A trace is an .npz: `experts` (tokens, layers, top_k), unsigned, distinct in each row; `starts`, the positions at which sequences
+begin; `num_experts`. It answers how often a cache of a given size would have held the requested expert.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..ops import F32, I64, Ops, Weight
 __all__ = ["BELADY", "SHARES", "Trace", "hit_rate", "load_trace", "record", "save_trace"]
 
 BELADY = "belady"
-MAX_BYTES = 1 << 30  # of an array
+MAX_BYTES = 1 << 30  # per array
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of a layer's experts
 
 
 @dataclass(frozen=True)
 class Trace:
-    """experts (tokens, layers, top_k), distinct in each row; starts: where texts begin."""
+    """experts (tokens, layers, top_k), distinct in each row; starts: where sequences begin."""
 
     experts: I64
     starts: I64
@@ -40,7 +40,7 @@ class Trace:
 
 
 def load_trace(path: Path) -> Trace:
-    """An .npz as above, or JSON lines {"tok": …, "layers": [[expert, …], …]}, a token each. Raises UsageError."""
+    """Reads an .npz as above, or JSON lines {"tok": …, "layers": [[expert, …], …]}, one per token. Raises UsageError."""
     try:
         if path.suffix == ".jsonl":
             rows = [json.loads(line)["layers"] for line in read_text(path).splitlines()]
@@ -59,12 +59,12 @@ def load_trace(path: Path) -> Trace:
     ) as error:  # fmt: skip
         raise UsageError(f"{path}: not a routing trace (an .npz with the array experts): {error}") from None
     if experts.ndim != 3 or not experts.size:
-        raise UsageError(f"{path}: experts is (tokens, layers, top-k), not {experts.shape}")
-    # What only has what was chosen says little of what was not: models' numbers of experts are multiples of 8.
+        raise UsageError(f"{path}: experts must have shape (tokens, layers, top-k); got {experts.shape}")
+    # Experts that were never selected do not appear; models have a multiple of 8 experts, so round up.
     count = count or -(-(int(experts.max()) + 1) // 8) * 8
     ordered = np.sort(experts, -1)
     if experts.min() < 0 or experts.max() >= count or (ordered[..., 1:] == ordered[..., :-1]).any():
-        raise UsageError(f"{path}: experts are different ones of 0 to {count - 1} in each row")
+        raise UsageError(f"{path}: each row of experts must hold distinct numbers from 0 to {count - 1}")
     if (
         starts.ndim != 1
         or not starts.size
@@ -72,21 +72,21 @@ def load_trace(path: Path) -> Trace:
         or (np.diff(starts) <= 0).any()
         or starts[-1] >= len(experts)
     ):
-        raise UsageError(f"{path}: starts begins with 0 and ascends to less than {len(experts)}")
+        raise UsageError(f"{path}: starts must begin with 0 and increase to less than {len(experts)}")
     return Trace(experts, starts, count)
 
 
 def _check_member(archive: zipfile.ZipFile, name: str) -> None:
-    """Raises ValueError for an array whose header or size in the archive asks for more memory than a trace takes."""
+    """Raises ValueError for an array whose header or size in the archive requires more memory than a trace can."""
     info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read is None:
-            raise ValueError(f"{name}: an array of version {version}")
+            raise ValueError(f"{name}: unsupported array version {version}")
         shape, _, dtype = read(file)
     if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize > min(info.file_size, MAX_BYTES):
-        raise ValueError(f"{name}: {math.prod(shape)} values of {dtype}, more than the file or a trace holds")
+        raise ValueError(f"{name}: {math.prod(shape)} values of {dtype} exceed the file or the limit of a trace")
 
 
 def save_trace(path: Path, trace: Trace) -> None:
@@ -102,10 +102,10 @@ def save_trace(path: Path, trace: Trace) -> None:
 
 
 class _Recorder:
-    """Use `LLM(..., instrument=recorder.instrument)`; every text goes through one at a time."""
+    """Use `LLM(..., instrument=recorder.instrument)`; run one sequence at a time."""
 
     def __init__(self) -> None:
-        self._layers: dict[int, int] = {}  # a router's weight → its layer, in the order in which they first speak
+        self._layers: dict[int, int] = {}  # router weight → layer, in the order of their first calls
         self._chosen: list[list[I64]] = []  # by layer
         self._starts: list[int] = []
         self._inner: Any = None
@@ -137,7 +137,7 @@ class _Recorder:
 def record(
     path: Path, prompts: Sequence[str], chat: bool, max_tokens: int, seed: int, memory: str | None = None
 ) -> Trace:
-    """The routing of prompts and their continuations. Reading ahead is off: it asks routers about what does not come to pass."""
+    """The routing of prompts and their continuations. Prefetch is off: its predictions would be recorded as selections."""
     recorder = _Recorder()
     with LLM(path, instrument=recorder.instrument, prefetch=0, memory=memory) as llm:
         for i, prompt in enumerate(prompts):
@@ -150,13 +150,13 @@ def record(
 
 
 def hit_rate(trace: Trace, policy: str, capacity: int) -> float:
-    """Of all experts that the trace asks for, the part that a cache with `capacity` slots a layer would have had. Misses of the
-    empty cache count. As in the engine, tokens come one at a time, and an expert that finds no slot is used and not kept; unlike there,
-    the tokens of a prompt are treated as those of an answer."""
+    """The share of all experts requested in the trace that a cache with `capacity` slots per layer would have held. Cold misses count. As
+    in the engine, tokens come one at a time, and an expert that gets no slot is used but not cached; unlike in the engine, the tokens of
+    a prompt are treated like decoded ones."""
     replay: Callable[[I64, int], int] = (
         _belady if policy == BELADY else lambda uses, c: _replay(uses, make_policy(policy), c)
     )
-    experts = np.sort(trace.experts, -1)  # the order in which the engine asks
+    experts = np.sort(trace.experts, -1)  # the order in which the engine requests them
     hits = sum(replay(experts[:, layer], capacity) for layer in range(experts.shape[1]))
     return hits / trace.experts.size
 
@@ -184,7 +184,7 @@ def _replay(uses: I64, policy: Policy, capacity: int) -> int:
 
 
 def _next_uses(uses: I64) -> Iterator[list[int]]:
-    """For each row, when each of its experts is used again; the number of rows if never."""
+    """For each row, the row in which each of its experts is used next; the number of rows if never."""
     ahead: list[list[int]] = []
     at: dict[int, int] = {}
     for i in range(len(uses) - 1, -1, -1):
@@ -195,7 +195,7 @@ def _next_uses(uses: I64) -> Iterator[list[int]]:
 
 
 def _belady(uses: I64, capacity: int) -> int:
-    """The optimum (Belady, 1966), with the right not to keep: what is used again latest is what is not there."""
+    """The optimum (Belady, 1966), which may also decide not to cache: the expert whose next use is latest goes."""
     following: dict[int, int] = {}  # resident expert → its next use
     hits = 0
     for row, ahead in zip(uses.tolist(), _next_uses(uses), strict=True):

@@ -1,4 +1,4 @@
-"""Who answers: a model in this process, or a server."""
+"""Chat backends: a model in this process, or a server."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Answered", "Backend", "FunctionCall", "LocalBackend", "RemoteBackend
 
 T = TypeVar("T")
 Message = dict[str, Any]
-MAX_BYTES = 16 << 20  # of one line or one answer of a server
+MAX_BYTES = 16 << 20  # limit for one line or one response from a server
 Progress = Callable[[int, int], None]
 
 
 class ServerError(ExpertStreamError):
-    """A server that cannot be reached, or says no."""
+    """The server cannot be reached, or returned an error."""
 
     exit_code = 6
 
 
 @dataclass
 class Answered:
-    """What an answer took; the last of its events."""
+    """Statistics of an answer; its last event."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -42,7 +42,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A whole call; arguments have the types that the function's schema gives them."""
+    """A complete call; arguments are typed by the function's schema."""
 
     name: str
     arguments: dict[str, Any]
@@ -52,7 +52,7 @@ Event = Content | Reasoning | FunctionCall | Answered
 
 
 class Backend(Protocol):
-    """Answers a conversation. Messages and tools are as in OpenAI's API, but that arguments of calls are objects."""
+    """Answers a conversation. Messages and tools have OpenAI's format, except that call arguments are objects, not JSON text."""
 
     name: str
     about: str
@@ -60,11 +60,11 @@ class Backend(Protocol):
     def reply(
         self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool | None, progress: Progress
     ) -> Iterator[Event]:
-        """Closing it ends the answer. thinking: None leaves it to the template. progress: tokens of the prompt done, and all of them.
-        Raises ExpertStreamError."""
+        """Closing the iterator cancels the answer. thinking: None leaves it to the template. progress is called with the number of prompt
+        tokens processed and the total. Raises ExpertStreamError."""
 
     def forget(self, messages: list[Message]) -> None:
-        """A conversation is deleted: what was computed of it goes too, as far as it is here."""
+        """Drops the cached state of a deleted conversation, if it is in this process."""
 
 
 class LocalBackend:
@@ -73,7 +73,7 @@ class LocalBackend:
     def __init__(self, llm: LLM, sampling: dict[str, Any]) -> None:
         self._llm, self._sampling = llm, sampling
         self.name, self.about = llm.path.resolve().name, llm.describe()
-        llm.sampling_params(**sampling)  # mistakes are told before anything is said
+        llm.sampling_params(**sampling)  # reports invalid options before the first message
 
     def reply(
         self, messages: list[Message], tools: list[dict[str, Any]], thinking: bool | None, progress: Progress
@@ -83,7 +83,7 @@ class LocalBackend:
         prompt = llm.tokenizer.chat_prompt(messages, template_variables=switch, tools=tools or None)
         tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
         given = {"max_tokens": llm.context_length, **{k: v for k, v in self._sampling.items() if v is not None}}
-        if tools:  # a penalty for what was read before would be one for the names that a call has to repeat
+        if tools:  # a penalty on prompt tokens would penalize the names that a call has to repeat
             given["repetition_penalty"] = 1.0
         total = int(tokens.shape[0])
         pieces = llm.session().generate(
@@ -108,7 +108,7 @@ class LocalBackend:
             return
         try:
             tokens = tokenizer.encode(tokenizer.chat_prompt(messages))
-        except ExpertStreamError:  # of another model, perhaps, whose prefixes these are not
+        except ExpertStreamError:  # perhaps another model's conversation, which has no prefixes here
             return
         starts = tokenizer.message_starts(tokens)
         system = bool(messages) and messages[0]["role"] == "system"
@@ -116,7 +116,7 @@ class LocalBackend:
 
 
 def _events(found: Iterable[Any]) -> Iterator[Content | Reasoning | FunctionCall]:
-    """Calls as a whole; one that was cut as the text that it is, as RemoteBackend gives it."""
+    """Yields complete calls; a truncated call becomes plain text, as in RemoteBackend."""
     written = ""
     for event in found:
         if isinstance(event, CallDelta):
@@ -137,7 +137,7 @@ class _Call:
 
 @dataclass
 class RemoteBackend:
-    """A server with OpenAI's API, ours or another's."""
+    """A server with OpenAI's API: `expertstream serve` or any other."""
 
     url: str
     key: str
@@ -155,21 +155,21 @@ class RemoteBackend:
         self._failures = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError, RecursionError)
         self.url = self.url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise UsageError(f"--url is an address such as http://127.0.0.1:8080, not {self.url!r}")
+            raise UsageError(f"--url must be an address such as http://127.0.0.1:8080; got {self.url!r}")
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(10, read=None))
         except (httpx.InvalidURL, ValueError) as error:
-            raise UsageError(f"--url: {self.url!r} is no address: {error}") from None
+            raise UsageError(f"--url: {self.url!r} is not a valid address: {error}") from None
         try:
             models = self._get("/v1/models")
             names = [str(model["id"]) for model in models["data"]]
             self.model = self.model or names[0]
             if self.model not in names:
-                raise UsageError(f"{self.url} has no model {self.model!r}, but {', '.join(names)}")
+                raise UsageError(f"{self.url} has no model {self.model!r}; choose one of {', '.join(names)}")
         except (KeyError, IndexError, TypeError):
             self.close()
-            raise ServerError(f"{self.url}: does not list models as OpenAI's API does") from None
+            raise ServerError(f"{self.url}: the list of models does not have the format of OpenAI's API") from None
         except ExpertStreamError:
             self.close()
             raise
@@ -180,17 +180,17 @@ class RemoteBackend:
         return self.model
 
     def forget(self, messages: list[Message]) -> None:
-        """What the server keeps is the server's."""
+        """Does nothing: the server manages its own cache."""
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         self._client.close()
 
     def _get(self, path: str) -> Any:
         import httpx
 
         try:
-            # An answer to this is short and comes at once; only a chat is waited for.
+            # These responses are short and immediate; only a chat has no timeout.
             with self._client.stream("GET", path, timeout=30) as response:
                 body = _bounded(response.iter_bytes())
                 _check(response, body)
@@ -201,7 +201,7 @@ class RemoteBackend:
             raise ServerError(f"{self.url}{path}: {error or type(error).__name__}") from None
 
     def _experts(self) -> tuple[int, int] | None:
-        """Hits and misses so far, where the server is ours."""
+        """Expert hits and misses so far; None unless the server is `expertstream serve`."""
         try:
             status = self._get("/status")
             return int(status["hits"]), int(status["misses"])
@@ -239,7 +239,7 @@ class RemoteBackend:
                 answered.prompt_tokens, answered.generated_tokens, answered.cached_tokens = chunk.usage
         for call in calls.values():
             given = _object(call.arguments or "{}")
-            if given is None:  # it was cut, or is none
+            if given is None:  # truncated, or not a JSON object
                 yield Content(f"{call.name} {call.arguments}")
             else:
                 yield FunctionCall(call.name, given)
@@ -266,19 +266,17 @@ class RemoteBackend:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What one event of a stream adds."""
+    """The contents of one stream event."""
 
     reasoning: str = ""
     content: str = ""
-    calls: tuple[tuple[int, str, str], ...] = ()  # which call, its name, a part of its arguments
+    calls: tuple[tuple[int, str, str], ...] = ()  # index, name, part of the arguments
     ended: str = ""
-    usage: tuple[int, int, int] | None = (
-        None  # tokens of the prompt, of the answer, and of the prompt those that were known
-    )
+    usage: tuple[int, int, int] | None = None  # tokens of the prompt, of the answer, and cached tokens of the prompt
 
 
 def _chunk(given: Any) -> _Chunk:
-    """Raises ServerError for an error that was sent, ValueError for what is no event of OpenAI's API."""
+    """Parses one event. Raises ServerError for an error from the server, ValueError for anything that OpenAI's API does not send."""
     if (error := _part(given, "error", object)) is not None:
         raise ServerError(str(error.get("message", error) if isinstance(error, dict) else error))
     usage = None
@@ -309,13 +307,13 @@ def _chunk(given: Any) -> _Chunk:
 
 
 def _part(given: Any, name: str, kind: type[T]) -> T | None:
-    """None if it is not there or null. Raises ValueError if it is of another type."""
+    """One field; None if it is missing or null. Raises ValueError if it has another type."""
     if not isinstance(given, dict):
         raise ValueError(f"the server sent {_short(given)} where OpenAI's API has an object")
     found = given.get(name)
     if found is not None and not isinstance(found, kind):
-        raise ValueError(f"the server sent {_short(found)} as {name!r}, which is no {kind.__name__}")
-    if isinstance(found, str):  # half of a surrogate pair can be neither written nor sent
+        raise ValueError(f"the server sent {_short(found)} as {name!r}; expected {kind.__name__}")
+    if isinstance(found, str):  # a lone surrogate can be neither printed nor sent
         return cast(T, found.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return found
 
@@ -326,7 +324,7 @@ def _short(given: Any) -> str:
 
 
 def _bounded(parts: Iterable[bytes]) -> bytes:
-    """All of them. Raises ValueError if that is too much."""
+    """All parts joined. Raises ValueError beyond MAX_BYTES."""
     whole = bytearray()
     for part in parts:
         whole += part
@@ -336,19 +334,19 @@ def _bounded(parts: Iterable[bytes]) -> bytes:
 
 
 def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Ended by line feeds, and by nothing else that Unicode knows as a line's end. Raises ValueError for one that does not end."""
-    held: list[bytes] = []
+    """Splits at line feeds only, not at Unicode's other line separators. Raises ValueError for a line longer than MAX_BYTES."""
+    pending: list[bytes] = []
     size = 0
     for part in parts:
         first, *more = part.split(b"\n")
-        held.append(first)
+        pending.append(first)
         size += len(first)
         if size > MAX_BYTES:
             raise ValueError(f"the server sent a line of more than {MAX_BYTES >> 20} MiB")
         for line in more:
-            yield b"".join(held)
-            held, size = [line], len(line)
-    yield b"".join(held)
+            yield b"".join(pending)
+            pending, size = [line], len(line)
+    yield b"".join(pending)
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -360,7 +358,7 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _wire(message: Message) -> Message:
-    """With arguments as the text that the API has them in."""
+    """The message with call arguments as JSON text, as the API requires."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -380,4 +378,4 @@ def _check(response: Any, body: bytes) -> None:
         said = body[:200].decode("utf-8", "replace") or response.reason_phrase
     if response.status_code == 400:
         raise RequestError(said)
-    raise ServerError(f"the server says {response.status_code}: {said}")
+    raise ServerError(f"the server returned {response.status_code}: {said}")

@@ -1,4 +1,4 @@
-"""A chat's turns and commands, whatever it looks like: what a person says goes in, a View shows what comes of it."""
+"""The turns and commands of a chat, independent of the user interface: input lines go in, a View shows the results."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from typing import Any, Protocol
 
 from ..errors import ExpertStreamError, RequestError
 from ..text.output import Content, Reasoning
-from ..visible import one_line
+from ..text.visible import one_line
 from .backends import Answered, Backend, FunctionCall
 from .sessions import Conversation, SessionStore
 from .tools import ToolSource
 
 __all__ = ["COMMANDS", "Chat", "View"]
 
-MAX_ROUNDS = 16  # of calls in one turn
+MAX_ROUNDS = 16  # rounds of calls in one turn
 
 COMMANDS = {
-    "/help": "this list",
-    "/new": "begin a new session",
+    "/help": "show this list",
+    "/new": "start a new session",
     "/system [TEXT]": "show the system prompt, or set it (- for none)",
-    "/undo": "take the last turn back",
-    "/retry": "answer the last message once more",
-    "/save NAME": "give the session a name (it is saved after every turn anyway)",
+    "/undo": "remove the last turn",
+    "/retry": "answer the last message again",
+    "/save NAME": "name this session (it is saved after every turn anyway)",
     "/sessions": "list the saved sessions",
-    "/resume NAME": "go on with one of them",
-    "/rename NAME": "rename this one",
-    "/delete NAME": "delete one",
+    "/resume NAME": "resume a saved session",
+    "/rename NAME": "rename this session",
+    "/delete NAME": "delete a session",
     "/export FILE": "write the conversation as Markdown",
     "/think [on|off|fold|show]": "let the model reason first; show its reasoning or fold it",
-    "/stats": "what the last answer took",
-    "/quit": "leave (or Ctrl-D)",
+    "/stats": "show statistics of the last answer",
+    "/quit": "quit (or Ctrl-D)",
 }
 
 
 class View(Protocol):
-    """What a person sees."""
+    """The user interface."""
 
     def note(self, text: str) -> None:
-        """Something that is not part of the conversation."""
+        """Shows text that is not part of the conversation."""
 
     def answer(self, fold: bool) -> contextlib.AbstractContextManager[AnswerView]:
-        """An answer is coming."""
+        """Shows an answer as it is generated."""
 
     def consent(self, what: str) -> bool:
-        """Asks whether this may be done."""
+        """Asks the user for consent."""
 
     def output(self, text: str) -> None:
-        """What a function gave."""
+        """Shows the result of a call."""
 
     def replay(self, messages: Sequence[dict[str, Any]]) -> None:
-        """Shows a conversation that is gone on with."""
+        """Shows a resumed conversation."""
 
 
 class AnswerView(Protocol):
-    """One answer, while it comes."""
+    """One answer as it is generated."""
 
     def progress(self, done: int, total: int) -> None: ...
 
@@ -69,7 +69,7 @@ class AnswerView(Protocol):
 
 @dataclass
 class Chat:
-    """run() returns False when it is over."""
+    """run() returns False when the chat ends."""
 
     backend: Backend
     store: SessionStore | None  # None: nothing is saved
@@ -77,14 +77,14 @@ class Chat:
     view: View
     tools: Sequence[ToolSource] = ()
     ask_consent: bool = True
-    thinking: bool | None = None  # None: as the model's template has it
+    thinking: bool | None = None  # None: left to the model's template
     fold: bool = True
-    # Removes what was typed in a session, and these texts, from what the arrow keys bring back. Raises OSError.
+    # Removes these texts, and everything typed in a session, from the input history. Raises OSError.
     forget_typed: Callable[[str, Collection[str]], None] | None = field(default=None, init=False)
     last: Answered | None = field(default=None, init=False)
 
     def run(self, line: str) -> bool:
-        """A message or a command. Mistakes are told, and lose nothing."""
+        """Handles a message or a command. Errors are shown, and lose nothing."""
         line = line.strip()
         if not line:
             return True
@@ -98,12 +98,12 @@ class Chat:
         return True
 
     def say(self, text: str) -> None:
-        """Raises ExpertStreamError; then the message is not in the conversation."""
+        """Sends a message. Raises ExpertStreamError; a message without any answer is then removed again."""
         self.conversation.messages.append({"role": "user", "content": text})
         self._answer()
 
     def _answer(self) -> None:
-        """Answers the last message, calling functions as long as the model wants to."""
+        """Answers the last message, running calls as long as the model makes any."""
         begin = len(self.conversation.messages)
         try:
             for _ in range(MAX_ROUNDS):
@@ -113,14 +113,14 @@ class Chat:
             else:
                 self.view.note(f"stopped after {MAX_ROUNDS} rounds of calls")
         except ExpertStreamError:
-            if len(self.conversation.messages) == begin:  # nothing came: what was said is not lost, but typed again
+            if len(self.conversation.messages) == begin:  # no answer: the user can send the message again
                 self.conversation.messages.pop()
             raise
         finally:
             self.save()
 
     def _generate(self) -> list[dict[str, Any]]:
-        """One answer into the conversation; returns its calls."""
+        """Adds one answer to the conversation; returns its calls."""
         schemas = [schema for source in self.tools for schema in source.schemas()]
         said: dict[str, Any] = {"role": "assistant", "content": ""}
         calls: list[dict[str, Any]] = []
@@ -152,7 +152,7 @@ class Chat:
         return calls
 
     def _call_all(self, calls: list[dict[str, Any]]) -> bool:
-        """Does what may be done, and tells the model what came of it; False if the user stopped it."""
+        """Runs the permitted calls and adds the results to the conversation; False if the user interrupted."""
         for i, call in enumerate(calls):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             try:
@@ -182,7 +182,7 @@ class Chat:
         self.conversation.messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
 
     def save(self) -> None:
-        """Tells what went wrong, if something did."""
+        """Saves the session; a failure is shown, not raised."""
         if self.store is None or not self.conversation.messages:
             return
         self.conversation.model = self.backend.name
@@ -190,7 +190,7 @@ class Chat:
             taken = self.store.save(self.conversation)
             if taken is not None:
                 self.view.note(
-                    f"another chat went on with the session {taken!r}; this one is now {self.conversation.name!r}"
+                    f"another chat continued the session {taken!r}; this one is now {self.conversation.name!r}"
                 )
         except RequestError as error:
             self.view.note(f"✗ {one_line(str(error))}")
@@ -204,7 +204,7 @@ class Chat:
             "/delete": self._delete, "/export": self._export, "/think": self._think, "/stats": self._stats,
         }  # fmt: skip
         if name not in commands:
-            raise RequestError(f"there is no {name}; /help lists what there is")
+            raise RequestError(f"unknown command {name}; /help lists all commands")
         commands[name](rest)
         return True
 
@@ -214,7 +214,7 @@ class Chat:
     def _new(self, _: str) -> None:
         fresh = new_name(self.store)
         self.conversation = Conversation(fresh, self.conversation.system)
-        self.view.note("a new session")
+        self.view.note("new session")
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -224,15 +224,15 @@ class Chat:
     def _undo(self, _: str) -> None:
         said = self.conversation.undo()
         if said is None:
-            raise RequestError("there is nothing to take back")
+            raise RequestError("there is nothing to undo")
         self.save()
-        self.view.note(f"taken back: {said}")
+        self.view.note(f"removed: {said}")
 
     def _retry(self, _: str) -> None:
         before = list(self.conversation.messages)
         said = self.conversation.undo()
         if said is None:
-            raise RequestError("there is nothing to answer")
+            raise RequestError("there is no message to answer")
         try:
             self.say(said)
         except ExpertStreamError:
@@ -242,7 +242,7 @@ class Chat:
 
     def _stored(self) -> SessionStore:
         if self.store is None:
-            raise RequestError("this chat was started with --no-save")
+            raise RequestError("this chat has no saved sessions: it was started with --no-save")
         return self.store
 
     def _rename(self, rest: str) -> None:
@@ -257,14 +257,14 @@ class Chat:
         self.view.note("\n".join(f"{'*' if x.startswith(mark) else ' '} {x}" for x in lines) or "no sessions yet")
 
     def resume(self, rest: str) -> None:
-        """Goes on with a saved session. Raises RequestError."""
+        """Resumes a saved session. Raises RequestError."""
         self.conversation = self._stored().load(rest)
         self.view.replay(self.conversation.messages)
 
     def _delete(self, rest: str) -> None:
-        """The session, what was typed in it, and what was computed of it."""
+        """Deletes a session, its input history and its cached state."""
         store, found = self._stored(), None
-        with contextlib.suppress(RequestError):  # one that cannot be read can be deleted all the same
+        with contextlib.suppress(RequestError):  # an unreadable session can still be deleted
             found = store.load(rest)
         store.delete(rest)
         if found is not None:
@@ -274,9 +274,9 @@ class Chat:
             try:
                 self.forget_typed(rest, texts)
             except (OSError, UnicodeDecodeError) as error:
-                self.view.note(f"✗ what was typed in it is still in the history: {error}")
+                self.view.note(f"✗ its messages are still in the input history: {error}")
         self.view.note(f"deleted {rest}")
-        if rest == self.conversation.name:  # otherwise it would come back with the next turn
+        if rest == self.conversation.name:  # otherwise the next turn would save it again
             self._new("")
 
     def _export(self, rest: str) -> None:
@@ -285,12 +285,12 @@ class Chat:
         try:
             path = Path(rest).expanduser()
         except RuntimeError:
-            raise RequestError(f"{rest}: there is no such user; write the folder out") from None
+            raise RequestError(f"{rest}: unknown user; give the full path") from None
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(self.conversation.markdown())
         except FileExistsError:
-            raise RequestError(f"{path} exists already") from None
+            raise RequestError(f"{path} already exists; choose another name") from None
         except (OSError, ValueError) as error:
             raise RequestError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
         self.view.note(f"written to {path}")
@@ -301,8 +301,8 @@ class Chat:
         elif rest in ("fold", "show"):
             self.fold = rest == "fold"
         elif rest:
-            raise RequestError("/think takes on, off, fold or show")
-        state = {None: "as the model's template has it", True: "on", False: "off"}[self.thinking]
+            raise RequestError(f"/think must be on, off, fold or show; got {rest!r}")
+        state = {None: "left to the model's template", True: "on", False: "off"}[self.thinking]
         self.view.note(f"reasoning is {state}, and {'folded' if self.fold else 'shown'}")
 
     def _stats(self, _: str) -> None:
@@ -310,22 +310,22 @@ class Chat:
 
 
 def stats_line(stats: Answered) -> str:
-    """For people, in one line."""
+    """A readable summary on one line."""
     parts = [
         f"{stats.decode_tps:.1f} tokens/s",
-        f"first after {stats.ttft_seconds:.2f} s",
+        f"first token after {stats.ttft_seconds:.2f} s",
         f"{stats.generated_tokens} tokens",
-        f"prompt {stats.prompt_tokens}, of which {stats.cached_tokens} were known",
+        f"prompt {stats.prompt_tokens}, {stats.cached_tokens} cached",
     ]
     if stats.hit_rate is not None:
         parts.append(f"hit rate {stats.hit_rate:.0%}")
     if stats.ended == "length":
-        parts.append("cut at the greatest length")
+        parts.append("stopped at the maximum length")
     return " · ".join(parts)
 
 
 def new_name(store: SessionStore | None) -> str:
-    """By the time of day, and no other session's."""
+    """An unused session name, made from the current time."""
     stem = time.strftime("%Y-%m-%d %H.%M.%S")
     taken, number, name = set(store.names()) if store is not None else set(), 1, stem
     while name in taken:
@@ -335,7 +335,7 @@ def new_name(store: SessionStore | None) -> str:
 
 
 def _closing(events: Iterator[Any]) -> Iterator[Any]:
-    """Ends the answer, whatever ends the loop."""
+    """Closes the iterator however the loop ends."""
     try:
         yield from events
     finally:

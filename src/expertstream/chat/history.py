@@ -1,4 +1,4 @@
-"""What was typed, for the arrow keys: a file that only its owner can read, from which what belongs to a deleted session goes too."""
+"""The input history: a file that only its owner can read. Deleting a session also removes its entries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["TypedLines"]
 
 
 class TypedLines(FileHistory):
-    """prompt_toolkit's file of entries (a comment, then each line of the entry after a "+"), whose comments have the session's name too.
-    session: of the chat that is open. Raises OSError."""
+    """prompt_toolkit's history file (for each entry a comment, then its lines after a "+"), with the session's name in the comments.
+    session: returns the name of the current session. Raises OSError."""
 
     def __init__(self, path: Path, session: Callable[[], str]) -> None:
         self._path, self._session = path, session
@@ -27,7 +27,7 @@ class TypedLines(FileHistory):
         super().__init__(str(path))
 
     def _open(self) -> int:
-        """A descriptor to append with, closed again by its user; the file is made private."""
+        """A descriptor for appending, which the caller closes; makes the file private."""
         file = os.open(
             self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
@@ -47,7 +47,7 @@ class TypedLines(FileHistory):
             out.write(text.encode("utf-8", "replace"))
 
     def forget(self, session: str, texts: Collection[str]) -> None:
-        """Removes what was typed in a session, and every entry that is one of these texts. Raises OSError."""
+        """Removes the entries of a session, and every entry that equals one of these texts. Raises OSError."""
         kept: list[str] = []
         forgotten = {text.strip() for text in texts}
         for entry in ("\n" + read_text(self._path)).split("\n# "):

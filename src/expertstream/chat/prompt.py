@@ -1,4 +1,4 @@
-"""The line that a person types: history, several lines, completion of commands, and a footer."""
+"""The input line: history, multi-line editing, completion of commands, and a footer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["read_lines"]
 
 
 def read_lines(chat: Chat, history: Path) -> Iterator[str]:
-    """What is typed, until Ctrl-D. Ctrl-C empties the line."""
+    """Yields input lines until Ctrl-D. Ctrl-C clears the line."""
     kept: History = InMemoryHistory()
     if chat.store is not None:
         try:
             kept = typed = TypedLines(history, lambda: chat.conversation.name)
             chat.forget_typed = typed.forget
         except OSError as error:
-            chat.view.note(f"what is typed is not kept for the next time: {history}: {error.strerror}")
+            chat.view.note(f"the input history will not be saved: {history}: {error.strerror}")
     keys = KeyBindings()
 
     @keys.add("enter")

@@ -1,4 +1,4 @@
-"""Conversations that stay: one JSON file each, in the user's data folder."""
+"""Saved conversations: one JSON file each, in the user's data folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Conversation:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
     def undo(self) -> str | None:
-        """Takes the last thing that the user said, and what came of it, back; returns it."""
+        """Removes the last user message and everything after it; returns its text."""
         for i in range(len(self.messages) - 1, -1, -1):
             if self.messages[i]["role"] == "user":
                 said = str(self.messages[i]["content"])
@@ -45,7 +45,7 @@ class Conversation:
         return None
 
     def markdown(self) -> str:
-        """For people to read."""
+        """The conversation as Markdown."""
         parts = [f"# {self.name}\n"]
         if self.system:
             parts.append(f"*{self.system}*\n")
@@ -58,23 +58,23 @@ class Conversation:
 
 
 class SessionStore:
-    """A folder of conversations. Several programs may use it: what one saved, another never overwrites unseen."""
+    """A folder of conversations. Several processes may use it: none overwrites changes that it has not loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._seen: dict[str, tuple[int, int]] = {}  # sessions as this store read or wrote them last
+        self._seen: dict[str, tuple[int, int]] = {}  # files as this store last read or wrote them
 
     def path(self, name: str) -> Path:
-        """Raises RequestError for a name that is no file's."""
+        """Raises RequestError for an invalid name."""
         if not re.fullmatch(r"[\w][\w .-]{0,79}", name):
             raise RequestError(
-                f"a session's name is letters, digits, spaces, dots and dashes, 80 at most, not {name!r}"
+                f"a session name must be at most 80 letters, digits, spaces, dots and dashes; got {name!r}"
             )
         return self.folder / f"{name}.json"
 
     def save(self, conversation: Conversation) -> str | None:
-        """Returns the name that it had before, if another program went on with the session of that name: then that one stays as it is, and
-        this one has a new name. Raises RequestError."""
+        """Returns the previous name if another process has changed the session of that name: that file is left alone, and this conversation
+        gets a new name. Raises RequestError."""
         before = conversation.name
         conversation.changed = time.time()
         path = self.path(before)
@@ -86,7 +86,7 @@ class SessionStore:
                         break
                     conversation.name = f"{before[:75]} {number}"
                 temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                # Half of a surrogate pair becomes \udxxx, which is what JSON has for it.
+                # A lone surrogate becomes \udxxx, its JSON escape.
                 text = json.dumps(asdict(conversation), ensure_ascii=False, indent=1)
                 write_private(temporary, text.encode("utf-8", "backslashreplace"))
                 temporary.replace(path)
@@ -111,7 +111,7 @@ class SessionStore:
 
     def load(self, name: str) -> Conversation:
         """Raises RequestError."""
-        self._note(name)  # before it is read: what is written meanwhile has not been seen
+        self._note(name)  # before reading: a concurrent write counts as not seen
         return self._read(name)
 
     def _read(self, name: str) -> Conversation:
@@ -119,8 +119,8 @@ class SessionStore:
         try:
             found = Conversation(**json.loads(read_text(path)))
             if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in found.messages):
-                raise ValueError("messages are not messages")
-            found.name = name  # whatever it was when the file was written
+                raise ValueError("invalid messages")
+            found.name = name  # the file may have been renamed
             return found
         except FileNotFoundError:
             raise RequestError(f"there is no session {name!r}; /sessions lists them") from None
@@ -128,12 +128,12 @@ class SessionStore:
             raise RequestError(f"{path}: not a session: {error}") from None
 
     def names(self) -> list[str]:
-        """The newest first."""
+        """Newest first."""
         files = sorted(self.folder.glob("*.json"), key=lambda f: f.stat().st_mtime, reverse=True)
         return [f.stem for f in files]
 
     def listing(self) -> list[str]:
-        """The newest first: name, how many messages, and how it begins, between tabs."""
+        """Newest first: name, number of messages and first words, separated by tabs."""
         lines = []
         for name in self.names():
             try:
@@ -146,14 +146,14 @@ class SessionStore:
         return lines
 
     def rename(self, conversation: Conversation, name: str) -> None:
-        """Raises RequestError if there is one of that name already."""
+        """Raises RequestError if the name is taken."""
         target, old = self.path(name), self.path(conversation.name)
         try:
             with self._locked():
                 if target.exists():
-                    raise RequestError(f"there is a session {name!r} already")
-                ours = self._seen.pop(conversation.name, None)
-                if ours is not None and _signature(old) == ours:  # otherwise it is another program's by now
+                    raise RequestError(f"a session {name!r} already exists")
+                seen = self._seen.pop(conversation.name, None)
+                if seen is not None and _signature(old) == seen:  # otherwise another process has changed it
                     old.replace(target)
                     self._note(name)
         except OSError as error:
@@ -162,7 +162,7 @@ class SessionStore:
         self.save(conversation)
 
     def delete(self, name: str) -> None:
-        """Raises RequestError if there is none."""
+        """Raises RequestError if there is no such session."""
         try:
             self.path(name).unlink()
         except FileNotFoundError:
@@ -170,7 +170,7 @@ class SessionStore:
 
 
 def _signature(path: Path) -> tuple[int, int] | None:
-    """Of a file as it was written; None if there is none."""
+    """Identifies a version of a file; None if there is no file."""
     try:
         found = path.stat()
     except FileNotFoundError:

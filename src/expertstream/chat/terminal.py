@@ -1,4 +1,4 @@
-"""What a person sees at a terminal: Markdown while it is written, reasoning folded, progress of long prompts; and plain text in a pipe."""
+"""Output on a terminal: Markdown as it is generated, folded reasoning, progress of long prompts; plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.text import Text
 
-from ..visible import excerpt, spelled_out, visible
+from ..text.visible import excerpt, spelled_out, visible
 
 __all__ = ["PlainView", "TerminalView"]
 
-_MAX_LINES = 24  # of a function's output
+_MAX_LINES = 24  # shown of a call's result
 
 
 class TerminalView:
-    """On a terminal."""
+    """Output on a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -49,9 +49,9 @@ class TerminalView:
         whole = spelled_out(what)
         shown = excerpt(whole, self.console.width, self.console.height - 4)
         self.console.print(Text(shown, style="bold yellow"), soft_wrap=True)
-        choices = "y/n" if shown == whole else "y/n, a shows all of it"
+        choices = "y/n" if shown == whole else "y/n, a shows all"
         with contextlib.suppress(termios.error, OSError, ValueError):
-            termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before is no answer to this
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)  # discards keys typed before the question
         while True:
             try:
                 said = self.console.input(f"[yellow]run this? \\[{choices}][/] ").strip().lower()
@@ -81,7 +81,7 @@ class TerminalView:
 
 @contextmanager
 def _quiet_keyboard() -> Iterator[None]:
-    """What is typed meanwhile is kept for the next line, but not shown in the middle of an answer."""
+    """Turns echo off during an answer; keys typed meanwhile go to the next input line."""
     try:
         before = termios.tcgetattr(sys.stdin)
     except (termios.error, OSError, ValueError):
@@ -97,7 +97,7 @@ def _quiet_keyboard() -> Iterator[None]:
 
 
 class _LiveAnswer:
-    """Paragraphs that are whole are printed and stay; the one that is being written is drawn anew with every piece."""
+    """Prints complete blocks for good; redraws the incomplete one with every piece."""
 
     def __init__(self, console: Console, live: Live, fold: bool) -> None:
         self._console, self._live, self._fold = console, live, fold
@@ -148,7 +148,7 @@ class _LiveAnswer:
 
 
 def _whole_blocks(text: str) -> int:
-    """How much of it is whole blocks: up to the last blank line that is not inside a fence."""
+    """The length of the complete blocks: up to the last blank line outside a fence."""
     fences, place = 0, 0
     for match in re.finditer(r"^(?:```|~~~).*$|\n\n+(?=\S)", text, re.MULTILINE):
         if match[0].startswith("\n"):
@@ -156,12 +156,12 @@ def _whole_blocks(text: str) -> int:
                 place = match.end()
         else:
             fences += 1
-    # A list goes on after a blank line; printed in two parts it would be numbered anew.
+    # A list continues after a blank line; printed in two parts, its numbering would restart.
     return 0 if re.match(r"\s*(?:[-*+]|\d+[.)])\s", text[place:]) else place
 
 
 class PlainView:
-    """Where the output is no terminal: the answers alone on standard output, the rest on standard error."""
+    """Output to a pipe or file: answers on standard output, everything else on standard error."""
 
     def note(self, text: str) -> None:
         print(visible(text), file=sys.stderr, flush=True)
@@ -175,7 +175,7 @@ class PlainView:
             print(flush=True)
 
     def consent(self, what: str) -> bool:
-        self.note(f"{spelled_out(what)}\nnot done: nobody can be asked here; --yes allows it")
+        self.note(f"{spelled_out(what)}\nnot run: without a terminal nobody can consent; --yes allows it")
         return False
 
     def output(self, text: str) -> None:

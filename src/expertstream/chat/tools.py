@@ -1,4 +1,4 @@
-"""Functions that a model may call, with the user's consent: a shell, and what MCP servers offer."""
+"""Functions that a model may call with the user's consent: a shell, and the tools of MCP servers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ..files import read_text
 
 __all__ = ["McpTools", "Shell", "ToolSource"]
 
-MAX_OUTPUT = 16 << 10  # bytes that the model is given
+MAX_OUTPUT = 16 << 10  # bytes passed to the model
 SECONDS = 60.0
 
 
 class ToolSource(Protocol):
-    """Offers functions, and calls them."""
+    """Provides functions and calls them."""
 
     def schemas(self) -> list[dict[str, Any]]:
-        """As in OpenAI's API."""
+        """In the format of OpenAI's API."""
 
     def describe(self, name: str, arguments: dict[str, Any]) -> str:
-        """What the user is asked about."""
+        """The text shown when asking for consent."""
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """What came of it, whatever that is: a failure is told to the model too."""
+        """The result for the model; a failure is returned as text, too."""
 
 
 class Shell:
-    """Runs commands in the current folder, with nothing on their standard input, no longer than `seconds`."""
+    """Runs commands in the current folder, with empty standard input, for at most `seconds`."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
@@ -71,7 +71,7 @@ class Shell:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        except (OSError, ValueError) as error:  # a NUL in it, or too long
+        except (OSError, ValueError) as error:  # a NUL character, or too long
             return f"error: {error}"
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -89,7 +89,7 @@ class Shell:
                         if len(output) > MAX_OUTPUT:
                             cut, output[MAX_OUTPUT:] = True, b""
                     elif process.poll() is not None:
-                        ended = "closed"  # what it left running holds the output open
+                        ended = "closed"  # a background process keeps the pipe open
                         break
             if ended == "closed":
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -109,11 +109,11 @@ class Shell:
 
 
 class McpTools:
-    """Functions of MCP servers, by a file {"mcpServers": {name: {"command", "args", "env"}}} as other programs have it. Each function is
-    called server_function here. close() ends the servers."""
+    """Functions of MCP servers, from a file {"mcpServers": {name: {"command", "args", "env"}}} in the usual format. Each function is
+    named server_function here. close() stops the servers."""
 
     def __init__(self, file: Path) -> None:
-        """Raises UsageError for a file that is none, and for a server that does not start."""
+        """Raises UsageError for an invalid file, or a server that does not start."""
         try:
             servers = json.loads(read_text(file))["mcpServers"]
             commands = {}
@@ -121,14 +121,14 @@ class McpTools:
                 args = [str(a) for a in server.get("args", [])]
                 commands[str(name)] = (str(server["command"]), args, server.get("env"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f'{file}: not a list of MCP servers, {{"mcpServers": {{…}}}}: {error}') from None
+            raise UsageError(f'{file}: not a list of MCP servers such as {{"mcpServers": {{…}}}}: {error}') from None
         try:
             import mcp
         except ImportError:
             raise UsageError("MCP servers need the package mcp: pip install 'expertstream[mcp]'") from None
         self._mcp: Any = mcp
         self._sessions: dict[str, Any] = {}
-        self._functions: dict[str, tuple[str, str, dict[str, Any]]] = {}  # our name → server, its name, schema
+        self._functions: dict[str, tuple[str, str, dict[str, Any]]] = {}  # name here → server, name there, schema
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._ready = threading.Event()
@@ -140,7 +140,7 @@ class McpTools:
             self._ready.wait(SECONDS)
             if self._error or not self._ready.is_set():
                 raise UsageError(f"{file}: {self._error or 'the servers did not start in time'}")
-        except BaseException:  # also Ctrl-C: no server outlives a start that failed
+        except BaseException:  # including Ctrl-C: a failed start leaves no server running
             self.close()
             raise
 
@@ -148,13 +148,13 @@ class McpTools:
         with contextlib.suppress(asyncio.CancelledError):
             try:
                 asyncio.run(self._serve(commands))
-            except Exception as error:  # whatever happens when strangers' programs are ended
+            except Exception as error:  # stopping third-party programs can raise anything
                 self._error = self._error or str(error)
             finally:
                 self._ready.set()
 
     async def _serve(self, commands: dict[str, tuple[str, list[str], Any]]) -> None:
-        """Starts the servers, and holds them until close()."""
+        """Starts the servers and keeps them running until close()."""
         from mcp.client.stdio import stdio_client
 
         self._loop, self._stop, self._serving = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
@@ -166,7 +166,7 @@ class McpTools:
                     session = await stack.enter_async_context(self._mcp.ClientSession(read, write))
                     await session.initialize()
                     found = (await session.list_tools()).tools
-                except Exception as error:  # whatever a stranger's program does
+                except Exception as error:  # third-party programs can fail in any way
                     self._error = f"the MCP server {name} does not start: {error or type(error).__name__}"
                     self._ready.set()
                     return
@@ -201,10 +201,10 @@ class McpTools:
         return text[:MAX_OUTPUT] or "(no output)"
 
     def close(self) -> None:
-        """Ends the servers, those too that are still starting."""
+        """Stops the servers, including those still starting."""
         ways = [self._stop.set] if self._stop is not None and self._ready.is_set() else []
         for end in (*ways, self._serving.cancel if self._serving is not None else None):
-            with contextlib.suppress(RuntimeError):  # the loop is closed: they have ended
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the servers have stopped
                 if self._loop is not None and end is not None:
                     self._loop.call_soon_threadsafe(end)
             self._thread.join(5)

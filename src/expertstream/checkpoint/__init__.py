@@ -1,1 +1,1 @@
-"""Checkpoints as they lie on disk: safetensors of the Hugging Face and MLX kinds, and our own packs."""
+"""Checkpoints on disk: safetensors in the Hugging Face and MLX conventions, and our own packs."""

@@ -1,4 +1,4 @@
-"""config.json, checked: every value that a model takes from it has its kind and its bounds, and an error that names both."""
+"""Validates config.json: every value that a model takes from it is checked for type and range, and errors name both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Fields:
     def __init__(self, values: Any, where: str, name: str = "") -> None:
         self._where, self._prefix = where, f"{name}." if name else ""
         if not isinstance(values, dict):
-            raise CheckpointError(f"{where}: config.json: {name or 'the file'} must be an object, not {values!r}")
+            raise CheckpointError(f"{where}: config.json: {name or 'the file'} must be an object; got {values!r}")
         self.values: dict[str, Any] = values
 
     def error(self, what: str) -> CheckpointError:
@@ -25,37 +25,37 @@ class Fields:
         return CheckpointError(f"{self._where}: config.json: {self._prefix}{what}")
 
     def inner(self, name: str) -> Fields:
-        """The fields of an object in this one; these themselves where there is none of that name."""
+        """The fields of a nested object; these fields themselves if there is none of that name."""
         return Fields(self.values[name], self._where, f"{self._prefix}{name}") if name in self.values else self
 
     def size(self, name: str) -> int:
-        """A whole number from 1 to 2**40."""
+        """An integer from 1 to 2**40."""
         value = self.values.get(name)
         if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-            raise self.error(f"{name} must be a whole number from 1 to 2**40, not {value!r}")
+            raise self.error(f"{name} must be an integer from 1 to 2**40; got {value!r}")
         return value
 
     def number(self, name: str, above: float, most: float, default: float | None = None) -> float:
         """A number greater than `above` and at most `most`."""
         value = self.values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= most:
-            raise self.error(f"{name} must be greater than {above:g} and at most {most:g}, not {value!r}")
+            raise self.error(f"{name} must be greater than {above:g} and at most {most:g}; got {value!r}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name, default)
         if type(value) is not bool:
-            raise self.error(f"{name} must be true or false, not {value!r}")
+            raise self.error(f"{name} must be true or false; got {value!r}")
         return value
 
     def fixed(self, **expected: Any) -> None:
-        """Fields that may be missing or null, and otherwise must have the one value that is supported."""
+        """Checks fields that may be missing or null, and otherwise must have the one supported value."""
         for name, value in expected.items():
             found = self.values.get(name)
             if found is not None and found != value:
                 raise self.error(f"{name} is {found!r}; only {value!r} is supported")
 
     def multiple(self, name: str, of: str) -> None:
-        """One size must be a multiple of another."""
+        """Checks that one size is a multiple of another."""
         if self.size(name) % self.size(of):
             raise self.error(f"{name} ({self.size(name)}) is not a multiple of {of} ({self.size(of)})")

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its bytes: tensors, and where each expert's parts lie. Pure data."""
+"""Describes a checkpoint's bytes: its tensors, and the location of each expert's parts. Pure data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ALIGNMENT = 4096  # O_DIRECT's unit: offsets, lengths and destinations of reads
 PIECE_ALIGNMENT = 64  # of the parts of a record: a cache line
 MANIFEST = "expertstream.json"
 PACK_FORMAT = "expertstream-pack"
-PACK_VERSION = 3  # 2: experts in tiles; 3: with room for the padding of the last one
+PACK_VERSION = 3  # 2: experts in tiles; 3: including the padding of the last one
 
 
 def align(value: int, to: int = ALIGNMENT) -> int:
@@ -68,7 +68,7 @@ class WeightSpec:
 @dataclass(frozen=True)
 class ExpertSpec:
     """What a model expects of the routed experts of one layer: `count` of them, gate and up (inner, hidden), down (hidden, inner), each
-    with a bias if `biased`. module: what holds them, such as model.layers.0.mlp."""
+    with a bias if `biased`. module: their parent, such as model.layers.0.mlp."""
 
     module: str
     count: int
@@ -88,7 +88,7 @@ class ExpertSpec:
 
 @dataclass(frozen=True, eq=False)
 class ExpertLayout:
-    """Where the experts of one layer lie: each expert is R byte ranges, and its parts (ExpertFormat.parts) lie inside them.
+    """The location of one layer's experts: each expert is R byte ranges, which contain its parts (ExpertFormat.parts).
 
     A pack has R = 1; fused BF16 tensors have 2, MLX tensors 9.
     """
@@ -99,10 +99,10 @@ class ExpertLayout:
     file_index: NDArray[np.int64]  # (experts, R), into files
     offsets: NDArray[np.int64]  # (experts, R), bytes from the start of the file
     lengths: tuple[int, ...]  # (R,)
-    pieces: tuple[tuple[int, int], ...]  # of each part, (range, offset in it)
-    checksums: tuple[int, ...] | None = None  # xxh3-64 of each expert's one range, a pack's only
-    tiled: bool = False  # quantized matrices lie as the kernels want them, a pack's only
-    interleaved: tuple[int, ...] = ()  # of each part, how many matrices' rows alternate where it lies; () for 1
+    pieces: tuple[tuple[int, int], ...]  # for each part, (range, offset in it)
+    checksums: tuple[int, ...] | None = None  # xxh3-64 of each expert's single range; packs only
+    tiled: bool = False  # quantized matrices are stored in tiles; packs only
+    interleaved: tuple[int, ...] = ()  # for each part, how many matrices' rows alternate in its range; () for 1
 
     @property
     def num_experts(self) -> int:
@@ -110,7 +110,7 @@ class ExpertLayout:
 
     @property
     def in_place(self) -> bool:
-        """Whether kernels can read the experts where they were read to, or where their tiles are written over them."""
+        """Whether kernels can use the experts in place: as they were read, or with their tiles written over them."""
         biased = self.format.bias_dtype not in ("", "f32")
         return self.tiled or not (biased or any(n > 1 for n in self.interleaved))
 
@@ -124,7 +124,7 @@ class ExpertLayout:
         return tuple(max(length, *(end for r, end in ends if r == i)) for i, length in enumerate(self.lengths))
 
     def stored_parts(self, memory: Bytes, starts: Sequence[int]) -> list[Bytes]:
-        """Each part's own bytes, flat, of an expert whose parts begin at `starts` (P,) in memory; copies where other rows lie between."""
+        """Each part's own bytes, flat, for an expert whose parts begin at `starts` (P,) in memory; copies if rows are interleaved."""
         each = self.interleaved or (1,) * len(starts)
         return [
             gather(memory, at, part.rows, part.row_bytes, n)
@@ -137,7 +137,7 @@ class ExpertLayout:
 
 
 def gather(memory: Bytes, at: int, rows: int, row_bytes: int, interleaved: int) -> Bytes:
-    """Every `interleaved`-th of the rows that begin at `at`, `rows` of them: flat."""
+    """`rows` rows, every `interleaved`-th one from `at` on: flat."""
     if interleaved == 1:
         return memory[at : at + rows * row_bytes]
     span = memory[at : at + ((rows - 1) * interleaved + 1) * row_bytes]
@@ -148,7 +148,7 @@ def gather(memory: Bytes, at: int, rows: int, row_bytes: int, interleaved: int) 
 def kernel_parts(
     format: ExpertFormat, stored: Sequence[Bytes], tiled: Callable[[MatrixFormat, Sequence[Bytes]], Sequence[Bytes]]
 ) -> Iterator[Bytes]:
-    """An expert's parts as kernels read them, of those that a checkpoint holds. tiled: Ops.tiled."""
+    """An expert's parts in the kernels' layout, from those stored in a checkpoint. tiled: Ops.tiled."""
     at = 0
     for m in format.matrices:
         yield from tiled(m, stored[at : at + len(m.parts)])
@@ -161,7 +161,7 @@ def kernel_parts(
 def make_record(
     format: ExpertFormat, stored: Sequence[Bytes], tiled: Callable[[MatrixFormat, Sequence[Bytes]], Sequence[Bytes]]
 ) -> Bytes:
-    """A pack's record of one expert: kernel_parts() at the places of record_pieces()."""
+    """A pack's record of one expert: kernel_parts() at the offsets of record_pieces()."""
     offsets, length = record_pieces(format)
     record = np.zeros(length, np.uint8)
     for at, part in zip(offsets, kernel_parts(format, stored, tiled), strict=True):

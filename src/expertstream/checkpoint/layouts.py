@@ -1,4 +1,4 @@
-"""Where the routed experts of a layer lie in a checkpoint that is not a pack: one function for each way of storing them."""
+"""Locates the routed experts of a layer in a checkpoint that is not a pack: one function for each storage scheme."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_experts(c: Tensors, layer: int, spec: ExpertSpec) -> ExpertLayout:
 
 
 class _Builder:
-    """Collects the byte ranges of an expert, and the parts that lie in them."""
+    """Collects the byte ranges of an expert, and the parts inside them."""
 
     def __init__(self, layer: int, spec: ExpertSpec) -> None:
         self.layer, self.spec = layer, spec
@@ -51,7 +51,7 @@ class _Builder:
         self.interleaved: list[int] = []
 
     def range(self, tensors: Sequence[TensorInfo], length: int) -> int:
-        """`length` bytes of one tensor that holds all experts, or of one tensor for each. Returns the range's number."""
+        """Adds `length` bytes per expert: of one tensor that holds all experts, or of one tensor for each. Returns the range's number."""
         self.sources.append(tensors)
         self.lengths.append(length)
         return len(self.lengths) - 1
@@ -110,7 +110,7 @@ def _stacked(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) -> ExpertLay
 
 
 def _separate(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) -> ExpertLayout:
-    """Hugging Face, older: a tensor for each matrix of each expert."""
+    """Older Hugging Face: a tensor for each matrix of each expert."""
     _refuse_biases(spec, prefix)
     b, formats = _Builder(layer, spec), []
     for name, shape in spec.shapes.items():

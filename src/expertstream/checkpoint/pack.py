@@ -1,4 +1,4 @@
-"""Our own packs: the manifest read and checked, the files of experts written. docs/format.md describes them."""
+"""Our own packs: reads and checks manifests, writes expert files. docs/format.md describes the format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRUNK = "trunk.safetensors"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a pack folder, its top level checked. Raises CheckpointError."""
+    """Reads the manifest of a pack folder and checks its top level. Raises CheckpointError."""
     file = path / MANIFEST
     try:
         manifest = json.loads(read_text(file))
@@ -50,7 +50,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def check_trunk(manifest: dict[str, Any], info: TensorInfo, data: NDArray[np.uint8]) -> None:
-    """Raises CheckpointError where a trunk tensor's bytes are not what was written."""
+    """Raises CheckpointError if a trunk tensor's bytes do not match the manifest's checksum."""
     if xxhash.xxh3_64_hexdigest(data.data) != manifest["trunk_checksums"].get(info.name):
         raise CheckpointError(
             f"{info.file}: tensor {info.name}: checksum mismatch; the file is damaged, convert it again"
@@ -58,7 +58,7 @@ def check_trunk(manifest: dict[str, Any], info: TensorInfo, data: NDArray[np.uin
 
 
 def expert_layout(path: Path, manifest: dict[str, Any], layer: int, spec: ExpertSpec) -> ExpertLayout:
-    """One layer's entry of the manifest, checked against the model's sizes and the file's."""
+    """One layer's manifest entry, checked against the sizes of the model and of the file."""
     num_experts, inner, hidden = spec.count, spec.inner, spec.hidden
     where = f"{path / MANIFEST}: layer {layer}"
     layers = manifest["layers"]
@@ -127,7 +127,7 @@ def experts_file(layer: int) -> str:
 def write_records(
     file: BinaryIO, layer: int, count: int, format: ExpertFormat, records: Iterable[NDArray[np.uint8]]
 ) -> dict[str, Any]:
-    """Writes a layer's file from its start: `count` records as record_pieces() lays them out. Returns its entry of the manifest."""
+    """Writes a layer's file from its start: `count` records in the layout of record_pieces(). Returns its manifest entry."""
     record_bytes = record_pieces(format)[1]
     tensor: dict[str, tuple[str, tuple[int, ...], int]] = {
         "experts": ("U8", (count, record_bytes), count * record_bytes)

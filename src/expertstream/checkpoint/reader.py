@@ -1,15 +1,14 @@
-"""Opens a checkpoint folder where it lies and answers three questions: this trunk matrix, this vector, where the experts are.
+"""Opens a checkpoint folder in place; provides its trunk matrices, its vectors and the location of its experts.
 
 Names are made canonical (`model.layers.N.…`, `lm_head.weight`) once, here. Kinds of checkpoint:
   hf    BF16, F16 or F32 safetensors as `transformers` writes them
-  mlx   affine 2, 4 or 8 bits as `mlx-lm` writes them, bits and group size a tensor from config.json
-  pack  ours (docs/format.md): a trunk like one of the above, and one aligned record an expert
+  mlx   affine 2, 4 or 8 bits as `mlx-lm` writes them, bits and group size per tensor from config.json
+  pack  ours (docs/format.md): a trunk like one of the above, and one aligned record per expert
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import read_text
+from ..files import read_json
 from ..formats import AFFINE_BITS, AFFINE_GROUPS, MXFP4, MXFP4_GROUP, Affine, Dense, MatrixFormat
 from ..formats.numbers import F32, to_f32
 from ..ops import Weight
@@ -27,7 +26,7 @@ from .format import MANIFEST, ExpertLayout, ExpertSpec, TensorInfo, WeightSpec
 from .layouts import find_experts
 from .safetensors import read_header, read_tensor
 
-__all__ = ["FLOATS", "Checkpoint", "open_checkpoint", "read_json"]
+__all__ = ["FLOATS", "Checkpoint", "open_checkpoint"]
 
 _PREFIXES = (
     ("language_model.model.", "model."),
@@ -47,23 +46,8 @@ def canonical(name: str) -> str:
     return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
-    try:
-        value = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}; a checkpoint folder has one") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
 class Quantization(NamedTuple):
-    """How MLX's table says that a matrix is stored."""
+    """A matrix's entry in MLX's quantization table."""
 
     bits: int
     group_size: int
@@ -78,20 +62,20 @@ class Quantization(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An open checkpoint. `tensors` are by canonical name, experts of a pack apart."""
+    """An open checkpoint. `tensors`: by canonical name, without a pack's experts."""
 
     path: Path
     kind: str  # hf, mlx or pack
     convention: str  # hf or mlx: how norms and convolutions are stored
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    skipped: dict[str, int]  # what is left out: vision, MTP → number of tensors
+    skipped: dict[str, int]  # ignored parts: vision, MTP → number of tensors
     quantization: dict[str, Quantization]  # module or "" (default)
     manifest: dict[str, Any] | None = None
 
     def fingerprint(self) -> str:
-        """Of what the files say: JSON files as they are (a pack's manifest has checksums of all its weights), the others by name,
-        size and, where nothing vouches for their content, time of change. 40 hex digits."""
+        """A hash of the files, 40 hex digits: JSON files by content (a pack's manifest has checksums of all its weights), the others by
+        name, size and, if there is no manifest, modification time."""
         digest = hashlib.blake2b(digest_size=20)
         for file in sorted(self.path.iterdir()):
             if file.suffix == ".json":
@@ -154,7 +138,7 @@ class Checkpoint:
         return Affine(rows, cols, q.bits, q.group_size, self.float_dtype(scales))
 
     def read(self, info: TensorInfo) -> Any:
-        """A tensor's bytes, against the manifest's checksum where there is one."""
+        """A tensor's bytes, checked against the manifest's checksum if there is one."""
         data = read_tensor(info)
         if self.manifest is not None:
             pack.check_trunk(self.manifest, info, data)
@@ -188,7 +172,7 @@ class Checkpoint:
         return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
 
     def experts(self, layer: int, spec: ExpertSpec) -> ExpertLayout:
-        """Where the routed experts of a layer lie."""
+        """The location of a layer's routed experts."""
         m = self.manifest
         layout = find_experts(self, layer, spec) if m is None else pack.expert_layout(self.path, m, layer, spec)
         gate, up = layout.format.gate.kernel, layout.format.up.kernel
@@ -230,7 +214,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or the one there is."""
+    """The safetensors files of a folder: those named in its index, or the only one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")

@@ -1,4 +1,4 @@
-"""Reads safetensors headers: nothing in a file is believed before it is checked against the file's size.
+"""Reads safetensors headers; nothing in a file is trusted before it is checked against the file's size.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
 (https://github.com/huggingface/safetensors, format section.)
@@ -29,7 +29,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of one file. Raises CheckpointError for whatever is not as it should be."""
+    """All tensors of one file. Raises CheckpointError if the file is invalid."""
     try:
         size = path.stat().st_size
         with open_regular(path) as file:
@@ -96,7 +96,7 @@ def read_tensor(info: TensorInfo, begin: int = 0, end: int | None = None) -> NDA
                 if n == 0:
                     raise CheckpointError(f"{info.file}: tensor {info.name}: the file ends too early")
                 done += n
-            # These bytes now live in our memory; a second copy in the page cache would only press on it.
+            # The bytes are in our memory now; a second copy in the page cache would only waste memory.
             os.posix_fadvise(file.fileno(), info.offset + begin, len(view), os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise CheckpointError(f"{info.file}: tensor {info.name}: cannot be read: {error.strerror}") from None

@@ -1,1 +1,1 @@
-"""The idea of the project: experts on disk (store), some of them in memory (cache), read as the router picks them."""
+"""The core of the project: experts on disk (store), some of them in memory (cache), read as the router selects them."""

@@ -1,4 +1,4 @@
-"""How a memory budget is divided: trunk, state, scratch, and slots with what is left. Pure arithmetic."""
+"""Divides a memory budget: trunk, state and scratch first, the rest for slots. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import format_bytes
 from ..errors import BudgetError
+from ..units import format_bytes
 
 __all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "for_conversations", "plan_memory", "plan_with_chunk"]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part, and the slots: ring_slots of them pass experts through, the others keep them."""
+    """Bytes of each part, and the slots: ring_slots of them pass experts through, the others are cached slots."""
 
     budget_bytes: int
-    available_bytes: int  # when it was made
+    available_bytes: int  # when the plan was made
     trunk_bytes: int
     state_bytes: int
     scratch_bytes: int
     slot_bytes: int
     slots: int
     ring_slots: int
-    ahead_slots: int  # of the ring, for experts that are read ahead of the router
+    ahead_slots: int  # ring slots for prefetched experts
     total_experts: int
     residency: str  # slots or os
 
@@ -38,10 +38,10 @@ class MemoryPlan:
 
 
 class MemoryWatch:
-    """Says how many bytes to give back, or how many could be taken again (negative), so that others do not run out.
+    """Returns how many bytes to release, or (negative) how many can be taken back, so that other processes do not run out of memory.
 
-    What is kept free for others is a twenty-fourth of what was available at the start, at least 32 MiB: less than
-    default_budget() left, so that only what others take since brings it down. Memory is taken again when four times that is free.
+    The reserve for other processes is a twenty-fourth of what was available at the start, at least 32 MiB. default_budget() leaves more
+    than that free, so only memory that others take later can use it up. Memory is taken back when four times the reserve is free.
     """
 
     def __init__(self, available: Callable[[], int], available_at_start: int) -> None:
@@ -58,12 +58,12 @@ class MemoryWatch:
 
 
 def default_budget(available_bytes: int) -> int:
-    """What to take when nobody says: all that is available but a twelfth, and at least 48 MiB, for what is not counted."""
+    """The default: all available memory, less a twelfth (at least 48 MiB) for what is not counted."""
     return max(0, available_bytes - max(available_bytes // 12, 48 << 20))
 
 
 def for_conversations(memory_bytes: int | None, available_bytes: int) -> dict[str, int]:
-    """Engine options for prompts that come back: an eighth of the budget for contexts, and one, of 4 GiB at most, for kept prefixes."""
+    """Engine options for conversations: an eighth of the budget for contexts, and an eighth, at most 4 GiB, for the prefix cache."""
     budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
     return {"context_part": 8, "prefix_cache_bytes": min(budget // 8, 4 << 30)}
 
@@ -83,26 +83,26 @@ def plan_memory(
     direct: bool,
     prefetch: int = 0,
 ) -> MemoryPlan:
-    """Divides memory_bytes, or default_budget(available_bytes). Raises BudgetError below the floor (everything but the slots,
-    and one layer's top-k), with the number that would do, and for more than is available."""
+    """Divides memory_bytes, or default_budget(available_bytes) if that is None. Raises BudgetError, with a value that works, for a budget
+    below the floor (everything but the slots, plus one layer's top-k) or above what is available."""
     budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
     fixed = trunk_bytes + state_bytes + scratch_bytes
     floor = fixed + top_k * slot_bytes
     if budget < floor:
         if memory_bytes is not None:
-            said = f"--memory is {format_bytes(budget)}"
+            said = f"memory is {format_bytes(budget)}"
         else:
             kept = format_bytes(available_bytes - budget)
-            said = f"{format_bytes(available_bytes)} are available, of which {kept} are kept back"
+            said = f"{format_bytes(available_bytes)} are available, of which {kept} are reserved"
         raise BudgetError(
-            f"{said}, but this model needs at least --memory {_whole_mib(floor, up=True)}: trunk {format_bytes(trunk_bytes)}, "
+            f"{said}, but this model needs at least memory={_whole_mib(floor, up=True)}: trunk {format_bytes(trunk_bytes)}, "
             f"context {format_bytes(state_bytes)}, scratch {format_bytes(scratch_bytes)}, "
             f"{top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
         )
     total = layers * num_experts
     slots = min((budget - fixed) // slot_bytes, total + max(top_k, 16) + prefetch)
     if residency == "auto":
-        # Without O_DIRECT the page cache holds a copy of whatever our slots hold: then let it be the only one.
+        # Without O_DIRECT the page cache holds a copy of the slots' contents: then use only that copy.
         residency = "slots" if direct or slots >= total else "os"
     ahead = min(prefetch, (slots - top_k) // 8)
     ring = min(slots, max(top_k, min(16, slots // 8)) + ahead)
@@ -124,17 +124,17 @@ def plan_memory(
     )
     if plan.used_bytes > available_bytes:
         raise BudgetError(
-            f"--memory {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "
+            f"memory of {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "
             f"but only {format_bytes(available_bytes)} is available; "
-            f"give at most --memory {_whole_mib(available_bytes - (1 << 20), up=False)}, or free some memory"
+            f"set memory={_whole_mib(available_bytes - (1 << 20), up=False)} or less, or free some memory"
         )
     return plan
 
 
 def plan_with_chunk(scratch_of: Callable[[int], int], largest: int, least: int, **sizes: Any) -> tuple[MemoryPlan, int]:
-    """The plan with the largest prefill chunk, down from `largest` by steps of `least` tokens, whose scratch leaves the slots at least
-    half of what trunk and state leave; a third where that holds under a tenth of the experts anyway, since every piece of a long prompt
-    reads nearly all of them once more. scratch_of: bytes by tokens; sizes: plan_memory()'s. Raises BudgetError."""
+    """The plan with the largest prefill chunk, from `largest` down in steps of `least` tokens, whose scratch leaves the slots at least half
+    of what remains after trunk and state; a third if that remainder holds less than a tenth of the experts, since every chunk of a long
+    prompt then reads nearly all of them again. scratch_of: bytes for a number of tokens; sizes: plan_memory()'s. Raises BudgetError."""
     chunk = largest
     while True:
         scratch, last = scratch_of(chunk), chunk <= least
@@ -152,5 +152,5 @@ def plan_with_chunk(scratch_of: Callable[[int], int], largest: int, least: int, 
 
 
 def _whole_mib(count: int, up: bool) -> str:
-    """A size that may be given back as it is printed."""
+    """A size in the form that the memory option accepts."""
     return f"{-(-count // (1 << 20)) if up else count >> 20}MiB"

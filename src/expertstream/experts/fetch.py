@@ -1,4 +1,4 @@
-"""The experts of one layer on their way from the disk: handed out as they become ready."""
+"""Fetches the experts of one layer from disk and yields them as they become ready."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Fetch", "Load", "Part"]
 
-_TOGETHER = 32  # experts of a long prompt that are computed at once: what they give stays in the processor's cache
+_TOGETHER = 32  # experts of a long prompt that are computed at once: their outputs stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Part:
-    """Experts that are ready: positions in the ids asked for, ascending, and where they lie."""
+    """Experts that are ready: their positions in the requested list, ascending, and their memory."""
 
     positions: list[int]
     block: ExpertBlock
@@ -27,23 +27,23 @@ class Part:
 
 @dataclass
 class Load:
-    """An expert on its way into a slot."""
+    """An expert that is being read into a slot."""
 
     layer: int
     position: int
     expert: int
     slot: int
-    cached: bool  # stays resident when it has arrived
-    pending: int  # reads still to come
+    cached: bool  # becomes resident when it has arrived
+    pending: int  # outstanding reads
     cached_bytes: int = 0
     bytes: int = 0
-    error: int = 0  # of a read ahead of its time: told when somebody asks for the expert
+    error: int = 0  # of a prefetch: raised when the expert is requested
 
 
 @dataclass
 class Fetch:
-    """The experts of one layer, on their way. Iterating yields Parts: if `ordered`, in ascending order; else those that are
-    resident first, then the others as they arrive. Leaving the context gives the ring slots back."""
+    """A running fetch of one layer's experts. Iterating yields Parts: in ascending order if `ordered`; otherwise resident experts first,
+    then the others as they arrive. Leaving the context frees the ring slots."""
 
     cache: ExpertCache
     layer: int
@@ -55,8 +55,8 @@ class Fetch:
     _issued: int = 0  # ordered: positions looked at so far
 
     def __post_init__(self) -> None:
-        # All at once if the ring could hold them all; else in order, through as many slots as there are.
-        self.ordered = len(self.experts) > self.cache.ring - self.cache.prefetcher.most
+        # All at once if the ring can hold them all; otherwise in order, through the available slots.
+        self.ordered = len(self.experts) > self.cache.tier.ring - self.cache.prefetcher.most
         self._issue()
         self.cache.drop_predictions(self.layer)
 
@@ -66,8 +66,8 @@ class Fetch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an exception nothing is put in order here: the next fetch does that, whatever the exception interrupted. But the
-        # reads end now, so that nothing is written after the caller has taken the error.
+        # After an exception, recovery is left to the next fetch, whatever was interrupted. But the reads end now, so
+        # that nothing is written after the caller has the error.
         if kind is not None:
             self.cache.drain()
             return
@@ -78,7 +78,7 @@ class Fetch:
         return self._in_order() if self.ordered else self._as_ready()
 
     def _issue(self) -> None:
-        """Looks up the next experts and starts the reads of those that are missing, as far as there are slots."""
+        """Looks up the next experts and starts reading the missing ones, as long as there are slots."""
         keep, loads, missing = set(self.experts), [], False
         while self._issued < len(self.experts):
             position, expert = self._issued, self.experts[self._issued]
@@ -89,7 +89,7 @@ class Fetch:
                 taken = self.cache.take_slot(self.layer, keep, evict=not self.prompt)
                 if taken is None:
                     break
-                if not missing:  # also where all were read ahead: a guess does not look at the file
+                if not missing:  # also if all were prefetched: prefetching does not check the file
                     self.cache.store.check_unchanged(self.layer)
                     missing = True
                 load = self.cache.take_prefetched(self.layer, expert, position, *taken)
@@ -101,10 +101,10 @@ class Fetch:
                     self._slots[position] = load.slot
                 self._loads.append(load)
             self._issued += 1
-        self.cache.start(self.layer, loads)
+        self.cache.link.start(self.layer, loads)
 
     def _part(self, positions: list[int]) -> Part:
-        return Part(positions, self.cache.block(self.layer, [self._slots[p] for p in positions]))
+        return Part(positions, self.cache.link.block(self.layer, [self._slots[p] for p in positions]))
 
     def _wait(self) -> None:
         for load in self.cache.wait(self.layer, 1):

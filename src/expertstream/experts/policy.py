@@ -1,4 +1,4 @@
-"""Which resident expert of a layer makes room. One policy object a layer; experts are numbers.
+"""Eviction policies: which resident expert of a layer makes room. One policy object per layer; experts are numbers.
 
 A policy changes how often the disk is read, never what is computed.
 """
@@ -13,7 +13,7 @@ __all__ = ["LFU", "LRU", "S3FIFO", "Policy", "make_policy"]
 
 
 class Policy(Protocol):
-    """What a cache asks of one layer's policy."""
+    """The eviction policy of one layer."""
 
     def touch(self, experts: Iterable[int]) -> None:
         """Resident experts were used."""
@@ -22,11 +22,11 @@ class Policy(Protocol):
         """An expert became resident."""
 
     def evict(self, keep: Set[int]) -> int | None:
-        """Forgets and returns the expert that should go, never one of `keep`; None if only those are left."""
+        """Removes and returns the expert to evict, never one of `keep`; None if there is no other."""
 
 
 class LRU:
-    """The least recently used goes."""
+    """Evicts the least recently used expert."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
@@ -47,8 +47,8 @@ class LRU:
 
 
 class LFU:
-    """The least often used goes, the least recently used among equals. Counts are halved every `period` uses, so that an old
-    favourite does not stay for ever; an evicted expert keeps its count."""
+    """Evicts the least frequently used expert, the least recently used among equals. Counts are halved every `period` uses, so that old
+    counts decay; an evicted expert keeps its count."""
 
     def __init__(self, period: int = 1024) -> None:
         self._counts: dict[int, float] = {}
@@ -81,15 +81,15 @@ class LFU:
 
 
 class S3FIFO:
-    """Three queues (Yang et al., FIFO Queues are All You Need for Cache Eviction, 2023): what is new waits in a small one, a tenth of
-    all, and gets into the main one only if it is used again; what leaves the small one unused is remembered for a while, and
-    goes to the main one if it comes back."""
+    """Three queues (Yang et al., FIFO Queues are All You Need for Cache Eviction, 2023): new experts enter a small one, a tenth of the
+    total, and move to the main one only if they are used again; experts evicted from the small one are remembered for a while, and enter
+    the main one if they return."""
 
     def __init__(self) -> None:
         self._small: OrderedDict[int, None] = OrderedDict()
         self._main: OrderedDict[int, None] = OrderedDict()
         self._ghosts: OrderedDict[int, None] = OrderedDict()
-        self._uses: dict[int, int] = {}  # of residents since they came or were last spared, at most 3
+        self._uses: dict[int, int] = {}  # of residents since they were inserted or last spared, at most 3
 
     def touch(self, experts: Iterable[int]) -> None:
         for expert in experts:
@@ -104,7 +104,7 @@ class S3FIFO:
     def evict(self, keep: Set[int]) -> int | None:
         total = len(self._small) + len(self._main)
         queues = (self._small, self._main) if 10 * len(self._small) >= total else (self._main, self._small, self._main)
-        for queue in queues:  # the main queue again, since what the small one spares goes there
+        for queue in queues:  # the main queue again, since experts spared by the small one move there
             victim = self._from(queue, keep)
             if victim is not None:
                 del self._uses[victim]
@@ -114,8 +114,8 @@ class S3FIFO:
         return None
 
     def _from(self, queue: OrderedDict[int, None], keep: Set[int]) -> int | None:
-        """The first of the queue that may go; those before it that were used are spared."""
-        for expert in list(queue) * 4:  # a use spares once, and no more than 3 are counted
+        """The first expert of the queue that may be evicted; used ones before it are spared."""
+        for expert in list(queue) * 4:  # each use spares an expert once, and at most 3 are counted
             if expert in keep or expert not in queue:
                 continue
             if queue is self._small:

@@ -1,4 +1,4 @@
-"""All that a model sees of its experts: which tokens go to which, and the sum that comes back."""
+"""A model's interface to its experts: sends tokens to the selected experts and returns the weighted sum of their outputs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["RoutedExperts"]
 
 
 class RoutedExperts:
-    """The experts of all layers. Where they lie, and in which order they come, changes no value: outputs are summed in ascending order of
-    expert number."""
+    """The experts of all layers. Neither their location nor their order of arrival changes a value: outputs are summed in ascending order
+    of expert number."""
 
     def __init__(self, cache: ExpertCache, ops: Ops) -> None:
         self._cache, self._ops = cache, ops
         self._one: dict[int, tuple[I64, I64]] = {}  # by top-k: pairs of a single token
 
     def adapt(self) -> None:
-        """Between two passes: gives memory back that the machine needs, or takes it again."""
+        """Releases memory under pressure, or takes it back. Call between passes."""
         self._cache.adapt()
 
     def expect(self, layer: int, weights: F32, selected: I64) -> None:
-        """weights, selected (T, k): what the router of `layer` says of the hidden states of the layer before. Some of those experts
-        are read ahead, the likeliest first."""
+        """Prefetches experts of `layer`, the most likely first. weights, selected (T, k): what its router selects for the hidden states of
+        the layer before."""
         likeliest_first = np.argsort(-weights, axis=None, kind="stable")
         self._cache.hint(layer, list(dict.fromkeys(selected.ravel()[likeliest_first].tolist())))
 
@@ -43,7 +43,7 @@ class RoutedExperts:
         """Σ weights·expert(x) for x (T, H) and a router's weights and selected experts (T, k), added to what `shared`
         returns (T, H), if given.
 
-        prompt: the rows are of one sequence, and touch nearly every expert once. shared and ahead, which may call expect() for the next
+        prompt: the rows belong to one sequence and touch nearly every expert once. shared and ahead, which may call expect() for the next
         layer, run while missing experts are read. Raises ReadError."""
         ops = self._ops
         top_k = selected.shape[1]
@@ -54,7 +54,7 @@ class RoutedExperts:
             pair_token, pair_start = self._one[top_k]
             weights, ids = weights[0], selected[0].tolist()
             block = self._cache.resident_block(layer, ids)
-            if block is not None:  # nothing to wait for, nothing to put together
+            if block is not None:  # nothing to wait for or to combine
                 acc = ops.zeros_like(x) if shared is None else shared()
                 ops.moe(acc, x, block, pair_start, pair_token, weights)
                 return acc
@@ -63,18 +63,18 @@ class RoutedExperts:
             pair_token, weights = order // top_k, weights.ravel()[order]
             distinct, counts = np.unique(selected, return_counts=True)
             pair_start, ids = np.concatenate([[0], np.cumsum(counts)]), distinct.tolist()
-        # The reads of all missing experts are under way before anything is computed.
+        # The reads of all missing experts are started before anything is computed.
         with self._cache.fetch(layer, ids, prompt) as fetch:
             if ahead is not None and not prompt and self._cache.prefetcher.most:
                 ahead()
             acc = ops.zeros_like(x) if shared is None else shared()
-            # In order, each part is summed at once; else outputs wait until all are there.
+            # In order, each part is summed at once; otherwise outputs are kept until all have arrived.
             y = None if fetch.ordered else np.empty((pair_token.shape[0], x.shape[1]), np.float32)
             for part in fetch:
                 starts = pair_start[part.positions]
                 lengths = pair_start[np.array(part.positions) + 1] - starts
                 part_start = np.concatenate([[0], np.cumsum(lengths)])
-                if y is None:  # neighbours: one run of pairs
+                if y is None:  # consecutive: one run of pairs
                     run = slice(starts[0], starts[0] + part_start[-1])
                     ops.moe(acc, x, part.block, part_start, pair_token[run], weights[run])
                 else:

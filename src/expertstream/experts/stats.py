@@ -1,4 +1,4 @@
-"""What the experts cost: counted where it happens, per layer, never estimated."""
+"""The cost of the experts: counted where it occurs, per layer, never estimated."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["ExpertStats", "LayerStats"]
 
 @dataclass
 class LayerStats:
-    """One layer's counters. A hit is an expert that was resident when it was asked for; with `--residency os`, one whose bytes
-    the page cache gave without waiting."""
+    """One layer's counters. A hit is an expert that was resident when it was requested; with `--residency os`, one that the page cache
+    supplied without waiting."""
 
     hits: int = 0
     misses: int = 0
     evictions: int = 0
-    bytes_read: int = 0  # asked of the file system; with `--residency os` this includes what the page cache gave
-    stall_seconds: float = 0.0  # spent waiting for reads, nothing else to do
-    prefetched: int = 0  # of the misses: read ahead of the router
-    prefetch_wasted: int = 0  # read ahead and not asked for; neither hit nor miss
-    max_in_flight: int = 0  # reads that the kernel had at once
+    bytes_read: int = 0  # requested from the file system; with `--residency os` this includes what the page cache supplied
+    stall_seconds: float = 0.0  # waiting for reads with nothing else to do
+    prefetched: int = 0  # misses that had been prefetched
+    prefetch_wasted: int = 0  # prefetched but not requested; neither hit nor miss
+    max_in_flight: int = 0  # most reads in flight at once
 
     def add(self, other: LayerStats) -> None:
         for f in fields(self):
@@ -27,7 +27,7 @@ class LayerStats:
             setattr(self, f.name, max(mine, theirs) if f.name == "max_in_flight" else mine + theirs)
 
     def since(self, earlier: LayerStats) -> LayerStats:
-        """What was counted after `earlier`, a copy of these counters; max_in_flight is not a sum and stays."""
+        """The counts since `earlier`, a copy of these counters; max_in_flight is not a sum and stays as it is."""
         return LayerStats(
             **{
                 f.name: getattr(self, f.name) - (0 if f.name == "max_in_flight" else getattr(earlier, f.name))
@@ -41,7 +41,7 @@ class LayerStats:
 
 
 class ExpertStats:
-    """One LayerStats a layer; copies and differences make them counters of a span."""
+    """One LayerStats per layer; copies and differences give the counts of an interval."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [LayerStats() for _ in range(layers)]

@@ -1,4 +1,4 @@
-"""Experts on disk: which bytes of which files one expert is, and where they go. Plans reads; native/io does them."""
+"""Experts on disk: the byte ranges of each expert and their places in a slot. Plans reads; native/io executes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ExpertStore", "OpenFile", "ReadPlan", "SlotRead", "plan_read", "slot
 
 @dataclass(frozen=True, slots=True)
 class SlotRead:
-    """One read: `length` bytes at `offset` of a file to `dest` in the slot, all multiples of 4,096; `needed` of them matter."""
+    """One read: `length` bytes at `offset` of a file to `dest` in the slot, all multiples of 4,096; `needed` of them are required."""
 
     file: int  # index into the layout's files
     offset: int
@@ -27,13 +27,15 @@ class SlotRead:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
+    """The reads that load one expert into a slot, and the offsets of its parts there."""
+
     reads: tuple[SlotRead, ...]
     pieces: tuple[int, ...]  # where each of the format's parts begins in the slot
 
 
 def plan_read(layout: ExpertLayout, expert: int) -> ReadPlan:
-    """The reads that bring one expert into a slot. Ranges that do not begin at a multiple of 4,096 are read from the one
-    before, so that any file can be read with O_DIRECT; their parts then lie at odd offsets in the slot."""
+    """The reads that load one expert into a slot. Ranges that do not begin at a multiple of 4,096 are read from the previous multiple, so
+    that any file can be read with O_DIRECT; their parts are then unaligned in the slot."""
     reads, starts, dest = [], [], 0
     for r, (length, room) in enumerate(zip(layout.lengths, layout.room, strict=True)):
         offset = int(layout.offsets[expert, r])
@@ -46,7 +48,7 @@ def plan_read(layout: ExpertLayout, expert: int) -> ReadPlan:
 
 
 def slot_bytes(layout: ExpertLayout) -> int:
-    """Room for any expert of a layer."""
+    """The slot size that fits any expert of a layer."""
     total = 0
     for r, room in enumerate(layout.room):
         total += align(room) + (0 if not (layout.offsets[:, r] % ALIGNMENT).any() else ALIGNMENT)
@@ -55,7 +57,7 @@ def slot_bytes(layout: ExpertLayout) -> int:
 
 @dataclass
 class OpenFile:
-    """A file held open, and what it was when it was opened."""
+    """An open file, and its identity when it was opened."""
 
     path: Path
     fd: int
@@ -68,7 +70,7 @@ def _signature(stat: os.stat_result) -> tuple[int, int, int, int]:
 
 
 class ExpertStore:
-    """The expert files of a model, open for reading. `direct`: with O_DIRECT where the file system takes it."""
+    """The expert files of a model, open for reading. `direct`: with O_DIRECT where the file system supports it."""
 
     def __init__(self, layouts: list[ExpertLayout], direct: bool) -> None:
         self.layouts = layouts
@@ -96,14 +98,14 @@ class ExpertStore:
         return self._files[self.layouts[layer].files[index]]
 
     def plan(self, layer: int, expert: int) -> ReadPlan:
-        """plan_read(), made once for each expert."""
+        """plan_read(), cached for each expert."""
         plan = self._plans[layer].get(expert)
         if plan is None:
             plan = self._plans[layer][expert] = plan_read(self.layouts[layer], expert)
         return plan
 
     def check_unchanged(self, layer: int) -> None:
-        """Raises ReadError if a file of this layer was replaced, overwritten or removed since it was opened, or cannot be looked at."""
+        """Raises ReadError if a file of this layer was replaced, overwritten or removed since it was opened, or cannot be examined."""
         for path in self.layouts[layer].files:
             try:
                 now = _signature(os.stat(path))
@@ -116,7 +118,7 @@ class ExpertStore:
 
     @property
     def mine(self) -> bool:
-        """Whether this is the process that opened the files, not a fork of it: reads, threads and slots are not shared with that."""
+        """Whether this is the process that opened the files, not a fork of it: a fork does not share reads, threads and slots."""
         return os.getpid() == self._process
 
     def check_process(self) -> None:
@@ -136,7 +138,7 @@ class ExpertStore:
 
 
 def _close_all(files: dict[Path, OpenFile], process: int) -> None:
-    """Also of a store that is collected without having been closed. In a fork they are the parent's."""
+    """Closes the files, also of a store that is garbage-collected without close(). In a fork they belong to the parent."""
     if os.getpid() == process:
         for file in files.values():
             os.close(file.fd)
@@ -144,10 +146,10 @@ def _close_all(files: dict[Path, OpenFile], process: int) -> None:
 
 
 def _open_direct(path: Path) -> int:
-    """A descriptor with O_DIRECT that a block has been read from. Raises OSError."""
+    """Opens a file with O_DIRECT and reads a block to test it. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     try:
-        with mmap.mmap(-1, ALIGNMENT) as block:  # lies at a multiple of a page
+        with mmap.mmap(-1, ALIGNMENT) as block:  # page-aligned
             os.preadv(fd, [block], 0)
     except BaseException:
         os.close(fd)
@@ -161,8 +163,8 @@ def _open(path: Path, direct: bool) -> OpenFile:
             try:
                 fd = _open_direct(path)
             except OSError:
-                # Some file systems refuse O_DIRECT, when a file is opened or when it is first read; `direct` says so, and the start-up
-                # line prints it.
+                # Some file systems refuse O_DIRECT, when a file is opened or when it is first read; `direct` records
+                # it, and the start-up line prints it.
                 direct = False
         if not direct:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

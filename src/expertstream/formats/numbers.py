@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DTYPE_BYTES", "F32", "I64", "from_bf16", "from_int8_rows", "to_bf16", "to_f32", "to_int8_rows"]
+__all__ = ["DTYPE_BYTES", "F32", "I64", "KeyValues", "from_bf16", "from_int8_rows", "to_bf16", "to_f32", "to_int8_rows"]
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+KeyValues = NDArray[Any]  # float32, bfloat16 bits as uint16, or rows of to_int8_rows() as uint8
 DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e8m0": 1}
 
 

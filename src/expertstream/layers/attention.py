@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 from ..batch import Batch
-from ..kv_cache import AttentionSpec, DeltaSpec, StateSpec
+from ..kv_cache import AttentionSpec, AttentionState, DeltaSpec, DeltaState, State, StateSpec, WindowState
 from ..ops import F32, AttentionWeights, DeltaWeights, Weight
 from .weights import Weights
 
@@ -19,7 +19,7 @@ Angles = tuple[F32, F32]
 class Mixer(Protocol):
     """Lets each token see those before it."""
 
-    def __call__(self, x: F32, states: Sequence[Any], batch: Batch, angles: Angles) -> F32:
+    def __call__(self, x: F32, states: Sequence[State], batch: Batch, angles: Angles) -> F32:
         """x (T, H) → (T, H). states: each sequence's, of this layer; angles: cos and sin of the rows' positions."""
 
 
@@ -63,10 +63,11 @@ class Attention:
             s.heads, s.kv_heads, s.head_dim, s.eps, q_norm, k_norm, s.gated, sinks, s.window
         )
 
-    def __call__(self, x: F32, states: Sequence[Any], batch: Batch, angles: Angles) -> F32:
+    def __call__(self, x: F32, states: Sequence[State], batch: Batch, angles: Angles) -> F32:
         inputs, attended = self.ops.project(x, self.in_proj), []
         cos, sin = angles
-        for state, segment in zip(states, batch.segments, strict=True):
+        mine = cast("Sequence[AttentionState | WindowState]", states)
+        for state, segment in zip(mine, batch.segments, strict=True):
             for rows, position in segment.parts(state):
                 q, k, v = (part[rows] for part in inputs)
                 attended.append(
@@ -123,9 +124,10 @@ class GatedDeltaNet:
         )
         self.out_proj = w.linear(f"{name}.out_proj", hidden, s.values)
 
-    def __call__(self, x: F32, states: Sequence[Any], batch: Batch, angles: Angles) -> F32:
+    def __call__(self, x: F32, states: Sequence[State], batch: Batch, angles: Angles) -> F32:
         inputs, mixed = self.ops.project(x, self.in_proj), []
-        for state, segment in zip(states, batch.segments, strict=True):
+        mine = cast("Sequence[DeltaState]", states)
+        for state, segment in zip(mine, batch.segments, strict=True):
             for rows, _ in segment.parts(state):
                 qkv, z, a, b = (part[rows] for part in inputs)
                 mixed.append(

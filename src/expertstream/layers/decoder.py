@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from threading import RLock
-from typing import Any
 
 from ..batch import Batch
-from ..kv_cache import KVCache
+from ..kv_cache import KVCache, State
 from ..ops import F32, I64
 from .attention import Angles, Mixer
 from .basic import RMSNorm, Rotary
@@ -29,7 +28,7 @@ class DecoderLayer:
         """Asks this layer's router about hidden states of the layer before, so that its experts may be read ahead."""
         self.mlp.experts.expect(self.mlp.layer, *self.mlp.route(self.mlp_norm(h)))
 
-    def __call__(self, h: F32, states: Sequence[Any], batch: Batch, angles: Angles) -> None:
+    def __call__(self, h: F32, states: Sequence[State], batch: Batch, angles: Angles) -> None:
         """Adds to h (T, H) in place. The experts of all sequences are read once."""
         h += self.mixer(self.input_norm(h), states, batch, angles)
         following = self.following

@@ -32,6 +32,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
+    """config.json of gpt-oss."""
+
     sliding_window: int
     swiglu_alpha: float
     swiglu_limit: float

@@ -33,6 +33,8 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
+    """config.json of Qwen3.5-MoE."""
+
     linear_num_key_heads: int
     linear_num_value_heads: int
     linear_key_head_dim: int

@@ -28,6 +28,8 @@ __all__ = ["Config", "Model"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
+    """config.json of Qwen3-MoE."""
+
     norm_topk_prob: bool
     attention_bias: bool
 

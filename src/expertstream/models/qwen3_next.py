@@ -17,6 +17,8 @@ __all__ = ["Config", "Model"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(qwen3_5_moe.Config):
+    """config.json of Qwen3-Next."""
+
     @classmethod
     def from_json(cls, config: dict[str, Any], where: str) -> Config:
         text = Fields(config, where)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ..formats import Bytes, ExpertFormat, MatrixFormat
-from ..formats.numbers import F32, I64
+from ..formats.numbers import F32, I64, KeyValues
 
 __all__ = [
     "F32",
     "I64",
+    "Arena",
     "AttentionWeights",
     "DeltaWeights",
     "ExpertBlock",
@@ -35,7 +36,7 @@ class Weight:
     format: MatrixFormat
     parts: tuple[Bytes, ...]
     bias: F32 | None = None
-    handle: Any = field(default=None, repr=False)  # what an Ops made of it
+    handle: object = field(default=None, repr=False)  # what an Ops made of it
 
     def rows(self, which: Sequence[int]) -> Weight:
         """A copy of some rows, of a weight that is not bound yet."""
@@ -45,12 +46,23 @@ class Weight:
         return Weight(replace(self.format, rows=len(which)), parts, bias)
 
 
+class Arena(Protocol):
+    """Memory for experts, where a link puts them and kernels read them."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def view(self) -> Bytes:
+        """All of it."""
+
+
 class ExpertBlock(NamedTuple):
     """Experts that lie in an arena: offsets (experts, P) of the parts that the format names, quantized ones in tiles (MatrixFormat.tile
     says which byte is what), biases as float32."""
 
     format: ExpertFormat
-    arena: Any  # _native.Arena
+    arena: Arena
     offsets: I64
 
 
@@ -70,7 +82,7 @@ class AttentionWeights:
     gated: bool = False
     sinks: F32 | None = None
     window: int = 0
-    handle: Any = field(default=None, repr=False)
+    handle: object = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
@@ -85,7 +97,7 @@ class DeltaWeights:
     value_heads: int
     key_dim: int
     eps: float
-    handle: Any = field(default=None, repr=False)
+    handle: object = field(default=None, repr=False)
 
 
 class Ops(Protocol):
@@ -102,7 +114,7 @@ class Ops(Protocol):
     def bind(self, weight: Weight) -> Weight:
         """Prepares a weight for the other ops; returns it. Its bytes are the op's from now on, and may be rearranged."""
 
-    def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
+    def tile(self, format: ExpertFormat, arena: Arena, offsets: I64) -> None:
         """In place: one expert's quantized matrices, row after row in an arena at offsets (P,), into the tiles of ExpertBlock."""
 
     def tiled(self, format: MatrixFormat, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
@@ -138,8 +150,8 @@ class Ops(Protocol):
         v: F32,
         cos: F32,
         sin: F32,
-        keys: Any,
-        values: Any,
+        keys: KeyValues,
+        values: KeyValues,
         position: int,
         first: int = 0,
     ) -> F32:

@@ -4,20 +4,22 @@ add up exact integers (native/kernels/kernels.h); everything else is float32."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _native
 from ..errors import BudgetError, UsageError
 from ..formats import Bytes, ExpertFormat, MatrixFormat
-from ..formats.numbers import F32, I64
-from . import AttentionWeights, DeltaWeights, ExpertBlock, HostArrays, Weight, aligned_empty
+from ..formats.numbers import F32, I64, KeyValues
+from . import Arena, AttentionWeights, DeltaWeights, ExpertBlock, HostArrays, Weight, aligned_empty
 
 __all__ = ["CpuOps"]
 
+U16 = NDArray[np.uint16]
 
-def _format(m: MatrixFormat) -> Any:
+
+def _format(m: MatrixFormat) -> _native.Format:
     return _native.Format(m.rows, m.cols, *m.kernel)
 
 
@@ -35,9 +37,9 @@ class CpuOps(HostArrays):
             self.activation_bits = activation_bits
             self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
-            raise BudgetError(f"{threads} threads cannot be started ({error}); take a smaller --threads") from None
+            raise BudgetError(f"{threads} threads cannot be started ({error}); use fewer, such as threads=1") from None
         # By identity: hashing one costs as much as a call.
-        self._formats: dict[int, tuple[ExpertFormat, Any]] = {}
+        self._formats: dict[int, tuple[ExpertFormat, _native.ExpertFormat]] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +66,7 @@ class CpuOps(HostArrays):
         self.engine.tile(_format(format), list(parts), list(out))
         return out
 
-    def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
+    def tile(self, format: ExpertFormat, arena: Arena, offsets: I64) -> None:
         memory, first = arena.view(), 0
         for m in format.matrices:
             starts = offsets[first : first + len(m.parts)]
@@ -99,8 +101,8 @@ class CpuOps(HostArrays):
         v: F32,
         cos: F32,
         sin: F32,
-        keys: Any,
-        values: Any,
+        keys: KeyValues,
+        values: KeyValues,
         position: int,
         first: int = 0,
     ) -> F32:
@@ -134,7 +136,7 @@ class CpuOps(HostArrays):
         self.engine.shared_expert(gate.handle, up.handle, down.handle, scale.handle, x, y)
         return y
 
-    def _of(self, format: ExpertFormat) -> Any:
+    def _of(self, format: ExpertFormat) -> _native.ExpertFormat:
         known = self._formats.get(id(format))
         if known is None:
             gate, up, down = map(_format, format.matrices)
@@ -153,6 +155,6 @@ class CpuOps(HostArrays):
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         self.engine.accumulate(acc, y, pair_token, weights)
 
-    def quantize(self, w: F32, bits: int, group_size: int, symmetric: bool = False) -> tuple[Any, Any, Any]:
+    def quantize(self, w: F32, bits: int, group_size: int, symmetric: bool = False) -> tuple[Bytes, U16, U16]:
         """(rows, cols) float32 → packed uint8 (rows, cols·bits/8), scales and biases (rows, groups) as bfloat16 bits."""
         return self.engine.quantize(w, bits, group_size, symmetric)  # type: ignore[no-any-return]

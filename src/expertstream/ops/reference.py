@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ..formats import Activation, Bytes, ExpertFormat, MatrixFormat
-from ..formats.numbers import F32, I64, from_bf16, from_int8_rows, to_bf16, to_int8_rows
-from . import AttentionWeights, DeltaWeights, ExpertBlock, HostArrays, Weight
+from ..formats.numbers import F32, I64, KeyValues, from_bf16, from_int8_rows, to_bf16, to_int8_rows
+from . import Arena, AttentionWeights, DeltaWeights, ExpertBlock, HostArrays, Weight
 
 __all__ = ["ReferenceOps", "gated_delta"]
 
@@ -39,9 +39,9 @@ class ReferenceOps(HostArrays):
         return weight
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
-        return weight.handle[tokens].copy()  # type: ignore[no-any-return]
+        return _matrix(weight)[tokens].copy()
 
-    def tile(self, format: ExpertFormat, arena: Any, offsets: I64) -> None:
+    def tile(self, format: ExpertFormat, arena: Arena, offsets: I64) -> None:
         memory = arena.view()
         for m, starts in _by_matrix(format, offsets):
             parts = [memory[at : at + size].copy() for at, size in zip(starts, m.part_bytes, strict=False)]
@@ -65,8 +65,8 @@ class ReferenceOps(HostArrays):
         v: F32,
         cos: F32,
         sin: F32,
-        keys: Any,
-        values: Any,
+        keys: KeyValues,
+        values: KeyValues,
         position: int,
         first: int = 0,
     ) -> F32:
@@ -120,8 +120,9 @@ class ReferenceOps(HostArrays):
         return weights / weights.sum(-1, keepdims=True) if renormalize else weights, selected
 
     def shared_expert(self, x: F32, gate: Weight, up: Weight, down: Weight, scale: Weight) -> F32:
-        hidden = _silu(x @ gate.handle.T) * (x @ up.handle.T)
-        return _sigmoid(x @ scale.handle.T) * (hidden @ down.handle.T)  # type: ignore[no-any-return]
+        hidden = _silu(x @ _matrix(gate).T) * (x @ _matrix(up).T)
+        out = cast(F32, _sigmoid(x @ _matrix(scale).T) * (hidden @ _matrix(down).T))
+        return out
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
         memory, format = block.arena.view(), block.format
@@ -147,8 +148,13 @@ class ReferenceOps(HostArrays):
             acc[token] += weight * row
 
 
+def _matrix(weight: Weight) -> F32:
+    """What bind() made of it."""
+    return cast(F32, weight.handle)
+
+
 def _linear(x: F32, weight: Weight) -> F32:
-    y: F32 = x @ weight.handle.T
+    y: F32 = x @ _matrix(weight).T
     return y if weight.bias is None else y + weight.bias
 
 

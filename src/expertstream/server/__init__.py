@@ -1,1 +1,1 @@
-"""Serving: what a model writes as API events. HTTP comes on top."""
+"""The HTTP server: OpenAI's and Anthropic's APIs on one engine."""

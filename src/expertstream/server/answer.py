@@ -1,4 +1,4 @@
-"""What the answers of all APIs have in common: fed with the engine's pieces, they give their stream's events, and in the end the whole."""
+"""The base of answers in all APIs: it turns the engine's pieces into stream events and collects the complete answer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["Answer"]
 
 
 class Answer(ABC):
-    """One answer. Subclasses say what each of the parser's events is in their API: the on_… methods return wire events."""
+    """One answer. Subclasses translate the parser's events to their API: the on_… methods return wire events."""
 
     def __init__(self, parser: Parser, one_call: bool) -> None:
         self._parser, self._one_call = parser, one_call
         self.stats: GenerationStats | None = None
-        self.ended: str | None = None  # "stop" or "length", once the engine has ended it
-        self.complete = False  # nothing more is wanted, whatever the model would go on to say
-        self.calls = 0  # function calls that are whole
+        self.ended: str | None = None  # "stop" or "length", once the engine has finished
+        self.complete = False  # further output of the model is ignored
+        self.calls = 0  # complete function calls
         self.reasoning_tokens = 0
 
     def feed(self, piece: GenerationResponse) -> list[dict[str, Any]]:
-        """The events that one piece of the engine's makes."""
+        """The events for one piece from the engine."""
         self.stats = piece.stats
         self.ended = piece.finish_reason or self.ended
         events = self._parser.feed(piece.text)
@@ -38,7 +38,7 @@ class Answer(ABC):
 
     @property
     def called(self) -> bool:
-        """The answer ended with function calls, not by its length."""
+        """Whether the answer ended with function calls rather than at the length limit."""
         return self.calls > 0 and (self.ended != "length" or self.complete)
 
     def _wire(self, events: list[Event]) -> list[dict[str, Any]]:
@@ -63,11 +63,11 @@ class Answer(ABC):
 
     @abstractmethod
     def on_reasoning(self, text: str) -> list[dict[str, Any]]:
-        """Reasoning goes on."""
+        """More reasoning text."""
 
     @abstractmethod
     def on_content(self, text: str) -> list[dict[str, Any]]:
-        """The answer's text goes on."""
+        """More of the answer's text."""
 
     @abstractmethod
     def on_call(self, name: str) -> list[dict[str, Any]]:
@@ -75,11 +75,11 @@ class Answer(ABC):
 
     @abstractmethod
     def on_arguments(self, json: str) -> list[dict[str, Any]]:
-        """The next part of its arguments."""
+        """The next part of the call's arguments."""
 
     @abstractmethod
     def on_call_end(self, name: str, arguments: dict[str, Any], complete: bool) -> list[dict[str, Any]]:
-        """It ends; not complete if the answer's length cut it."""
+        """The call ends; `complete` is false if the length limit cut it off."""
 
     @abstractmethod
     def on_end(self) -> list[dict[str, Any]]:

@@ -15,14 +15,14 @@ from .wire import Wire, check_part, ignored
 
 __all__ = ["CountRequest", "MessagesRequest", "ThreadsUnsupportedError"]
 
-_PREFIXES = "prefixes are always kept"
+_PREFIXES = "prefixes are always cached"
 _HOSTED = "a service of the hosted API"
-_THREADS = "with thread_unsupported_request, upon which libraries send all messages"
+_THREADS = "with thread_unsupported_request; client libraries then send all messages"
 _BILLING = "x-anthropic-billing-header:"
 
 
 class ThreadsUnsupportedError(RequestError):
-    """The client wants a conversation that the server keeps; its library goes on without when it is told so."""
+    """The client asked for a server-side conversation; on this error, its library sends all messages instead."""
 
 
 class Block(Wire):
@@ -43,11 +43,11 @@ class Block(Wire):
     tool_name: str = ""
     server_name: str = ""
     cache_control: Any = ignored(_PREFIXES)
-    citations: Any = ignored("documents are given as text")
+    citations: Any = ignored("documents are passed as text")
     signature: Any = ignored("reasoning is not signed")
-    data: Any = ignored("of redacted_thinking, which no one but its author can read")
-    caller: Any = ignored("all calls are the model's own")
-    toolset: Any = ignored("all calls are the model's own")
+    data: Any = ignored("only its author can read redacted_thinking")
+    caller: Any = ignored("the model makes all calls")
+    toolset: Any = ignored("the model makes all calls")
 
 
 Content = str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
@@ -60,7 +60,7 @@ class Message(Wire):
 
 
 class Tool(Wire):
-    """A function. Tools without a schema are skipped: the hosted API runs them, such as web_search_20250305, or knows them."""
+    """A function. Tools without a schema are skipped: the hosted API runs them (web_search_20250305) or defines their schema."""
 
     type: str = "custom"
     name: Annotated[str, Field(pattern=r"^[^\s<>\"'`=]{1,256}$")]
@@ -70,8 +70,8 @@ class Tool(Wire):
     cache_control: Any = ignored(_PREFIXES)
     defer_loading: Any = ignored("every tool is shown to the model")
     eager_input_streaming: Any = ignored("arguments are always streamed")
-    input_examples: Any = ignored("the description is what the model sees")
-    allowed_callers: Any = ignored("all calls are the model's own")
+    input_examples: Any = ignored("the model sees the description instead")
+    allowed_callers: Any = ignored("the model makes all calls")
 
 
 class ToolChoice(Wire):
@@ -83,7 +83,7 @@ class ToolChoice(Wire):
 class Thinking(Wire):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
-    display: Any = ignored("reasoning is sent whole")
+    display: Any = ignored("reasoning is sent in full")
 
 
 class Format(Wire):
@@ -116,9 +116,9 @@ class CountRequest(Wire):
     top_k: int | None = None
     thread: Any = Field(default=None, json_schema_extra={"x-effect": "declined", "x-why": _THREADS})
     cache_control: Any = ignored(_PREFIXES)
-    metadata: Any = ignored("this server keeps no accounts")
-    service_tier: Any = ignored("all requests are served alike")
-    speed: Any = ignored("all requests are served alike")
+    metadata: Any = ignored("this server has no user accounts")
+    service_tier: Any = ignored("all requests are treated the same")
+    speed: Any = ignored("all requests are treated the same")
     container: Any = ignored(_HOSTED, warn=True)
     mcp_servers: Any = ignored(_HOSTED, warn=True)
     context_management: Any = ignored(_HOSTED)
@@ -130,12 +130,12 @@ class CountRequest(Wire):
     billing_policy: Any = ignored(_HOSTED)
     fallbacks: Any = ignored(_HOSTED, warn=True)
     fallback_credit_token: Any = ignored(_HOSTED)
-    betas: Any = ignored("what this server can do needs no header")
+    betas: Any = ignored("no feature of this server needs a beta header")
 
     def generation_request(self) -> GenerationRequest:
         """Raises RequestError."""
         if self.thread is not None:
-            raise ThreadsUnsupportedError("thread: this server does not keep conversations; send all messages")
+            raise ThreadsUnsupportedError("thread: this server does not store conversations; send all messages")
         choice = self.tool_choice or ToolChoice(type="auto")
         messages, prefill = self._messages()
         functions, warnings = self._functions()
@@ -167,7 +167,9 @@ class CountRequest(Wire):
         """Keywords of LLM.sampling_params(). Raises RequestError."""
         stops = [stop for stop in self.stop_sequences if stop]
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-            raise RequestError(f"stop_sequences: at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters")
+            raise RequestError(
+                f"stop_sequences must be at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters each"
+            )
         return {
             "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
             "stop": stops or None,
@@ -192,10 +194,10 @@ class CountRequest(Wire):
         return found, [f"tools of type {kind!r} are skipped: they have no input_schema" for kind in skipped]
 
     def _messages(self) -> tuple[list[dict[str, Any]], str]:
-        """As templates take them, and the beginning of the answer, if the assistant speaks last."""
+        """The messages for the chat template, and the beginning of the answer if the last message is the assistant's."""
         found = Conversation()
-        # A program of Anthropic's own puts a number before its system prompt that is another one in every request: it is not for
-        # models, and no prompt would begin like the one before it.
+        # One of Anthropic's own clients puts a number that changes with every request before its system prompt. It is not meant for
+        # the model, and would prevent prefix reuse.
         system = self.system if isinstance(self.system, str) else _join(self.system, "system", _BILLING)
         if system:
             found.system(system)
@@ -225,7 +227,7 @@ class MessagesRequest(CountRequest):
 
 
 def _add_user(found: Conversation, blocks: list[Block], where: str, seen: bool) -> None:
-    """Results first, as calls expect them, then what the user says."""
+    """Adds tool results first, where the calls expect them, then the user's text."""
     said: list[str] = []
     for i, block in enumerate(blocks):
         if block.type.endswith("tool_result"):
@@ -265,8 +267,8 @@ def _join(blocks: list[Block], where: str, without: str = "") -> str:
 
 
 def _result(content: Any, where: str) -> str:
-    """What a tool returned. Pictures are named in their place, also in the newest message: the model can say that it does not see
-    them, and the tools go on."""
+    """A tool's result as text. Images become placeholders, even in the newest message: the model can say that it does not see them, and the
+    session continues."""
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, dict):
@@ -277,8 +279,7 @@ def _result(content: Any, where: str) -> str:
 
 
 def _text(block: Block, where: str, seen: bool) -> str | None:
-    """A block as text; None for what carries none. Raises RequestError for what is not text and has not been `seen` in an earlier
-    turn."""
+    """A block as text; None if it has none. Raises RequestError for a non-text block that the model has not `seen` in an earlier turn."""
     if block.type == "text":
         if block.text is None:
             raise RequestError(f"{where}.text: Field required")
@@ -293,7 +294,7 @@ def _text(block: Block, where: str, seen: bool) -> str | None:
         body = source.get("data") if source["type"] == "text" else _result(source.get("content"), f"{where}.source")
         return "\n".join(part for part in (block.title, block.context, body) if isinstance(part, str) and part)
     if not seen and block.type in ("image", "document", "container_upload", "audio", "video", "file"):
-        raise RequestError(f"{where}: this model reads text only, not {block.type}")
+        raise RequestError(f"{where}: this model reads text only; got {block.type}")
     if isinstance(block.text, str):
         return block.text
     return not_shown(block.type.replace("_", " "), block.title or "")

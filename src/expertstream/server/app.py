@@ -1,4 +1,4 @@
-"""HTTP: routes, limits, keys, and answers that last as long as their clients."""
+"""HTTP: routes, limits, API keys, and answers that are cancelled when their client disconnects."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from .wire import Wire, parse_request
 __all__ = ["MAX_BODY", "ServerSettings", "create_app"]
 
 MAX_BODY = 8 << 20
-MAX_BUFFERED = 64 << 20  # of all bodies that are being received
+MAX_BUFFERED = 64 << 20  # of all bodies being received
 BODY_SECONDS = 30.0  # from the first byte to the last
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PREPARED_TOGETHER = 2
-PREPARING_SECONDS = 90.0  # more than any request takes; then something hangs
-STALLED_SECONDS = 300.0  # more than any disk takes for a layer
+PREPARING_SECONDS = 90.0  # longer than any request takes; after that, something hangs
+STALLED_SECONDS = 300.0  # longer than any disk takes for a layer
 _KEPT_WARNINGS = 1000
 _log = logging.getLogger("expertstream")
 
@@ -56,10 +56,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """name: what the model is called. aliases: further names that it answers to; any_model: it answers to every name. key: what clients
-    must send, "" for nothing. seconds: how long an answer may take. only_local: answers only to requests that name this machine, or
-    the address `host` that it listens on, so that no web page can reach it through a name of its own. cors_origins: pages that may use
-    it from a browser. strict_requests: unknown fields are refused. parse_control_tokens: texts of messages may contain control tokens."""
+    """name: the model's name. aliases: additional names; any_model: accept every name. key: the key that clients must send, "" for none.
+    seconds: the time limit of an answer. only_local: accept only requests addressed to this machine or to `host`, the address it listens
+    on, so that a web page cannot reach the server through a domain name of its own. cors_origins: pages that may use it from a browser.
+    strict_requests: refuse unknown fields. parse_control_tokens: message text may contain control tokens."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class ServerSettings:
 
 
 class _Server:
-    """What the handlers share."""
+    """State shared by the handlers."""
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
         self.llm, self.settings, self.started = llm, settings, int(time.time())
@@ -87,12 +87,12 @@ class _Server:
         self.options = PromptOptions(settings.parse_control_tokens)
         self.buffered = 0
         self._warned: set[str] = set()
-        # Templates, tokenizing and grammars of long requests, while the loop goes on answering others.
+        # For the templates, tokenization and grammars of long requests, while the event loop serves others.
         self.workers = ThreadPoolExecutor(PREPARED_TOGETHER, thread_name_prefix="prepare")
         self.preparing = asyncio.Semaphore(PREPARED_TOGETHER)
         self.unprepared = 0
         self.public_text = public_text(settings.name, llm.path)
-        self.begun: dict[Request, float] = {}  # when each preparation that is under way began
+        self.begun: dict[Request, float] = {}  # start times of the preparations in progress
 
     def check(self, request: Request) -> None:
         """Raises RefusedError if the request is not authorized."""
@@ -100,12 +100,12 @@ class _Server:
         key = self.settings.key
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = request.headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else scheme)
-        # Headers are read as Latin-1; what was sent are the key's own bytes.
+        # Headers are decoded as Latin-1; the client sent the raw bytes of the key.
         if key and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             raise RefusedError(401, "the API key is missing or wrong", "authentication_error", "invalid_api_key")
 
     def check_host(self, request: Request) -> None:
-        """Raises RefusedError if the request is meant for another name, or comes from a page that may not ask."""
+        """Raises RefusedError if the Host header names another host, or the request comes from a page that is not allowed."""
         if self.settings.only_local:
             names = (*LOCAL_HOSTS, self.settings.host)
             host = re.sub(r":\d+$", "", request.headers.get("host", ""))
@@ -114,11 +114,11 @@ class _Server:
             allowed = origin in (*names, None, "") or given in self.settings.cors_origins
             if host not in names or not (allowed or "*" in self.settings.cors_origins):
                 raise RefusedError(
-                    403, "this server answers requests to this machine's own name only; --cors-origin allows a page's"
+                    403, "this server accepts only requests addressed to this machine; --cors-origin allows a web page"
                 )
 
     def model_name(self, asked: str) -> str:
-        """What the model is called in the answer. Raises RefusedError."""
+        """The model's name in the answer. Raises RefusedError."""
         settings = self.settings
         if asked in ("", settings.name):
             return settings.name
@@ -126,8 +126,8 @@ class _Server:
             return asked
         raise RefusedError(
             404,
-            f"there is no model {asked!r} here; there is {', '.join(map(repr, (settings.name, *settings.aliases)))}; start the server "
-            "with --alias NAME or --any-model to have it answer to other names",
+            f"there is no model {asked!r}; available: {', '.join(map(repr, (settings.name, *settings.aliases)))}; start the server "
+            "with --alias NAME or --any-model to accept other names",
             "not_found_error",
             "model_not_found",
         )
@@ -145,17 +145,17 @@ class _Server:
                     found += part
                     self.buffered += len(part)
                     if len(found) > MAX_BODY:
-                        raise RefusedError(413, f"a request is at most {MAX_BODY} bytes")
+                        raise RefusedError(413, f"the request body must be at most {MAX_BODY} bytes")
                     if self.buffered > MAX_BUFFERED:
                         raise BusyError
         except TimeoutError:
             raise RefusedError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
         else:
-            named = re.search(rb'"model"\s*:\s*"([^"\\]{1,200})"', found)  # also of a body that is refused
+            named = re.search(rb'"model"\s*:\s*"([^"\\]{1,200})"', found)  # even if the body is refused
             note(request, model=named[1].decode("utf-8", "replace") if named else "")
             asked, unknown, warnings = await asyncio.to_thread(parse_request, kind, bytes(found))
         finally:
-            self.buffered -= len(found)  # until it is parsed, it is held
+            self.buffered -= len(found)  # the body stays in memory until it is parsed
         model = str(getattr(asked, "model", ""))
         note(request, model=model)
         if unknown and self.settings.strict_requests:
@@ -172,7 +172,7 @@ class _Server:
                 _log.warning("%s", line.encode("ascii", "backslashreplace").decode()[:400])
 
     async def in_turn(self, request: Request, work: Callable[[], Result]) -> Result:
-        """Work that takes time and memory for long texts, for a client that still waits when it begins. Raises BusyError,
+        """Runs work that takes time and memory for long texts, unless the client disconnects before it starts. Raises BusyError,
         ClientDisconnect."""
         if self.unprepared >= self.settings.parallel + self.settings.most_waiting:
             raise BusyError
@@ -188,7 +188,7 @@ class _Server:
             self.unprepared -= 1
 
     async def prepare(self, request: Request, asked: Any, answers: int) -> Prepared:
-        """answers: how many are wanted; 0 to look at the prompt only."""
+        """answers: how many to generate; 0 to prepare the prompt only."""
         prepared = await self.in_turn(
             request, lambda: prepare(self.llm, self.grammars, asked.generation_request(), answers, self.options)
         )
@@ -196,10 +196,10 @@ class _Server:
         return prepared
 
     def admit(self, prepared: Prepared) -> list[Job]:
-        """One job for each answer; the others begin when the first has read the prompt. Raises BusyError, RequestError."""
+        """Queues one job for each answer; the others start when the first has read the prompt. Raises BusyError, RequestError."""
         most = self.settings.parallel + self.settings.most_waiting
         if len(prepared.constraints) > most:
-            raise RequestError(f"n: {len(prepared.constraints)} answers are more than may wait here, {most}")
+            raise RequestError(f"n must be at most {most} (--parallel plus --queue); got {len(prepared.constraints)}")
         if self.scheduler.room() < len(prepared.constraints):
             raise BusyError
         jobs: list[Job] = []
@@ -219,7 +219,7 @@ class _Server:
     async def respond(
         self, request: Request, jobs: Sequence[Job], answers: Sequence[Any], dialect: Dialect, stream: bool
     ) -> Response:
-        """A stream of events, or the whole."""
+        """A stream of events, or the complete answer."""
         done = self.metrics.count
         if stream:
             return event_stream(request, jobs, answers, dialect, done)
@@ -240,7 +240,7 @@ class _Server:
         asked, model = await self.parse(request, CompletionRequest)
         prompts = asked.prompts()
         if len(prompts) * asked.n > self.settings.parallel + self.settings.most_waiting:
-            raise RequestError(f"prompt: {len(prompts)} prompts with n={asked.n} are more than may wait here")
+            raise RequestError(f"prompt: {len(prompts)} prompts with n={asked.n} do not fit in the queue; send fewer")
         scores = asked.logprobs if asked.echo else None
 
         def every() -> list[Prepared]:
@@ -319,16 +319,14 @@ class _Server:
         return JSONResponse({"status": "ready", **body})
 
     def _unready(self) -> str:
-        """Why no request can be answered; "" if they can."""
+        """Why requests cannot be answered; "" if they can."""
         now = time.monotonic()
         if not self.scheduler.alive:
             return "the engine has stopped; restart the server"
         if self.scheduler.closing:
-            return "the server is being stopped"
+            return "the server is shutting down"
         if now - self.scheduler.progress > STALLED_SECONDS:
-            return (
-                f"the engine has been at one layer for {now - self.scheduler.progress:.0f} seconds; is the disk well?"
-            )
+            return f"the engine has been at one layer for {now - self.scheduler.progress:.0f} seconds; check the disk"
         if len(self.begun) >= PREPARED_TOGETHER and now - max(self.begun.values()) > PREPARING_SECONDS:
             return f"no request could be prepared for {now - max(self.begun.values()):.0f} seconds"
         try:
@@ -363,7 +361,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(server.scheduler.close, settings.shutdown_seconds)
-        if llm.prefixes is not None:  # a signal may end the process as soon as this is over
+        if llm.prefixes is not None:  # a signal may end the process right after this
             await asyncio.to_thread(llm.prefixes.flush)
         server.workers.shutdown(wait=False)
 
@@ -398,7 +396,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> AccessLog:
 
 
 def _completion_dialect(completion: Completion, answers: Sequence[ChatAnswer | TextAnswer], usage: bool) -> Dialect:
-    """Of chat completions and completions: choices in chunks."""
+    """The dialect of chat completions and completions: choices in chunks."""
     begun = [completion.chunk(a.begin()) for a in answers if isinstance(a, ChatAnswer)]
     return Dialect(
         begin=lambda: begun,

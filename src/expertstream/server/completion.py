@@ -1,4 +1,4 @@
-"""OpenAI's wire format: completions, as a whole and as chunks of a stream."""
+"""OpenAI's wire format: completions, whole or as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ChatAnswer", "Completion", "TextAnswer", "chat_logprob", "error_body
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error in the API's shape."""
+    """An error in the API's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Completion:
-    """What the answers to one request have in common, of a chat or of a text's continuation."""
+    """The common parts of the answers to one chat or completion request: id, time, model and usage."""
 
     def __init__(self, model: str, prompt_tokens: int, chat: bool) -> None:
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -28,7 +28,7 @@ class Completion:
         self._whole, self._chunk = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion",) * 2
 
     def usage(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
-        """Of all answers to one request; the prompt counts once."""
+        """Usage of all answers to one request; the prompt counts once."""
         stats = [a.stats for a in answers if a.stats is not None]
         completion = sum(a.generated_tokens for a in answers)
         return {
@@ -43,7 +43,7 @@ class Completion:
         return {**self._head(self._chunk), "choices": [choice]}
 
     def heartbeat(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
-        """A chunk that says nothing: clients that wait for chunks do not give up."""
+        """An empty chunk, so that clients do not time out."""
         return self.chunk(answers[0].nothing())
 
     def usage_chunk(self, answers: Sequence[ChatAnswer | TextAnswer]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Completion:
 
 
 class ChatAnswer(Answer):
-    """One answer of a chat; its events are chunks' choices."""
+    """One answer of a chat; its events are choices of chunks."""
 
     def __init__(self, index: int, parser: Parser, one_call: bool) -> None:
         super().__init__(parser, one_call)
@@ -131,8 +131,8 @@ class ChatAnswer(Answer):
 
 
 class TextAnswer:
-    """One continuation of a text. echo: the prompt's text, to be repeated before it. only_prompt: the engine had to generate a token
-    that was not asked for."""
+    """One continuation of a text. echo: the prompt's text, repeated before it. only_prompt: the engine had to generate a token that the
+    client did not ask for."""
 
     reasoning_tokens = 0
 
@@ -153,7 +153,7 @@ class TextAnswer:
         return {"index": self.index, "text": "", "logprobs": None, "finish_reason": None}
 
     def feed(self, piece: GenerationResponse) -> list[dict[str, Any]]:
-        """A chunk's choice, or none."""
+        """The choice of a chunk, or an empty list."""
         self.stats = piece.stats
         echo, self._echo = self._echo, ""
         fresh = list(piece.prompt_logprobs or ())
@@ -181,7 +181,7 @@ class TextAnswer:
 
 
 def chat_logprob(found: TokenLogprob) -> dict[str, Any]:
-    """A token's entry in the chat API's shape; `bytes` are the token's own, also where they are a part of a character."""
+    """A token's entry in the chat API's format; `bytes` are the token's own, even if they are only part of a character."""
 
     def entry(token: str, logprob: float | None, raw: bytes) -> dict[str, Any]:
         return {"token": token, "logprob": _finite(logprob), "bytes": list(raw)}
@@ -191,7 +191,7 @@ def chat_logprob(found: TokenLogprob) -> dict[str, Any]:
 
 
 def _text_logprobs(found: Sequence[TokenLogprob], begin: int) -> dict[str, Any] | None:
-    """Of the tokens from `begin` on."""
+    """Log-probabilities of the tokens from `begin` on."""
     if begin >= len(found):
         return None
     offsets, raw = [], b""
@@ -212,7 +212,7 @@ def _text_logprobs(found: Sequence[TokenLogprob], begin: int) -> dict[str, Any] 
 
 
 def _shown(raw: bytes) -> str:
-    """A token's text; where it is a part of a character its bytes, as OpenAI's API spells them, so that no two tokens are shown alike."""
+    """A token's text; if it is only part of a character, its bytes as OpenAI's API writes them, so that all tokens look different."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""Constrained decoding: which tokens may come next, by llguidance.
+"""Constrained decoding with llguidance: which tokens may come next.
 
-An answer has phases. Reasoning is free, within its budget. Then either the whole answer follows a grammar (a JSON schema, a call that is
-required), or it is free until the model begins a call, and the call follows the grammar of its function to its end: whether to call stays
-the model's choice, the call itself cannot go wrong.
+An answer has phases. Reasoning is free, within its budget. Then either the whole answer follows a grammar (a JSON schema, a required call),
+or it is free until the model begins a call, which follows the grammar of its function to the end: whether to call remains the model's
+choice, but the call itself is always valid.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["Grammars", "Guide", "OutputFormat", "Plan"]
 
 _KEPT_GRAMMARS = 32
 _SAYS_MORE = frozenset(("$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"))
-_TAIL = 64  # characters of what was written last; longer than any tag
+_TAIL = 64  # characters of the latest output; longer than any tag
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """The form of a whole answer. kind: json (value: a schema), regex, choice (a list of texts), grammar (llguidance's Lark).
-    strict: refuse what cannot be guaranteed, instead of leaving it out."""
+    """The required format of a whole answer. kind: json (value: a schema), regex, choice (a list of strings), grammar (llguidance's Lark).
+    strict: refuse what cannot be guaranteed instead of leaving it out."""
 
     kind: str
     value: Any
@@ -42,12 +42,12 @@ class OutputFormat:
 
     @classmethod
     def of_schema(cls, schema: dict[str, Any] | str, strict: bool) -> OutputFormat:
-        """A JSON schema, or its text. Raises RequestError."""
+        """From a JSON schema, or its text. Raises RequestError."""
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
             except (ValueError, RecursionError):
-                raise RequestError("guided_json: not a JSON schema") from None
+                raise RequestError("guided_json must be a JSON schema") from None
         return cls("json", schema, strict)
 
 
@@ -57,7 +57,7 @@ class Plan:
 
     grammars: Grammars
     whole: tuple[str, str] | None = (
-        None  # a grammar for all that follows the reasoning: what it begins with, and its rules
+        None  # a grammar for everything after the reasoning: the body of its start rule, and the rules
     )
     call: str | None = None  # a grammar for what follows the opening tag of a call
     budget: int | None = None  # tokens of reasoning
@@ -69,14 +69,14 @@ class Plan:
         return self.call is not None
 
     def guide(self, reasoning: bool) -> Guide | None:
-        """For one answer; None where nothing is to be guided. reasoning: the prompt ends inside <think>. Raises RequestError."""
+        """The guide of one answer; None if nothing is constrained. reasoning: the prompt ends inside <think>. Raises RequestError."""
         if self.whole is None and self.call is None and (self.budget is None or not reasoning):
             return None
         return Guide(self, reasoning)
 
 
 class Grammars:
-    """Of one model: its tokenizer, and the format in which its template has it write calls."""
+    """Grammars for one model: for its tokenizer, and the format in which its template writes calls."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -89,12 +89,12 @@ class Grammars:
 
     @property
     def tokenizer(self) -> Any:
-        """llguidance's, made when it is first needed: that takes a while for a large vocabulary."""
+        """llguidance's tokenizer, created on first use: that takes a while for a large vocabulary."""
         with self._lock:
             if self._tokenizer is None:
                 ends = [token for token in sorted(self.llm.tokenizer.eos_ids) if token < self.vocab_size]
                 if not ends:
-                    raise RequestError("this model has no end token, without which no answer can be constrained")
+                    raise RequestError("this model has no end token, so its answers cannot be constrained")
                 self._tokenizer = llguidance.LLTokenizer(
                     str(self.llm.path / "tokenizer.json"),
                     n_vocab=self.vocab_size,
@@ -110,8 +110,8 @@ class Grammars:
         format_: OutputFormat | None,
         budget: int | None,
     ) -> Plan:
-        """functions: that may be called. required: at least one must be. several: more than one may be. Raises RequestError for what
-        cannot be guaranteed and has to be."""
+        """functions: those that may be called. required: at least one must be. several: more than one may be. Raises RequestError if a
+        strict schema cannot be guaranteed."""
         plan = Plan(self, budget=budget)
         calls = self._calls(functions, plan) if functions else []
         if calls:
@@ -127,13 +127,13 @@ class Grammars:
         return plan
 
     def matcher(self, grammar: str) -> Any:
-        """A matcher at the beginning of the grammar. Raises RequestError for a grammar that is none or too large."""
+        """A matcher at the start of the grammar. Raises RequestError if the grammar is invalid or too large."""
         with self._lock:
             found = self._compiled.get(grammar)
             if found is None:
                 found = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0)
                 if found.get_error():
-                    raise RequestError(f"the schema or grammar cannot be followed: {_short(found.get_error())}")
+                    raise RequestError(f"the schema or grammar cannot be enforced: {_short(found.get_error())}")
                 self._compiled[grammar] = found
                 if len(self._compiled) > _KEPT_GRAMMARS:
                     self._compiled.popitem(last=False)
@@ -141,15 +141,17 @@ class Grammars:
             return found.deep_copy()
 
     def _calls(self, functions: Sequence[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[str, Any] | None]]:
-        """Names and normalized parameters. None for a function whose calls cannot be held to its schema, which is warned of. Raises
-        RequestError if such a function is strict."""
+        """Names and normalized parameters; None, with a warning, for a function whose schema cannot be enforced. Raises RequestError if
+        such a function is strict."""
         found: dict[str, dict[str, Any] | None] = {}
         strict = {f["name"] for f in functions if f.get("strict")}
 
         def leave_free(name: str, why: Exception) -> None:
             if name in strict:
-                raise RequestError(f"the parameters of {name} cannot be guaranteed, as strict asks: {why}") from None
-            plan.warnings.append(f"calls of {name} are not held to its schema: {why}")
+                raise RequestError(
+                    f"the parameters of {name} cannot be guaranteed, as strict requires: {why}"
+                ) from None
+            plan.warnings.append(f"calls of {name} are not constrained to its schema: {why}")
             found[name] = None
 
         for function in functions:
@@ -161,7 +163,9 @@ class Grammars:
                 leave_free(name, error)
                 continue
             if parameters.dropped:
-                plan.warnings.append(f"calls of {name} are held to its schema but for {', '.join(parameters.dropped)}")
+                plan.warnings.append(
+                    f"calls of {name} are constrained to its schema except for {', '.join(parameters.dropped)}"
+                )
             found[name] = parameters.schema
         try:
             self.matcher(self._call_grammar(list(found.items())))
@@ -174,16 +178,16 @@ class Grammars:
         return list(found.items())
 
     def _call_grammar(self, calls: Sequence[tuple[str, dict[str, Any] | None]]) -> str:
-        """One call, but for its opening tag: the model has written it."""
+        """The grammar of one call, without its opening tag: the model has written it."""
         return f"start: {self.family.call_lead}call\n" + self.family.call_rules(calls, False, self._tag)
 
     def _format(self, form: OutputFormat, plan: Plan) -> str:
-        """Rules, of which `form` is one."""
+        """Grammar rules that define `form`."""
         if form.kind == "regex":
             return f"form: /{llguidance.regex_to_lark(form.value)}/\n"
         if form.kind == "choice":
             if not form.value:
-                raise RequestError("a choice must have at least one text")
+                raise RequestError("a choice must have at least one string")
             return f"form: {' | '.join(json.dumps(text, ensure_ascii=False) for text in form.value)}\n"
         if form.kind == "grammar":
             return f"form: %lark {{\n{form.value}\n}}\n"
@@ -192,14 +196,14 @@ class Grammars:
             self._check_words(schema.schema)
         except UnsupportedSchemaError as error:
             hint = " (without strict it is left out)" if form.strict else ""
-            raise RequestError(f"the schema cannot be followed: {error}{hint}") from None
+            raise RequestError(f"the schema cannot be enforced: {error}{hint}") from None
         if schema.dropped:
-            plan.warnings.append(f"the answer is held to its schema but for {', '.join(schema.dropped)}")
+            plan.warnings.append(f"the answer is constrained to its schema except for {', '.join(schema.dropped)}")
         return json_rule("form", schema.schema)
 
     def _check_words(self, schema: Any) -> None:
-        """Raises UnsupportedSchemaError for a schema with words that cannot be written without control tokens: as text they would be
-        forced, and what is forced is written with the fewest tokens."""
+        """Raises UnsupportedSchemaError if a string of the schema contains a control token: the grammar would force that text, and forced
+        text is written with the fewest tokens."""
         open_ = [schema]
         while open_:
             here = open_.pop()
@@ -216,16 +220,16 @@ class Grammars:
             open_ += here.values() if isinstance(here, dict) else here if isinstance(here, list) else ()
 
     def _tag(self, text: str) -> str:
-        """A control token, whatever the tokenizer thinks of it; else the text."""
+        """The text as a single token, if it is one, whether or not the tokenizer counts it as special; else the text."""
         ids = self.tokenizer.tokenize_str(text, parse_special=True)
         return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(text)
 
 
 class Guide:
-    """One answer's way through its phases: a sampling Constraint."""
+    """A sampling Constraint that takes one answer through its phases."""
 
     def __init__(self, plan: Plan, reasoning: bool) -> None:
-        """Raises RequestError for a grammar that cannot be followed."""
+        """Raises RequestError if the grammar cannot be enforced."""
         self._grammars = plan.grammars
         self._tokenizer = plan.grammars.llm.tokenizer
         self._reasoning = reasoning
@@ -249,8 +253,8 @@ class Guide:
             self._forced = self._tokenizer.encode(self._family.reasoning_begin).tolist()
 
     def mask(self, logits: F32) -> F32:
-        """Logits (vocab,) in which tokens that may not come are -inf; the same array where all may. Raises RequestError if the
-        grammar has become too much to follow."""
+        """Logits (vocab,) with -inf for tokens that are not allowed; the same array if all are. Raises RequestError if the grammar has
+        become too complex."""
         if self._reasoning:
             if self._left == 0 and not self._forced:
                 self._forced = self._tokenizer.encode(self._family.reasoning_close).tolist()
@@ -269,7 +273,7 @@ class Guide:
             self._bits = llguidance.numpy.allocate_token_bitmask(1, self._grammars.vocab_size)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
         if self._matcher.is_error():
-            raise RequestError(f"the schema cannot be followed further: {_short(self._matcher.get_error())}")
+            raise RequestError(f"the schema cannot be enforced any further: {_short(self._matcher.get_error())}")
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._grammars.vocab_size].astype(bool)
         return np.where(allowed, logits, np.float32(-np.inf))
 
@@ -285,7 +289,7 @@ class Guide:
         if self._matcher is not None:
             self._consume([token])
             if self._matcher.is_stopped() and self._matcher is not self._whole:
-                self._matcher, self._tail = None, ""  # the call has ended; the text is free again
+                self._matcher, self._tail = None, ""  # the call has ended; what follows is unconstrained
             return
         if token in self._tokenizer.eos_ids:
             return
@@ -305,18 +309,18 @@ class Guide:
             self._feed(rest)
 
     def _feed(self, text: str) -> None:
-        """Text that came in one token with the tag before it."""
+        """Consumes text that came in the same token as the tag before it."""
         if text:
             self._consume(self._grammars.tokenizer.tokenize_str(text))
 
     def _consume(self, tokens: list[int]) -> None:
         for token in tokens:
             if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-                raise RequestError(f"the schema cannot be followed further: {_short(self._matcher.get_error())}")
+                raise RequestError(f"the schema cannot be enforced any further: {_short(self._matcher.get_error())}")
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments; one that names none takes none."""
+    """The schema of a function's arguments; a function that declares no arguments takes none."""
     schema: dict[str, Any] = function.get("parameters") or {}
     if schema.get("properties") or schema.keys() & _SAYS_MORE:
         return schema

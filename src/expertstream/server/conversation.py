@@ -1,4 +1,4 @@
-"""A conversation of any API as the messages that chat templates take."""
+"""A conversation from any API as the messages that chat templates take."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ __all__ = ["Conversation", "call_arguments", "not_shown"]
 
 @dataclass
 class Conversation:
-    """Collects messages in their order; messages() gives them to a template."""
+    """Collects messages in order; messages() returns them for a template."""
 
     _entries: list[dict[str, Any]] = field(default_factory=list)
-    _names: dict[str, str] = field(default_factory=dict)  # of the functions that were called, by the calls' ids
+    _names: dict[str, str] = field(default_factory=dict)  # names of the called functions, by call id
 
     def system(self, text: str) -> None:
-        """Instructions of the system or the developer, wherever they stand."""
+        """Instructions of the system or the developer, at any position."""
         self._entries.append({"role": "system", "content": text})
 
     def user(self, text: str) -> None:
         self._entries.append({"role": "user", "content": text})
 
     def assistant(self, text: str, reasoning: str | None = None) -> None:
-        """Something the assistant said; calls follow by call()."""
+        """A message of the assistant; call() adds its calls."""
         entry: dict[str, Any] = {"role": "assistant", "content": text}
         if reasoning is not None:
             entry["reasoning_content"] = reasoning
         self._entries.append(entry)
 
     def extend(self, text: str = "", reasoning: str | None = None) -> None:
-        """More of what the assistant says in its present turn."""
+        """Adds to the assistant's current turn."""
         entry = self._turn()
         entry["content"] += text
         if reasoning is not None:
             entry["reasoning_content"] = entry.get("reasoning_content", "") + reasoning
 
     def call(self, call_id: str, name: str, arguments: Any) -> None:
-        """A function call of the assistant's present turn."""
+        """Adds a function call to the assistant's current turn."""
         function = {"name": name, "arguments": call_arguments(arguments)}
         call = {"type": "function", "function": function} | ({"id": call_id} if call_id else {})
         self._turn().setdefault("tool_calls", []).append(call)
@@ -48,7 +48,7 @@ class Conversation:
             self._names[call_id] = name
 
     def tool(self, call_id: str, text: str) -> None:
-        """What a called function returned."""
+        """Adds the result of a function call."""
         entry = {"role": "tool", "content": text}
         if call_id:
             entry["tool_call_id"] = call_id
@@ -62,14 +62,14 @@ class Conversation:
         return self._entries[-1]
 
     def take_prefill(self) -> str:
-        """If the assistant speaks last, takes its message away and returns it: the answer continues it. Raises RequestError if that
-        message is not only text, or stands alone."""
+        """If the last message is the assistant's, removes and returns it: the answer continues it. Raises RequestError if it has more than
+        text, or is the only message."""
         if not self._entries or self._entries[-1]["role"] != "assistant":
             return ""
         last = self._entries.pop()
         if set(last) != {"role", "content"} or not self._entries:
             raise RequestError(
-                "the last message is the assistant's and holds more than text; end with a user's message or a tool's result"
+                "the last message is the assistant's and has more than text; end with a user message or a tool result"
             )
         return str(last["content"]).rstrip()
 
@@ -78,8 +78,8 @@ class Conversation:
 
 
 def call_arguments(value: Any) -> dict[str, Any]:
-    """A call's arguments in history as an object, whatever a client made of them: an object, its JSON text, nothing, or a text that was
-    cut off. What is no object at all becomes one with the single key "arguments"."""
+    """A call's arguments in history as an object, from whatever the client sent: an object, its JSON text, truncated JSON, or nothing.
+    Anything else becomes an object with the single key "arguments"."""
     found = value
     if isinstance(value, str):
         if not value.strip():
@@ -99,5 +99,5 @@ def call_arguments(value: Any) -> dict[str, Any]:
 
 
 def not_shown(what: str, title: str = "") -> str:
-    """What stands in history for something that a model of text cannot be given."""
+    """The placeholder in history for content that a text model cannot read."""
     return f"[{what}{f' {title!r}' if title else ''} omitted: this model reads text only]"

@@ -1,4 +1,4 @@
-"""Errors, in the shape of the API that was asked, and in words that its clients know."""
+"""Errors in the format of the requested API, in words that its clients know."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("expertstream")
 
 
 class RefusedError(Exception):
-    """A request that is refused before the engine is asked."""
+    """A request that is refused before it reaches the engine."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
         super().__init__(message)
@@ -37,10 +37,10 @@ def note(request: Request, **what: Any) -> None:
 
 
 def public_text(name: str, *folders: Path) -> Callable[[str], str]:
-    """A function that writes the model's name in the place of these folders, and of every file in them: where files lie on the server is
-    not for its clients. The log has the messages as they are."""
+    """A function that replaces these folders, and every file in them, with the model's name: clients need not know where files are on the
+    server. The log has the unchanged messages."""
     paths = {str(p) for folder in folders for p in (folder, folder.absolute(), folder.resolve())}
-    # A relative path of one word may be a word of a message, where no slash follows it.
+    # A relative path of one word may be an ordinary word of a message, unless a slash follows.
     ends = {path: r"(?:/[^:\n]*|(?=:|\s|$))" if "/" in path else r"/[^:\n]*" for path in paths}
     found = sorted((p for p in paths if p != "/"), key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<![\w./-]){re.escape(path)}{ends[path]}" for path in found) or "(?!)")
@@ -48,9 +48,9 @@ def public_text(name: str, *folders: Path) -> Callable[[str], str]:
 
 
 def stream_error(request: Request, error: BaseException) -> dict[str, Any]:
-    """An error that comes after a stream has begun, as the body of its last event. The log's line has its status, not the 200 that
-    was sent."""
-    found = error if isinstance(error, ExpertStreamError) else ExpertStreamError("the server failed; its log says how")
+    """An error after a stream has begun, as the body of its last event. The access log has the error's status, not the 200 that was
+    sent."""
+    found = error if isinstance(error, ExpertStreamError) else ExpertStreamError("the server failed; see its log")
     if found is not error:
         _log.error("a stream failed", exc_info=error)
     status, message, kind, code, _ = _described(request, found)
@@ -135,19 +135,19 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if error.status_code in (404, 405):
         routes = [f"{' '.join(sorted((r.methods or set()) - {'HEAD'}))} {r.path}" for r in request.app.routes]
-        message = f"there is no {request.method} {request.url.path} here; there are {', '.join(routes)}".replace(
+        message = f"there is no {request.method} {request.url.path}; available: {', '.join(routes)}".replace(
             ":path}", "}"
         )
     return _error(request, error.status_code, message, kind, headers=error.headers)
 
 
 async def _went_away(request: Request, error: Exception) -> Response:
-    note(request, error="the client went away")
+    note(request, error="the client disconnected")
     return Response(status_code=499)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return _error(request, 500, "the server failed; its log says how", "server_error")
+    return _error(request, 500, "the server failed; see its log", "server_error")
 
 
 HANDLERS: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""A line of JSON for each request on standard error, its count, and the headers that every answer has."""
+"""The access log (a line of JSON for each request on standard error), the request count, and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["AccessLog"]
 
 _log = logging.getLogger("expertstream.access")
 _ID = re.compile(r"[\w.:-]{1,128}")
-_LONGEST = 300  # characters of a value that comes from outside
+_LONGEST = 300  # characters of a value from a client
 
 
 class AccessLog:
-    """Around an ASGI application. limits: how many requests may be here at a time, and how many more may come now."""
+    """Wraps an ASGI application. limits: how many requests are accepted at a time, and how many more are accepted now."""
 
     def __init__(
         self, app: ASGIApp, metrics: Metrics, paths: Collection[str], limits: Callable[[], tuple[int, int]]
@@ -47,7 +47,7 @@ class AccessLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 if "content-length" in given and "transfer-encoding" in given:
-                    headers["connection"] = "close"  # where the body ended, another reader may see otherwise
+                    headers["connection"] = "close"  # another reader may disagree on where the body ends
                 headers["x-request-id"] = headers["request-id"] = request_id
                 if scope["method"] == "POST":
                     self._tell_limits(headers)
@@ -59,7 +59,7 @@ class AccessLog:
             await self._app(scope, receive, watch)
         finally:
             status = notes.pop("status", status)
-            # Only paths that there are, so that nobody can make up labels.
+            # Only existing paths, so that clients cannot create labels.
             path = scope["path"] if scope["path"] in self._paths else "other"
             self.metrics.requests.labels(path, str(status)).inc()
             line: dict[str, Any] = {
@@ -77,7 +77,7 @@ class AccessLog:
             _log.info(json.dumps({k: v[:_LONGEST] if isinstance(v, str) else v for k, v in line.items()}))
 
     def _tell_limits(self, headers: MutableHeaders) -> None:
-        """Under both APIs' names. A place in the queue is free again as soon as an answer ends."""
+        """Sets the limits under both APIs' names. A place in the queue is free again as soon as an answer ends."""
         limit, remaining = self._limits()
         for name, value in (("limit", str(limit)), ("remaining", str(remaining))):
             headers[f"x-ratelimit-{name}-requests"] = headers[f"anthropic-ratelimit-requests-{name}"] = value

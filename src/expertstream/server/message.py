@@ -1,4 +1,4 @@
-"""Anthropic's wire format: an answer as a message, and as a stream's events."""
+"""Anthropic's wire format: an answer as a message, and as stream events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MessageAnswer(Answer):
         super().__init__(parser, one_call)
         self.id, self.model, self._prompt_tokens = f"msg_{uuid.uuid4().hex[:24]}", model, prompt_tokens
         self._blocks: list[dict[str, Any]] = []
-        self._open = False  # the last block may go on
+        self._open = False  # the last block is still open
 
     def begin(self) -> list[dict[str, Any]]:
         message = {**self.whole(), "content": [], "stop_reason": None, "stop_sequence": None}
@@ -75,7 +75,7 @@ class MessageAnswer(Answer):
         return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
 
     def whole(self) -> dict[str, Any]:
-        """The message so far, or in the end."""
+        """The message so far, or the complete one."""
         stop, cached, generated = "", 0, 0
         if self.stats is not None:
             stop, cached, generated = self.stats.stop_string, self.stats.cached_tokens, self.stats.generated_tokens
@@ -93,5 +93,5 @@ class MessageAnswer(Answer):
 
 
 def error_event(message: str, kind: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An error in this API's shape, as a body and as an event."""
+    """An error in this API's format, as a body and as an event."""
     return {"type": "error", "error": {"type": kind, "message": message} | ({"details": details} if details else {})}

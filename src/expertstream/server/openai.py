@@ -29,8 +29,8 @@ __all__ = [
 
 MAX_PROMPTS = 128
 MAX_STOPS, MAX_STOP_LENGTH = 16, 512
-_ACCOUNTS = "this server keeps no accounts"
-_PREFIXES = "prefixes are always kept"
+_ACCOUNTS = "this server has no user accounts"
+_PREFIXES = "prefixes are always cached"
 _UNSEEN = {
     "image_url": "image",
     "input_image": "image",
@@ -41,7 +41,7 @@ _UNSEEN = {
 
 
 class Part(Wire):
-    """A part of a message's content. What is not text has further fields of its own."""
+    """A part of a message's content. Non-text parts have additional fields."""
 
     type: str = "text"
     text: str | None = None
@@ -50,13 +50,13 @@ class Part(Wire):
     filename: str | None = None
     cache_control: Any = ignored(_PREFIXES)
     prompt_cache_breakpoint: Any = ignored(_PREFIXES)
-    annotations: Any = ignored("what earlier answers carried")
-    logprobs: Any = ignored("what earlier answers carried")
-    detail: Any = ignored("named in place of the image")
-    file_data: Any = ignored("named in place of the file")
-    file_id: Any = ignored("named in place of the file")
-    image_url: Any = ignored("named in place of the image")
-    input_audio: Any = ignored("named in place of the recording")
+    annotations: Any = ignored("copied from earlier answers")
+    logprobs: Any = ignored("copied from earlier answers")
+    detail: Any = ignored("a placeholder replaces the image")
+    file_data: Any = ignored("a placeholder replaces the file")
+    file_id: Any = ignored("a placeholder replaces the file")
+    image_url: Any = ignored("a placeholder replaces the image")
+    input_audio: Any = ignored("a placeholder replaces the recording")
 
 
 Content = str | Annotated[list[Part], Field(max_length=4096, fail_fast=True)]
@@ -65,7 +65,7 @@ Content = str | Annotated[list[Part], Field(max_length=4096, fail_fast=True)]
 class CalledFunction(Wire):
     name: str
     arguments: Any = None
-    parsed_arguments: Any = ignored("what a client's library adds")
+    parsed_arguments: Any = ignored("added by client libraries")
 
 
 class ToolCall(Wire):
@@ -73,28 +73,28 @@ class ToolCall(Wire):
     type: str = "function"
     function: CalledFunction | None = None
     custom: dict[str, Any] | None = None
-    index: Any = ignored("the calls' order says it")
-    provider_specific_fields: Any = ignored("what a client's library adds")
-    extra_content: Any = ignored("what other servers add")
-    caller: Any = ignored("all calls are the model's own")
+    index: Any = ignored("calls are identified by order")
+    provider_specific_fields: Any = ignored("added by client libraries")
+    extra_content: Any = ignored("added by other servers")
+    caller: Any = ignored("the model makes all calls")
 
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = ""
-    name: str | None = Field(default=None, description="used for a function's result")
+    name: str | None = Field(default=None, description="used for function results")
     tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] = []
     tool_call_id: str = ""
     reasoning_content: str | None = None
-    reasoning: Any = Field(default=None, description="read as reasoning_content if that is absent")
+    reasoning: Any = Field(default=None, description="used if reasoning_content is absent")
     function_call: CalledFunction | None = None
-    refusal: Any = ignored("what earlier answers carried")
-    annotations: Any = ignored("what earlier answers carried")
-    audio: Any = ignored("what earlier answers carried")
-    parsed: Any = ignored("what a client's library adds")
-    reasoning_details: Any = ignored("what other servers add")
-    provider_specific_fields: Any = ignored("what a client's library adds")
-    thinking_blocks: Any = ignored("what a client's library adds")
+    refusal: Any = ignored("copied from earlier answers")
+    annotations: Any = ignored("copied from earlier answers")
+    audio: Any = ignored("copied from earlier answers")
+    parsed: Any = ignored("added by client libraries")
+    reasoning_details: Any = ignored("added by other servers")
+    provider_specific_fields: Any = ignored("added by client libraries")
+    thinking_blocks: Any = ignored("added by client libraries")
     cache_control: Any = ignored(_PREFIXES)
 
 
@@ -114,8 +114,8 @@ class StreamOptions(Wire):
 
 
 class NamedSchema(Wire):
-    name: Any = ignored("the schema says it")
-    description: Any = ignored("the schema says it")
+    name: Any = ignored("only the schema is used")
+    description: Any = ignored("only the schema is used")
     schema_: dict[str, Any] = Field(default={}, alias="schema")
     strict: bool = False
 
@@ -127,7 +127,7 @@ class ResponseFormat(Wire):
 
 
 class StructuredOutputs(Wire):
-    """As vLLM has it; one of these."""
+    """As in vLLM; only one of these may be given."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool = False
@@ -137,19 +137,19 @@ class StructuredOutputs(Wire):
 
 
 class ReasoningSwitch(Wire):
-    """How other servers of this API spell it: DeepSeek's and GLM's `thinking`, OpenRouter's `reasoning`."""
+    """Variants of other servers of this API: DeepSeek's and GLM's `thinking`, OpenRouter's `reasoning`."""
 
     type: str | None = None
     enabled: bool | None = None
     effort: str | None = None
     budget_tokens: int | None = None
     max_tokens: int | None = None
-    exclude: Any = ignored("reasoning is sent in a field of its own")
-    summary: Any = ignored("reasoning is sent whole")
+    exclude: Any = ignored("reasoning is sent in its own field")
+    summary: Any = ignored("reasoning is sent in full")
 
 
 class Sampling(Wire):
-    """What both kinds of request have."""
+    """The fields that all of OpenAI's requests have in common."""
 
     model: str = ""
     max_tokens: int | None = None
@@ -174,21 +174,21 @@ class Sampling(Wire):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     user: Any = ignored(_ACCOUNTS)
-    service_tier: Any = ignored("all requests are served alike")
+    service_tier: Any = ignored("all requests are treated the same")
     store: Any = ignored("answers are not stored")
     metadata: Any = ignored("answers are not stored")
     prompt_cache_key: Any = ignored(_PREFIXES)
     prompt_cache_retention: Any = ignored(_PREFIXES)
     prompt_cache_options: Any = ignored(_PREFIXES)
     safety_identifier: Any = ignored(_ACCOUNTS)
-    moderation: Any = ignored("nothing is moderated")
+    moderation: Any = ignored("there is no moderation")
 
     def sampling(self) -> dict[str, Any]:
         """Keywords of LLM.sampling_params(). Raises RequestError."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         stops = [stop for stop in stops if stop]
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-            raise RequestError(f"stop: at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters")
+            raise RequestError(f"stop must be at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters each")
         biases = {token: bias for token, bias in self.logit_bias.items() if bias is not None}
         penalty = self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
         return {
@@ -199,7 +199,7 @@ class Sampling(Wire):
         }  # fmt: skip
 
     def format(self) -> OutputFormat | None:
-        """The form that the answer must have. Raises RequestError."""
+        """The required format of the answer. Raises RequestError."""
         found = []
         if self.response_format is not None:
             found.append(json_format(self.response_format))
@@ -218,7 +218,7 @@ class Sampling(Wire):
         given = [form for form in found if form is not None]
         if len(given) > 1:
             raise RequestError(
-                "the answer can have one form: give one of response_format, structured_outputs and guided_*"
+                "the answer can have only one format; give one of response_format, structured_outputs and guided_*"
             )
         return given[0] if given else None
 
@@ -240,17 +240,17 @@ class ChatRequest(Sampling):
     reasoning: ReasoningSwitch | None = None
     thinking_budget: int | None = None
     modalities: list[str] = []
-    prediction: Any = ignored("it could only change the speed")
-    verbosity: Any = ignored("no template has it")
-    web_search_options: Any = ignored("this server does not search", warn=True)
+    prediction: Any = ignored("it only affects speed")
+    verbosity: Any = ignored("no chat template supports it")
+    web_search_options: Any = ignored("this server has no web search", warn=True)
     audio: Any = refused("this model writes text only")
-    functions: Any = refused("give tools")
-    function_call: Any = refused("give tool_choice")
+    functions: Any = refused("use tools")
+    function_call: Any = refused("use tool_choice")
 
     def generation_request(self) -> GenerationRequest:
         """Raises RequestError."""
         if any(kind != "text" for kind in self.modalities):
-            raise RequestError(f"modalities: this model writes text only, not {', '.join(self.modalities)}")
+            raise RequestError(f"modalities: this model writes text only; got {', '.join(self.modalities)}")
         sampling = self.sampling()
         if self.max_completion_tokens is not None:
             sampling["max_tokens"] = _unless_negative(self.max_completion_tokens)
@@ -337,19 +337,19 @@ class CompletionRequest(Sampling):
             given["max_tokens"] = 16
         elif self.max_tokens == 0:
             if not self.echo:
-                raise RequestError("max_tokens must be greater than 0, unless echo is true")
+                raise RequestError("max_tokens must be at least 1 unless echo is true; got 0")
             given["max_tokens"] = 1  # its logits come with the prompt's; it is not sent
         return {**given, "logprobs": self.logprobs}
 
 
 def _unless_negative(value: int | None) -> int | None:
-    """-1 is how several servers spell "not given"."""
+    """Several servers use -1 for "not given"."""
     return None if value == -1 else value
 
 
 def text_of(content: Content, where: str, seen: bool) -> str:
-    """Content as text. What is no text is named in its place, where the model has `seen` it: earlier in the conversation, or from a
-    tool. Raises RequestError where it is a user's and new."""
+    """Content as text. Non-text parts that the model has `seen`, earlier in the conversation or from a tool, become placeholders. Raises
+    RequestError for the user's new ones."""
     if isinstance(content, str):
         return content
     found = []
@@ -361,7 +361,7 @@ def text_of(content: Content, where: str, seen: bool) -> str:
         elif part.type == "refusal":
             found.append(part.refusal or "")
         elif not seen:
-            raise RequestError(f"{where}.{i}: this model reads text only, not {part.type}")
+            raise RequestError(f"{where}.{i}: this model reads text only; got {part.type}")
         else:
             title = part.filename or (part.file or {}).get("filename") or ""
             found.append(not_shown(_UNSEEN.get(part.type, part.type.replace("_", " ")), str(title)))
@@ -369,13 +369,13 @@ def text_of(content: Content, where: str, seen: bool) -> str:
 
 
 def functions_of(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The functions among a request's tools, and warnings of those that are none. Raises RequestError."""
+    """The functions among a request's tools, and warnings about the other tools. Raises RequestError."""
     found, skipped = [], dict[str, None]()
     for i, tool in enumerate(tools):
         if (tool.get("type") or "function") != "function":
             skipped[str(tool.get("type"))] = None
             continue
-        # Chat completions have the function in an object of its own, responses beside the type.
+        # Chat completions nest the function in an object, responses put its fields beside the type.
         nested = isinstance(tool.get("function"), dict)
         function = check_part(Function, tool["function"] if nested else tool, f"tools.{i}" + ".function" * nested)
         found.append({k: getattr(function, k) for k in ("name", "description", "parameters", "strict")})
@@ -389,10 +389,10 @@ def read_thinking(
     budget: int | None = None,
     variables: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], int | None]:
-    """Variables for the template, and the most tokens of reasoning. Raises RequestError."""
+    """Template variables, and the limit of reasoning tokens. Raises RequestError."""
     for name in ("messages", "tools"):
         if name in (variables or {}):
-            raise RequestError(f"chat_template_kwargs: {name} must be given as {name} of the request")
+            raise RequestError(f"chat_template_kwargs must not contain {name}; use the request's own {name}")
     for given in switches:
         if given is None:
             continue
@@ -430,7 +430,7 @@ def choose_tools(given: Any) -> tuple[str, list[str]]:
 
 
 def json_format(given: ResponseFormat) -> OutputFormat | None:
-    """response_format, as OpenAI's API has it and as llama.cpp's server does."""
+    """response_format, in the forms of OpenAI's API and of llama.cpp's server."""
     if given.type == "text":
         return None
     if given.json_schema is not None:

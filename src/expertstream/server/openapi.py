@@ -1,4 +1,4 @@
-"""The OpenAPI document, made from what requests are checked against."""
+"""The OpenAPI document, generated from the classes that validate requests."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["document"]
 
 _REFUSALS = {
     "400": "what is wrong with the request",
-    "401": "no key, or a wrong one",
+    "401": "the API key is missing or wrong",
     "404": "no such model",
-    "408": "the body took too long",
-    "413": "too large",
-    "415": "not JSON",
-    "429": "too many are waiting",
-    "503": "stopping",
-    "504": "the answer took longer than an answer may",
+    "408": "the body did not arrive in time",
+    "413": "the body is too large",
+    "415": "the body is not JSON",
+    "429": "the queue is full",
+    "503": "the server is shutting down",
+    "504": "the answer exceeded the time limit",
 }
 
 
 def document(name: str) -> dict[str, Any]:
-    """Of a server whose model is called `name`."""
+    """The document of a server whose model is called `name`."""
     kinds: list[type[BaseModel]] = [ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountRequest]
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
@@ -50,15 +50,15 @@ def document(name: str) -> dict[str, Any]:
     path = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "expertstream", "version": "1", "description": f"The model here is called {name}."},
+        "info": {"title": "expertstream", "version": "1", "description": f"This server's model is called {name}."},
         "paths": {
-            "/v1/chat/completions": post(ChatRequest, "A chat's answer, as OpenAI's API gives it"),
-            "/v1/completions": post(CompletionRequest, "A text's continuation, as OpenAI's API gives it"),
-            "/v1/responses": post(ResponsesRequest, "A response, as OpenAI's newer API gives it, without state"),
-            "/v1/messages": post(MessagesRequest, "A message, as Anthropic's API gives it"),
-            "/v1/messages/count_tokens": post(CountRequest, "How many tokens a message would be"),
-            "/v1/models": get("The models here"),
-            "/v1/models/{name}": get("One of them", parameters=[path]),
+            "/v1/chat/completions": post(ChatRequest, "Chat completion, as in OpenAI's API"),
+            "/v1/completions": post(CompletionRequest, "Text completion, as in OpenAI's API"),
+            "/v1/responses": post(ResponsesRequest, "Response, as in OpenAI's newer API, without state"),
+            "/v1/messages": post(MessagesRequest, "Message, as in Anthropic's API"),
+            "/v1/messages/count_tokens": post(CountRequest, "Number of tokens in a request for a message"),
+            "/v1/models": get("The models of this server"),
+            "/v1/models/{name}": get("One model", parameters=[path]),
             "/health": get("Whether requests are answered"),
             "/metrics": get("Prometheus metrics", "text/plain"),
             "/status": get("The status page's numbers"),

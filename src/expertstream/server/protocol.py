@@ -1,4 +1,4 @@
-"""Connections: a client that says nothing, or too slowly, does not keep one; there are never more than file descriptors for them."""
+"""Connections: idle and slow clients are disconnected, and there are never more connections than file descriptors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["HEAD_SECONDS", "Protocol", "raise_file_limit"]
 
-HEAD_SECONDS = 20.0  # from a connection's beginning, or the answer before, to the whole head of a request
+HEAD_SECONDS = 20.0  # from the start of a connection, or the previous answer, to the complete head of a request
 OTHER_FILES = 128  # descriptors that are not connections: expert files, prefixes on disk, logs
 _log = logging.getLogger("expertstream")
 
 
 def raise_file_limit() -> int:
-    """Raises the limit of open files to what is allowed; returns how many connections there may be."""
+    """Raises the open file limit to the hard limit; returns the maximum number of connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
         except (OSError, ValueError):
-            _log.debug("the limit of open files stays at %d", soft)
+            _log.debug("the open file limit stays at %d", soft)
     files = 1 << 20 if soft == resource.RLIM_INFINITY else soft
     return max(16, min(4096, files - OTHER_FILES))
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 of one connection. max_connections: of the whole process; the ones beyond are closed at once."""
+    """HTTP/1.1 on one connection. max_connections: for the whole process; further ones are closed at once."""
 
     max_connections = 4096
     _timer: asyncio.TimerHandle | None = None
@@ -54,7 +54,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _waiting(self) -> bool:
-        """For the head of a request: none has come, or the one before is answered."""
+        """Whether the head of a request is awaited: none has arrived, or the previous one has been answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _stop_timer(self) -> None:

@@ -1,4 +1,4 @@
-"""What a client wants, whatever API it speaks, and what the engine is given for it."""
+"""Requests independent of their API, and their preparation for the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops import I64
 from ..sampling import Constraint, SamplingParams
 from ..text.control import ChatPrompt
 from ..text.family import Family, Parser
-from ..tokenizer import MAX_COUNTED
+from ..text.tokenizer import MAX_COUNTED
 from .constrain import Grammars, OutputFormat
 
 __all__ = [
@@ -32,17 +32,17 @@ MAX_ANSWERS = 128
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How the server renders prompts. parse_control_tokens: text of messages may contain control tokens."""
+    """How the server renders prompts. parse_control_tokens: message text may contain control tokens."""
 
     parse_control_tokens: bool = False
 
 
 @dataclass
 class GenerationRequest:
-    """messages: as chat templates take them. sampling: keywords of LLM.sampling_params(). functions: {"name", "description",
-    "parameters", "strict"}. choice: none, auto, required, or named, and then `named` lists which. template: variables for the chat
-    template, only those that were asked for. reasoning_budget: tokens after which reasoning is closed. prefill: the beginning of the
-    answer, which the model continues without reasoning first."""
+    """messages: as chat templates take them. sampling: keywords of LLM.sampling_params(). functions: {"name", "description", "parameters",
+    "strict"}. choice: none, auto, required, or named, and then `named` lists the functions. template: variables for the chat template, only
+    those that the client asked for. reasoning_budget: tokens after which reasoning is closed. prefill: the beginning of the answer, which
+    the model continues without reasoning first."""
 
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
@@ -60,7 +60,7 @@ class GenerationRequest:
 @dataclass
 class Prepared:
     """A request as the engine takes it. constraints: one for each answer. one_call: the answer ends after its first call. held: calls
-    follow a grammar; typed: those of these functions their schemas too. prompt_logprobs: how many alternatives to report with each
+    follow a grammar. typed: functions whose calls also follow their schemas. prompt_logprobs: how many alternatives to report with each
     token of the prompt."""
 
     tokens: I64
@@ -80,7 +80,7 @@ class Prepared:
 
 
 def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: int, options: PromptOptions) -> Prepared:
-    """Renders, tokenizes, and finds the grammar. Slow for long texts: not for the event loop. Raises RequestError, UsageError."""
+    """Renders, tokenizes, and compiles the grammar. Slow for long texts: not for the event loop. Raises RequestError, UsageError."""
     functions = _distinct(request.functions)
     names = [f["name"] for f in functions]
     for name in request.named:
@@ -101,7 +101,7 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
         return Prepared(np.zeros(llm.tokenizer.count(prompt.parts)[0], np.int64), llm.sampling_params(), family, ())
     tokens = llm.tokenizer.encode(prompt, llm.context_length - 1 if answers else None)
     sampling = {**request.sampling}
-    if offered:  # a penalty for what was read before would be one for the names that a call has to repeat
+    if offered:  # a repetition penalty would penalize the names that a call has to repeat
         sampling.setdefault("repetition_penalty", 1.0)
         if sampling["repetition_penalty"] is None:
             sampling["repetition_penalty"] = 1.0
@@ -136,7 +136,7 @@ def prepare(llm: LLM, grammars: Grammars, request: GenerationRequest, answers: i
 def _render(
     llm: LLM, request: GenerationRequest, tools: list[dict[str, Any]], options: PromptOptions
 ) -> tuple[ChatPrompt, list[str]]:
-    """The prompt. A template that refuses the effort that was asked for, in its own words, is asked without it."""
+    """Renders the prompt. If the template refuses the requested reasoning effort, renders it without, and warns."""
 
     def render(variables: dict[str, Any]) -> ChatPrompt:
         return llm.tokenizer.chat_prompt(
@@ -165,13 +165,13 @@ def prepare_text(
     format_: OutputFormat | None = None,
     prompt_logprobs: int | None = None,
 ) -> Prepared:
-    """A text to continue, or its tokens. Raises RequestError, UsageError."""
+    """Prepares a text to continue, or its tokens. Raises RequestError, UsageError."""
     if isinstance(prompt, str):
         tokens = llm.tokenizer.encode(prompt, llm.context_length - 1)
     elif all(0 <= t < llm.model_config.vocab_size for t in prompt):
         tokens = np.array(prompt, np.int64)
     else:
-        raise RequestError(f"prompt: tokens must be between 0 and {llm.model_config.vocab_size - 1}")
+        raise RequestError(f"prompt: tokens must be from 0 to {llm.model_config.vocab_size - 1}")
     plan = grammars.plan([], False, True, format_, None)
     constraints = [plan.guide(False) for _ in range(answers)]
     return Prepared(
@@ -187,8 +187,8 @@ def prepare_text(
 def thinking_variables(
     effort: str | None = None, switch: bool | None = None, more: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Template variables of what a client asked for, and no others: a template has a default of its own, and some refuse a switch
-    that others need. effort: none and minimal switch reasoning off. switch: an explicit choice. more: chat_template_kwargs."""
+    """Only the template variables that a client asked for: templates have their own defaults, and some refuse a switch that others need.
+    effort: none and minimal turn reasoning off. switch: an explicit choice. more: chat_template_kwargs."""
     found: dict[str, Any] = {}
     if effort in ("none", "minimal"):
         found = {"enable_thinking": False}
@@ -200,7 +200,7 @@ def thinking_variables(
 
 
 def _distinct(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without repetitions. Raises RequestError if two functions of one name differ."""
+    """Functions without duplicates. Raises RequestError if two functions of the same name differ."""
     found: dict[str, dict[str, Any]] = {}
     for function in functions:
         if found.setdefault(function["name"], function) != function:

@@ -22,7 +22,7 @@ from .wire import Wire, check_part, ignored, refused
 
 __all__ = ["ResponseAnswer", "ResponsesRequest"]
 
-_STATELESS = "this server keeps no conversations; send all items as input"
+_STATELESS = "this server does not store conversations; send all items as input"
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -40,29 +40,29 @@ class Item(Wire):
     summary: list[ReasoningText] = []
     call_id: str = ""
     name: str = ""
-    namespace: Any = ignored("functions are known by their names")
+    namespace: Any = ignored("functions are identified by name")
     arguments: Any = None
     input: Any = None
     action: Any = None
     output: Any = None
-    id: Any = ignored("items are known by their order")
+    id: Any = ignored("items are identified by order")
     status: Any = ignored("all items are complete")
     encrypted_content: Any = ignored("reasoning is sent as text")
-    phase: Any = ignored("all messages are alike to the model")
-    internal_chat_message_metadata_passthrough: Any = ignored("what a client adds")
+    phase: Any = ignored("the model does not see it")
+    internal_chat_message_metadata_passthrough: Any = ignored("added by clients")
 
 
 class TextFormat(Wire):
     type: Literal["text", "json_object", "json_schema"]
-    name: Any = ignored("the schema says it")
-    description: Any = ignored("the schema says it")
+    name: Any = ignored("only the schema is used")
+    description: Any = ignored("only the schema is used")
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool = False
 
 
 class TextOptions(Wire):
     format: TextFormat | None = None
-    verbosity: Any = ignored("no template has it")
+    verbosity: Any = ignored("no chat template supports it")
 
 
 class ResponsesRequest(Sampling):
@@ -80,16 +80,16 @@ class ResponsesRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[str] = []
     truncation: Any = ignored("a prompt that is too long is refused")
-    max_tool_calls: Any = ignored("calls are answered by the client")
+    max_tool_calls: Any = ignored("the client runs the calls")
     context_management: Any = ignored("a prompt that is too long is refused")
-    access_programs: Any = ignored("all requests are served alike")
-    client_metadata: Any = ignored("what a client adds")
-    image: Any = ignored("this model makes no images")
-    background: Any = refused("an answer lasts as long as its request")
-    background_options: Any = refused("an answer lasts as long as its request")
+    access_programs: Any = ignored("all requests are treated the same")
+    client_metadata: Any = ignored("added by clients")
+    image: Any = ignored("this model does not generate images")
+    background: Any = refused("an answer does not outlive its request")
+    background_options: Any = refused("an answer does not outlive its request")
     previous_response_id: Any = refused(_STATELESS)
     conversation: Any = refused(_STATELESS)
-    prompt: Any = refused("this server keeps no prompts; send it as instructions or input")
+    prompt: Any = refused("this server does not store prompts; send the text as instructions or input")
 
     def generation_request(self) -> GenerationRequest:
         """Raises RequestError."""
@@ -171,34 +171,34 @@ def _add(found: Conversation, item: Item, where: str, seen: bool) -> None:
         found.tool(item.call_id, output if isinstance(output, str) else json.dumps(output, ensure_ascii=False))
     elif item.type == "item_reference":
         raise RequestError(f"{where}: item_reference is not supported: {_STATELESS}")
-    elif item.type.endswith("_call"):  # of a tool that the hosted API runs
+    elif item.type.endswith("_call"):  # from a tool that the hosted API runs
         found.extend(not_shown(item.type.replace("_", " ")))
     else:
         raise RequestError(f"{where}: items of type {item.type!r} are not supported")
 
 
 class ResponseAnswer(Answer):
-    """The answer to one request; its events are the API's, each with its number in the stream."""
+    """The answer to one request; its events are the API's, with sequence numbers."""
 
     def __init__(self, model: str, prompt_tokens: int, parser: Parser, request: ResponsesRequest) -> None:
         super().__init__(parser, not request.parallel_tool_calls)
         self.id, self.model, self.created = f"resp_{uuid.uuid4().hex}", model, int(time.time())
         self._prompt_tokens, self._request = prompt_tokens, request
         self._output: list[dict[str, Any]] = []
-        self._open: str | None = None  # the type of the item that may go on
+        self._open: str | None = None  # the type of the open item
         self._number = 0
-        self._logprobs: list[dict[str, Any]] = []  # of the text that is still to be sent
+        self._logprobs: list[dict[str, Any]] = []  # of text not sent yet
 
     def begin(self) -> list[dict[str, Any]]:
         response = self.whole("in_progress")
         return [self._event("created", response=response), self._event("in_progress", response=response)]
 
     def heartbeat(self) -> list[dict[str, Any]]:
-        """Clients of this API count events, not comments."""
+        """An in_progress event: for this API's clients, comments do not count as activity."""
         return [self._event("in_progress", response=self.whole("in_progress"))]
 
     def failed(self, error: dict[str, Any]) -> list[dict[str, Any]]:
-        """The last event of a stream that cannot go on."""
+        """The last event of a failed stream."""
         told = {"code": error.get("code") or error.get("type") or "server_error", "message": error["message"]}
         return [self._event("failed", response={**self.whole("failed"), "error": told})]
 
@@ -287,7 +287,7 @@ class ResponseAnswer(Answer):
         return {"type": f"response.{kind}", "sequence_number": self._number - 1, **fields}
 
     def whole(self, status: str | None = None) -> dict[str, Any]:
-        """The response so far, or in the end."""
+        """The response so far, or the complete one."""
         request, status = self._request, status or self.status
         reasoning = request.reasoning or ReasoningSwitch()
         form = request.text.format

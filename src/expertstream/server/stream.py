@@ -1,4 +1,4 @@
-"""Jobs and their answers on the way to a client: as a stream of events, or to the end. A client that disconnects cancels its jobs."""
+"""Sends the answers of jobs to a client, as a stream or when complete. A client that disconnects cancels its jobs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .scheduler import Job
 
 __all__ = ["Dialect", "event_stream", "run_to_end"]
 
-HEARTBEAT_SECONDS = 5.0  # without a byte in a stream
+HEARTBEAT_SECONDS = 5.0  # without a byte in the stream
 Events = list[dict[str, Any]]
 Done = Callable[[GenerationStats | None], None]
 
 
 @dataclass
 class Dialect:
-    """How an API's stream is spoken. begin, heartbeat, end: events of their own. event: what one of an answer's events becomes.
-    whole: the answer without a stream. failed: the last events of a stream that cannot go on, from the error's body. last: what comes
-    after everything. named: events have their type as a name."""
+    """The stream format of an API. begin, heartbeat, end: additional events. event: converts one of an answer's events. whole: the answer
+    without a stream. failed: the last events of a failed stream, from the error's body. last: text after all events. named: events have
+    their type as a name."""
 
     begin: Callable[[], Events]
     heartbeat: Callable[[], Events]
@@ -49,7 +49,7 @@ class Dialect:
 def event_stream(
     request: Request, jobs: Sequence[Job], answers: Sequence[Any], dialect: Dialect, done: Done
 ) -> StreamingResponse:
-    """Server-sent events of all answers; `done` is called with each answer when it has ended."""
+    """Server-sent events of all answers; `done` is called with the stats of each answer at the end."""
 
     async def lines() -> AsyncIterator[str]:
         yield dialect.lines(dialect.begin())
@@ -59,7 +59,7 @@ def event_stream(
                     told = dialect.heartbeat() if events is None else [dialect.event(event) for event in events]
                     yield dialect.lines(told)
             yield dialect.lines(dialect.end()) + dialect.last
-        except Exception as error:  # the status is sent already: the stream says it, in the API's shape
+        except Exception as error:  # the status has been sent already: reported in the stream, in the API's format
             yield dialect.lines(dialect.failed(stream_error(request, error)))
         response.whole = True
 
@@ -68,7 +68,7 @@ def event_stream(
 
 
 async def run_to_end(request: Request, jobs: Sequence[Job], answers: Sequence[Any], done: Done) -> None:
-    """Raises ClientDisconnect if the client does not wait for it: its jobs are cancelled."""
+    """Runs the jobs to their end. If the client disconnects, cancels them and raises ClientDisconnect."""
 
     async def all_of_it() -> None:
         async with contextlib.aclosing(_run(jobs, answers, done)) as events:
@@ -86,13 +86,13 @@ async def run_to_end(request: Request, jobs: Sequence[Job], answers: Sequence[An
 
 
 def _line(event: dict[str, Any]) -> str:
-    """JSON without the characters at which some clients end lines, though the protocol does not."""
+    """JSON without the characters that some clients, unlike the protocol, treat as line ends."""
     text = json.dumps(event, ensure_ascii=False)
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events. Its jobs end with it, also when the client has gone before the first of them."""
+    """Server-sent events. Cancels its jobs when it ends, even if the client disconnected before the first event."""
 
     def __init__(self, request: Request, events: AsyncIterator[str], jobs: Sequence[Job]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -111,7 +111,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _run(jobs: Sequence[Job], answers: Sequence[Any], done: Done) -> AsyncGenerator[Events | None]:
-    """What pieces make of the answers, in the order in which they come; None when no event has come for a while."""
+    """The answers' events, in the order in which they come; None if no event has come for a while."""
     queue: asyncio.Queue[Events | BaseException | None] = asyncio.Queue()
 
     async def pump(job: Job, answer: Any) -> None:

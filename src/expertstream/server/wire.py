@@ -1,4 +1,4 @@
-"""What request bodies of all APIs have in common: null is absence, and every field is honoured, ignored or refused by name."""
+"""The rules of request bodies in all APIs: null means absent, and every field is honoured, ignored or refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HARMLESS: tuple[Any, ...] = ([], {}, "", False, 0)
 
 
 class Wire(BaseModel):
-    """A JSON object. Fields that are not declared are kept aside: parse_request() reports them."""
+    """A JSON object. Undeclared fields are stored separately: parse_request() reports them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -27,8 +27,8 @@ class Wire(BaseModel):
 
 
 def ignored(why: str, warn: bool = False) -> Any:
-    """A field that is accepted and changes nothing; `why` completes the table in docs/serving.md. warn: a client that sends it wants
-    something that it does not get."""
+    """A field that is accepted but has no effect; `why` is shown in the table in docs/serving.md. warn: log it, since the client does not
+    get what it asks for."""
     effect = "ignored, with a warning in the log" if warn else "ignored"
     return Field(default=None, json_schema_extra={"x-effect": effect, "x-why": why})
 
@@ -42,8 +42,8 @@ Request = TypeVar("Request", bound=Wire)
 
 
 def parse_request(kind: type[Request], body: bytes) -> tuple[Request, list[str], list[str]]:
-    """The request, which fields in it are not known, such as "messages.mood", and warnings about others. Raises RequestError that
-    names the field."""
+    """The request, the names of unknown fields such as "messages.mood", and warnings about other fields. Raises RequestError that names the
+    field."""
     try:
         try:
             request = kind.model_validate_json(body)
@@ -57,7 +57,7 @@ def parse_request(kind: type[Request], body: bytes) -> tuple[Request, list[str],
         raise RequestError("body: too deeply nested") from None
     unknown, warnings = dict[str, None](), dict[str, None]()
     for path, name, value, effect, why in _fields(request, ""):
-        # Without numbers, so that the same field is named once however often it comes.
+        # Without indices, so that each field is named only once.
         plain = ".".join(part for part in f"{path}{name}".split(".") if not part.isdigit())
         if effect == "refused" and value not in _HARMLESS:
             raise RequestError(f"{path}{name} is not supported: {why}")
@@ -69,8 +69,7 @@ def parse_request(kind: type[Request], body: bytes) -> tuple[Request, list[str],
 
 
 def _without_halves(body: bytes) -> Any:
-    """JSON in which halves of surrogate pairs, as clients leave them that cut a text inside of a character, are U+FFFD. Raises
-    RequestError."""
+    """JSON in which lone surrogates, from clients that cut a text inside a character, become U+FFFD. Raises RequestError."""
     try:
         text = json.dumps(json.loads(body), ensure_ascii=False)
     except ValueError as error:
@@ -79,7 +78,7 @@ def _without_halves(body: bytes) -> Any:
 
 
 def check_part(kind: type[Request], value: Any, where: str) -> Request:
-    """A part of a request that is checked apart from the rest. Raises RequestError that names the field."""
+    """Validates a part of a request separately. Raises RequestError that names the field."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -87,7 +86,7 @@ def check_part(kind: type[Request], value: Any, where: str) -> Request:
 
 
 def _message(error: ValidationError, where: str) -> str:
-    # Of what may be one thing or another, the error that lies deepest is the one that was meant.
+    # For a union, the deepest error is that of the alternative that was meant.
     first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
     names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "constrained-"))]
     return f"{'.'.join([*([where] if where else []), *names]) or 'body'}: {first['msg']}"

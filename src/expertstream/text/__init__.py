@@ -1,1 +1,1 @@
-"""Texts that a model writes under a schema: what a schema allows, the grammar that holds a model to it, and the reading back."""
+"""Structured model output: schemas, the grammars that constrain a model to them, and the parsers that read its output."""

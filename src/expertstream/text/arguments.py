@@ -1,4 +1,4 @@
-"""The values that a model writes, read by the JSON schemas that they are to fit: the arguments of a call, and JSON that may be cut off."""
+"""Reads values that a model writes according to their JSON schemas: call arguments, and JSON that may be truncated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ArgumentSchemas", "complete_json", "parse_json", "typed_argument"]
 MAX_LITERAL_BYTES = 1 << 20
 MAX_LITERAL_DEPTH = 100
 
-_PYTHON = {"True": "true", "False": "false", "None": "null"}  # what models write that have read much Python
+_PYTHON = {"True": "true", "False": "false", "None": "null"}  # models trained on Python write these
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*')
 _KEYWORDS = {
     "object": ("properties", "required", "additionalProperties", "patternProperties"),
@@ -30,14 +30,14 @@ _KEYWORDS = {
 
 @dataclass(frozen=True)
 class ArgumentSchemas:
-    """What a function's arguments have to fit, through references and combinations: one way, or several that exclude one another."""
+    """A function's argument schemas, with references and combinations expanded: one way, or several mutually exclusive ways."""
 
     root: Any
     ways: tuple[dict[str, Any], ...]
 
     @classmethod
     def of(cls, schema: Any) -> ArgumentSchemas:
-        """schema: of the arguments object, whatever a client sent. Never raises."""
+        """schema: of the arguments object, as the client sent it. Never raises."""
         try:
             return cls(schema, tuple(_objects(schema, schema, 0)) or ({},))
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
@@ -45,30 +45,30 @@ class ArgumentSchemas:
 
     @property
     def several(self) -> bool:
-        """Only all arguments together tell how each is to be read."""
+        """Whether the type of an argument depends on the others."""
         return len(self.ways) > 1
 
     @property
     def names(self) -> list[str]:
-        """Of the arguments that are listed."""
+        """The names of the listed arguments."""
         listed = (
             part.get("properties") for way in self.ways for part in way.get("allOf", ()) if isinstance(part, dict)
         )
         return list(dict.fromkeys(name for found in listed if isinstance(found, dict) for name in found))
 
     def of_one(self, name: str) -> Any:
-        """What one argument has to fit; None if nothing is said."""
+        """The schema of one argument; None if it has none."""
         return _property(self.ways[0], name)
 
     def kinds(self, name: str) -> set[str]:
-        """The types that one argument may have; none where that is not known."""
+        """The types that one argument may have; empty if unknown."""
         try:
             return set(_allowed(self.of_one(name), self.root, 0).kinds)
         except UNDECIDED:
             return set()
 
     def typed(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        """All arguments of a call, in the first way that they fit. Never raises: see typed_argument."""
+        """All arguments of a call, read in the first way that fits. Never raises: see typed_argument."""
         found = [
             {k: typed_argument(text, _property(way, k), self.root) for k, text in texts.items()} for way in self.ways
         ]
@@ -77,10 +77,10 @@ class ArgumentSchemas:
 
 
 def typed_argument(text: str, schema: Any, root: Any = None) -> Any:
-    """The text as its JSON schema wants it, where it can be read so; else the text, for the function to complain of.
+    """An argument's text as a value of its JSON schema; if it cannot be read as one, the text itself, for the function to reject.
 
-    A string is the text as it stands. "null" is null where null is allowed, and a string of JSON, with its quotes, is read where the schema
-    lists its strings or allows null beside them. Lists and objects may be spelled as in Python. root: what references in the schema are to.
+    A string is the unchanged text. "null" is null where null is allowed, and a quoted JSON string is decoded where the schema lists its
+    strings or also allows null. Lists and objects may be written in Python syntax. root: the document that references refer to.
     Never raises.
     """
     if not isinstance(schema, dict):
@@ -107,14 +107,14 @@ def _typed(text: str, schema: dict[str, Any], root: Any) -> Any:
     for value in candidates:
         if _fits(value, schema, root) is not False:
             return value
-    for value in _parsed(text, set()) if free else ():  # part of the schema may not say its types
+    for value in _parsed(text, set()) if free else ():  # part of the schema may not name its types
         if _fits(value, schema, root):
             return value
     return text if free or not parsed or allowed.strings else parsed[0]
 
 
 def _parsed(text: str, kinds: set[str]) -> Iterator[Any]:
-    """What the text is as JSON or as Python, if that is of one of the kinds."""
+    """The text read as JSON and as Python, if the result has one of the kinds."""
     for read in (parse_json, _python_literal):
         try:
             value = read(_PYTHON.get(text.strip(), text))
@@ -128,7 +128,7 @@ def _parsed(text: str, kinds: set[str]) -> Iterator[Any]:
 
 
 def _fits(value: Any, schema: Any, root: Any) -> bool | None:
-    """None where it is not known."""
+    """None if undecided."""
     try:
         return matches(value, schema, root)
     except UNDECIDED:
@@ -160,18 +160,18 @@ def _as_json(value: Any) -> Any:
         return _whole(value)
     if value is None or isinstance(value, bool | int):
         return value
-    raise ValueError("not a value of JSON")
+    raise ValueError("not a JSON value")
 
 
 def parse_json(text: str) -> Any:
-    """JSON, without Python's NaN and Infinity; a number that is too large for a double becomes the largest, and half of a surrogate pair
+    """JSON, without Python's NaN and Infinity; a number too large for a double becomes the largest double, and a lone surrogate becomes
     the replacement character. Raises ValueError, RecursionError."""
     found = json.loads(text, parse_constant=_no_number, parse_float=lambda digits: _finite(float(digits)))
     return json.loads(_whole(json.dumps(found, ensure_ascii=False))) if "\\ud" in text.lower() else found
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is not a number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(number: float) -> float:
@@ -183,8 +183,8 @@ def _whole(text: str) -> str:
 
 
 def complete_json(text: str) -> Any:
-    """JSON that was cut off: open strings, lists and objects are closed, a word is completed, a key without its value is left out.
-    Raises ValueError if the text is no beginning of JSON, or nothing but white space."""
+    """Reads truncated JSON: open strings, lists and objects are closed, a word is completed, a key without a value is dropped.
+    Raises ValueError if the text is not the beginning of JSON, or only white space."""
     try:
         try:
             return parse_json(text)
@@ -195,8 +195,8 @@ def complete_json(text: str) -> Any:
 
 
 def _completed(text: str) -> str:
-    closers, at, key = list[str](), 0, False  # key: a string is now the key of an object
-    whole = ""  # the longest beginning that closers make JSON
+    closers, at, key = list[str](), 0, False  # key: the next string is an object's key
+    whole = ""  # the longest beginning that closers turn into JSON
     while at < len(text):
         char, start = text[at], at
         at += 1
@@ -238,14 +238,14 @@ def _completed(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Allowed:
-    """kinds: the types that a schema allows, none if it does not say; strings: those that it lists, None if it lists none."""
+    """kinds: the types that a schema allows, empty if it names none; strings: the strings that it lists, None if it lists none."""
 
     kinds: set[str]
     strings: set[str] | None = None
 
 
 def _allowed(schema: Any, root: Any, depth: int) -> _Allowed:
-    if not isinstance(schema, dict) or depth > MAX_REFERENCES:  # references in a circle
+    if not isinstance(schema, dict) or depth > MAX_REFERENCES:  # circular references
         return _Allowed(set())
     kind = schema.get("type")
     parts = [_Allowed({kind} if isinstance(kind, str) else {k for k in _list(kind) if isinstance(k, str)})]
@@ -282,7 +282,7 @@ def _common_strings(a: set[str] | None, b: set[str] | None) -> set[str] | None:
 
 
 def _objects(schema: Any, root: Any, depth: int) -> Iterator[dict[str, Any]]:
-    """The ways in which an object may fit a schema, each as the schemas that hold for it together."""
+    """The ways in which an object may fit a schema, each as schemas that must all hold."""
     if not isinstance(schema, dict) or depth > MAX_REFERENCES:
         return
     ways: list[list[Any]] = [[schema]]

@@ -1,4 +1,4 @@
-"""How the models of a chat template write reasoning and calls, and what they read: one class a family, found by the template."""
+"""How models write reasoning and calls, and which messages they take: one class per family, selected by the chat template."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ from typing import Any, Protocol
 from .grammar import XML_SHARED, json_call, json_call_value, xml_call
 from .harmony import HarmonyParser, harmony_messages
 from .output import OutputParser
-from .output_base import Event
+from .output_base import CallEnd, Content, Event, Reasoning
 
-__all__ = ["Calls", "Family", "HarmonyFamily", "Parser", "TagFamily", "family_of"]
+__all__ = ["Calls", "Family", "HarmonyFamily", "Parser", "PlainText", "TagFamily", "family_of"]
 
 Calls = Sequence[tuple[str, dict[str, Any] | None]]  # functions and their normalized parameters, None for any
 
 
 class Parser(Protocol):
-    """Turns what a model writes, piece by piece, into events."""
+    """Turns streamed model output into events."""
 
     def feed(self, text: str) -> list[Event]: ...
     def finish(self, cut: bool = False) -> list[Event]: ...
 
 
 class Family(Protocol):
-    """A format of conversations. Texts contain control tokens. `tag` gives a grammar's expression for one."""
+    """A conversation format. Texts contain control tokens; `tag` returns the grammar expression for one."""
 
     message_start: str  # where a message begins
-    call_open: str  # follows nothing but a call
-    reasoning_end: str  # the answer, or a call, comes after it
-    reasoning_begin: (
-        str  # has to be forced where reasoning is to be followed by something certain; "" if the prompt has it
-    )
-    reasoning_close: str  # ends reasoning that took too long
-    answer_open: str  # appended to a prompt that ends in reasoning, to begin the answer at once
-    answer_lead: str  # a grammar's expression for what may stand between reasoning and the rules below
-    call_lead: str  # and between call_open and the rule `call`
+    call_open: str  # only a call follows it
+    reasoning_end: str  # followed by the answer or a call
+    reasoning_begin: str  # forced where constrained output follows the reasoning; "" if the prompt has it
+    reasoning_close: str  # closes reasoning that exceeds its limit
+    answer_open: str  # appended to a prompt that ends in reasoning, to skip to the answer
+    plain: bool  # control tokens that matter are not hidden, so output can be shown as it is
+    answer_lead: str  # grammar expression for text between the reasoning and the rules below
+    call_lead: str  # likewise between call_open and the rule `call`
 
     def messages(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """In the form that the template takes."""
+        """Converts messages to the form that the template takes."""
 
     def variables(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """The template's variables, of those that every client may set."""
+        """Converts the variables that clients may set to those of the template."""
 
     def reasons(self, prompt: str) -> bool:
-        """Whether what follows the prompt begins with reasoning."""
+        """Whether the output after this prompt begins with reasoning."""
 
     def parser(
         self,
@@ -53,21 +52,22 @@ class Family(Protocol):
         held: bool = False,
         typed: Collection[str] = (),
     ) -> Parser:
-        """For one answer. The arguments are those of OutputParser."""
+        """A parser for one answer. The arguments are those of OutputParser."""
 
     def call_rules(self, calls: Calls, several: bool, tag: Callable[[str], str]) -> str:
-        """Rules of a grammar: `calls`, one or more of them, and `call`, one without what opens it."""
+        """Grammar rules: `calls`, one or more calls, and `call`, one without its opener."""
 
     def answer_rule(self, tag: Callable[[str], str]) -> str:
-        """The rule `answer`: what opens an answer after reasoning, and the rule `form`."""
+        """The rule `answer`: the opener of an answer after reasoning, then the rule `form`."""
 
 
 class TagFamily:
-    """Reasoning in <think>…</think>, calls in <tool_call>…</tool_call>: Qwen's and many others' formats."""
+    """Reasoning in <think>…</think>, calls in <tool_call>…</tool_call>: the format of Qwen and many others."""
 
     message_start, call_open, reasoning_end = "<|im_start|>", "<tool_call>", "</think>"
     reasoning_begin, reasoning_close, answer_open = "", "\n</think>\n\n", "\n</think>\n\n"
     answer_lead, call_lead = r"/\n{0,2}/ ", "NEWLINE? "
+    plain = True
 
     def __init__(self, xml: bool) -> None:
         """xml: calls are <function=NAME><parameter=KEY>…, not JSON."""
@@ -105,18 +105,19 @@ class TagFamily:
 
 
 class HarmonyFamily:
-    """gpt-oss: channels, text.harmony. A model reasons in the channel analysis before anything else, so a prompt always ends there."""
+    """gpt-oss: channels, see text.harmony. The model first reasons in the analysis channel, so every prompt ends there."""
 
     message_start, call_open, reasoning_end = "<|start|>", "commentary to=functions.", "<|end|><|start|>assistant"
     reasoning_begin, reasoning_close = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"
     answer_open = "<|channel|>final<|message|>"
     answer_lead = call_lead = ""
+    plain = False
 
     def messages(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return harmony_messages(messages)
 
     def variables(self, variables: dict[str, Any]) -> dict[str, Any]:
-        if variables.get("enable_thinking") is False:  # it cannot be switched off, only be made short
+        if variables.get("enable_thinking") is False:  # reasoning cannot be disabled, only shortened
             return {"reasoning_effort": "low", **variables}
         return variables
 
@@ -146,8 +147,41 @@ class HarmonyFamily:
         return f'answer: {tag("<|channel|>")} "final" {tag("<|message|>")} form\n'
 
 
+class PlainText:
+    """Output of a family that is not plain, as text: reasoning in <think>…</think>, calls as JSON in <tool_call>…</tool_call>."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parser = parser
+        self._thinking = False
+
+    def feed(self, text: str) -> str:
+        """The next piece, control tokens included."""
+        return self._written(self._parser.feed(text))
+
+    def finish(self, cut: bool) -> str:
+        """The end; cut: at the greatest length."""
+        return self._written(self._parser.finish(cut)) + self._closed()
+
+    def _written(self, events: list[Event]) -> str:
+        text = ""
+        for event in events:
+            if isinstance(event, Reasoning):
+                text += ("" if self._thinking else "<think>\n") + event.text
+                self._thinking = True
+            elif isinstance(event, Content):
+                text += self._closed() + event.text
+            elif isinstance(event, CallEnd):
+                call = json.dumps({"name": event.name, "arguments": event.arguments}, ensure_ascii=False)
+                text += f"{self._closed()}<tool_call>\n{call}\n</tool_call>\n"
+        return text
+
+    def _closed(self) -> str:
+        thinking, self._thinking = self._thinking, False
+        return "\n</think>\n\n" if thinking else ""
+
+
 def family_of(template: str) -> Family:
-    """The family whose chat template this is; the tags' for one that is not known."""
+    """The family of a chat template; TagFamily if it is unknown."""
     if "<|channel|>" in template and "<|message|>" in template:
         return HarmonyFamily()
     return TagFamily(xml="<function=" in template or not template)

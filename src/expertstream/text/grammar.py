@@ -1,9 +1,9 @@
-"""Grammars of what a model may write, in llguidance's form of Lark: JSON of a schema, and function calls in XML or JSON.
+"""Grammars for model output, in llguidance's variant of Lark: JSON for a schema, and function calls in XML or JSON.
 
-All schemas here are those that `schema.normalize` returns. In a call of the XML format a value ends at the first "\\n</parameter>\\n" that
-"<parameter=" or "</function>" follows directly; nothing else ends it, so that a value may contain tags. Strings are raw text, also in a
-union with null; a string's pattern and lengths hold for the raw text. A union of a string that is not bound in any way and of something
-else is raw text. Any other value is JSON, on one line. `arguments.ArgumentSchemas` reads all of it back.
+All schemas here are the output of `schema.normalize`. In an XML call, a value ends at the first "\\n</parameter>\\n" that is directly
+followed by "<parameter=" or "</function>"; nothing else ends it, so a value may contain tags. Strings are raw text, also in a union with
+null; their pattern and length limits apply to the raw text. A union of an unconstrained string and another type is raw text. Any other
+value is JSON, on one line. `arguments.ArgumentSchemas` reads all of this.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .pattern import Pattern
 
 __all__ = ["XML_SHARED", "json_call", "json_call_value", "json_rule", "xml_call"]
 
-MAX_OTHERS = 64  # parameters of a map whose number has a limit
+MAX_OTHERS = 64  # parameters of a map with a limit on their number
 
 
 def json_rule(name: str, schema: dict[str, Any]) -> str:
-    """One rule: JSON of a normalized schema, as json.dumps() writes it (white space without end would be a way never to stop)."""
+    """One rule: JSON for a normalized schema, spaced as by json.dumps() (with free white space, a model might never stop)."""
     return f"{name}: {_json(schema, schema.get('$defs', {}))}\n"
 
 
@@ -38,7 +38,7 @@ def json_call(prefix: str, name: str, parameters: dict[str, Any] | None, begin: 
 
 
 def json_call_value(parameters: dict[str, Any] | None) -> str:
-    """An expression: the arguments of a call as JSON. parameters: normalized, or None for any object."""
+    """An expression for the arguments of a call as JSON. parameters: normalized, or None for any object."""
     arguments: dict[str, Any] = {"type": "object"} if parameters is None else parameters
     return _json({k: v for k, v in arguments.items() if k != "$defs"}, arguments.get("$defs", {}))
 
@@ -48,7 +48,7 @@ _ENDS = re.compile(r"\n</parameter>\n(<parameter=|</function>)")
 _REFERENCE = re.compile(r'"\$ref": "#/\$defs/(\w+)"')
 _FEW = {"null": ["null"], "boolean": ["true", "false"]}
 
-# What xml_call's rules share; to be appended once to a grammar with any of them.
+# Shared by the rules of xml_call(); append it once to a grammar that has any of them.
 XML_SHARED = (
     f"xml_more[suffix={json.dumps(_MORE)}]: XML_TEXT\n"
     f"xml_last[suffix={json.dumps(_LAST)}]: XML_TEXT\n"
@@ -57,11 +57,11 @@ XML_SHARED = (
 
 
 def xml_call(prefix: str, name: str, parameters: dict[str, Any] | None, begin: str, end: str) -> str:
-    """The rule `prefix` and its helpers, whose names begin with it: begin, <function=NAME> with its parameters, end, on lines of their own.
+    """The rule `prefix` and its helpers, whose names begin with it: begin, <function=NAME> with its parameters, end, each on its own lines.
 
     parameters: a normalized schema of the arguments, or None for parameters of any name with any text. Parameters come in the order of the
-    schema. begin, end: Lark expressions; "" where the opener was read before. The grammar is as long as the schema. Raises ValueError if no
-    object of the schema can be written so: keys with "<", ">" or a line end, values that contain what ends a value.
+    schema. begin, end: Lark expressions; "" if the opener has already been read. The grammar is as long as the schema. Raises ValueError if
+    no object of the schema can be written this way: keys with "<", ">" or a line end, values that contain the end of a value.
     """
     call = _XmlCall(prefix, {"type": "object"} if parameters is None else parameters)
     head = f'{prefix}: {begin} {_quoted(f"{chr(10)}<function={name}>{chr(10)}")} ({call.body()}) "\\n" {end}\n'
@@ -69,7 +69,7 @@ def xml_call(prefix: str, name: str, parameters: dict[str, Any] | None, begin: s
 
 
 class _XmlCall:
-    """The rules of one call. `more`: a rule for what follows "<parameter=", or "" if nothing may; `done`: no parameter is missing."""
+    """The rules of one call. `more`: a rule for what follows "<parameter=", or "" if nothing may; `done`: no required one is missing."""
 
     def __init__(self, prefix: str, schema: dict[str, Any]) -> None:
         self._prefix, self._schema = prefix, schema
@@ -81,11 +81,11 @@ class _XmlCall:
         kinds = [kind for kind in self._alternatives(self._schema) if kind.get("type", "object") == "object"]
         bodies = [body for kind in kinds if (body := self._object(kind))]
         if not bodies:
-            raise ValueError("no object of the schema can be written as the arguments of a call in XML")
+            raise ValueError("no object of the schema can be written as the arguments of an XML call")
         return " | ".join(bodies)
 
     def _alternatives(self, schema: Any, seen: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-        """The schema as those of its parts that have neither anyOf nor a reference at their top."""
+        """The branches of the schema, with anyOf and references at the top expanded."""
         if isinstance(schema, dict) and "$ref" in schema:
             key = schema["$ref"].removeprefix("#/$defs/")
             if key not in seen:
@@ -105,7 +105,7 @@ class _XmlCall:
     def _object(self, schema: dict[str, Any]) -> str:
         if any(not isinstance(value, dict) for value in schema.get("enum", ())):
             return ""
-        if "enum" in schema:  # whole objects: each value has its place
+        if "enum" in schema:  # whole objects: each becomes a closed object
             choices = [{k: {"enum": [v]} for k, v in value.items()} for value in schema["enum"]]
             closed = [{"properties": c, "required": list(c), "additionalProperties": False} for c in choices]
             return " | ".join(filter(None, map(self._object, closed)))
@@ -138,7 +138,7 @@ class _XmlCall:
             return "", least == 0
         keys = [self._rule(" & ".join(["/[^<>\\n]+/", *parts]), terminal=True) for parts, _ in kinds]
         if left is None:
-            # Any number of them: the rule is its own continuation.
+            # Any number of them: the rule is recursive.
             name = f"{self._prefix}_others_{len(self.rules)}"
             ways = [(key, self._value(value, name, True)) for key, (_, value) in zip(keys, kinds, strict=True)]
             self.rules.append(
@@ -153,8 +153,8 @@ class _XmlCall:
         return more if any(way for _, way in ways) else "", least == 0
 
     def _value(self, schema: Any, more: str, done: bool) -> str:
-        """A value with what ends it and all that follows, or "" if there is none."""
-        texts: list[str] = []  # values that stand there as they are
+        """A value with its terminator and all that follows, or "" if there is none."""
+        texts: list[str] = []  # values written literally
         ways: list[str] = []
         rest: list[dict[str, Any]] = []
         for kind in self._alternatives(schema):
@@ -202,7 +202,7 @@ def _writable(key: str) -> bool:
 
 
 def _json(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """With those of the definitions that it refers to, directly or not."""
+    """JSON for a schema, with the definitions that it refers to, directly or indirectly."""
     found, new = dict[str, Any](), set(_REFERENCE.findall(json.dumps(schema)))
     while new:
         found |= {key: definitions[key] for key in new if key in definitions}
@@ -210,7 +210,7 @@ def _json(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     style: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     whole = {key: value for key, value in schema.items() if key != "$defs"} | ({"$defs": found} if found else {})
     if _has_open_object(whole):
-        # llguidance tells further keys from those listed by how they are spelled: each character gets one spelling.
+        # llguidance distinguishes other keys from the listed ones by their spelling: each character gets one spelling.
         style["json_allowed_escapes"] = 'nrbtf\\"'
     return f"%json {json.dumps({**whole, 'x-guidance': style})}"
 

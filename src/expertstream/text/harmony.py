@@ -1,4 +1,4 @@
-"""gpt-oss's format: messages of channels, <|channel|>analysis<|message|>…<|end|>, calls to="functions.NAME" in JSON."""
+"""The format of gpt-oss: messages in channels, <|channel|>analysis<|message|>…<|end|>, and JSON calls to="functions.NAME"."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ _HEADS = ("<|channel|>", "<|start|>", "to=", "assistant")  # how a header may be
 
 
 class HarmonyParser:
-    """The events of what a model writes after <|start|>assistant. in_answer: the prompt ends inside the final message. Arguments of a call
-    are given when it has ended. Decisions depend on the text alone, never on how it was cut into pieces."""
+    """Parses model output after <|start|>assistant into events. in_answer: the prompt ends inside the final message. A call's arguments
+    are emitted when it ends. Decisions depend only on the text, never on how it is split into pieces."""
 
     def __init__(self, in_answer: bool = False) -> None:
         self._text, self._header = "", True
-        self._fresh = True  # nothing was read yet
-        self._kind: type[Reasoning | Content] | str = (
-            Content  # of the message being read; a call's is its function's name
-        )
+        self._fresh = True  # nothing read yet
+        self._kind: type[Reasoning | Content] | str = Content  # of the current message; a call's function name
         self._call: list[str] = []
         self._index = 0
-        self._answered = False  # content was given: another message of it is a paragraph of its own
+        self._answered = False  # content was emitted: the next content message starts a new paragraph
         if in_answer:
             self._header = self._fresh = False
 
     def feed(self, text: str) -> list[Event]:
-        """The next piece of what the model writes, control tokens included."""
+        """Takes the next piece of output, control tokens included."""
         self._text += text
         return self._read(final=False)
 
     def finish(self, cut: bool = False) -> list[Event]:
-        """The end. A call whose arguments are whole counts; what has begun is given as far as it came."""
+        """Ends the input. A call with complete arguments counts; unfinished parts are emitted as far as they go."""
         events = self._read(final=True)
         if self._header:
             rest, self._text = self._text, ""
@@ -63,7 +61,7 @@ class HarmonyParser:
                     if not begin.startswith(_HEADS):
                         if any(head.startswith(begin) for head in _HEADS) and not final:
                             return events
-                        self._header = False  # a model that does not keep to the format: all is content
+                        self._header = False  # the model ignores the format: everything is content
                         self._fresh = False
                         continue
                 at = self._text.find(_MESSAGE)
@@ -121,7 +119,7 @@ class HarmonyParser:
 
 
 def _arguments(text: str) -> dict[str, Any] | None:
-    """The arguments that a call's text stands for, repaired if need be; None if they are none."""
+    """The arguments in a call's text, repaired if necessary; None if it is not an object."""
     if not text.strip():
         return {}
     for read in (parse_json, complete_json):
@@ -133,13 +131,13 @@ def _arguments(text: str) -> dict[str, Any] | None:
 
 
 def _partial(text: str) -> int:
-    """How many characters at the end may be the beginning of a marker."""
+    """The number of characters at the end that may begin a marker."""
     at = text.rfind("<")
     return len(text) - at if at >= 0 and any(marker.startswith(text[at:]) for marker in _MARKERS) else 0
 
 
 def harmony_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as gpt-oss's template takes them: reasoning is `thinking`, and each message has one call, followed by its result."""
+    """Messages in the form of gpt-oss's template: reasoning is `thinking`, and each message has one call, followed by its result."""
     found: list[dict[str, Any]] = []
     at = 0
     while at < len(messages):
@@ -159,7 +157,7 @@ def harmony_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
             at += 1
         said = message.get("content") or ""
         for i, call in enumerate(calls):
-            # The template takes what was said or what was thought before a call, not both.
+            # Before a call, the template takes content or reasoning, not both.
             before = (
                 {"content": said} if said else {"content": "", "thinking": reasoning} if reasoning else {"content": ""}
             )

@@ -1,4 +1,4 @@
-"""Whether a value is an instance of a JSON Schema, and what its references are to."""
+"""Validates values against a JSON Schema, and resolves its references."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .pattern import compiled
 
 __all__ = ["MAX_REFERENCES", "UNDECIDED", "canonical", "kind_of", "matches", "resolve", "with_short_numbers"]
 
-MAX_REFERENCES = 64  # one within the other, for one value
+MAX_REFERENCES = 64  # nested, for one value
 
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _UNKNOWN = ("$dynamicRef", "$recursiveRef", "unevaluatedProperties", "unevaluatedItems")
 
 
 def kind_of(value: Any) -> str:
-    """The type of JSON Schema that a value of Python has."""
+    """The JSON Schema type of a Python value."""
     return _NAMES.get(type(value), "null")
 
 
 def canonical(value: Any) -> str:
-    """The same text for values that JSON Schema takes for the same: 1 and 1.0, objects in any order."""
+    """The same text for values that JSON Schema considers equal: 1 and 1.0, objects in any order."""
     return json.dumps(with_short_numbers(value), sort_keys=True)
 
 
 def with_short_numbers(value: Any) -> Any:
-    """The same value, its whole numbers without a fraction of 0."""
+    """The same value, with whole numbers as integers."""
     if isinstance(value, list):
         return [with_short_numbers(part) for part in value]
     if isinstance(value, dict):
@@ -37,15 +37,15 @@ def with_short_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# What resolve() and matches() raise where a schema is broken, or a value cannot be decided.
+# Raised by resolve() and matches() if a schema is broken, or a value cannot be decided.
 UNDECIDED = (
     ValueError, TypeError, AttributeError, LookupError, RecursionError, MemoryError, OverflowError, NotImplementedError,
 )  # fmt: skip
 
 
 def resolve(reference: str, root: Any) -> Any:
-    """What a reference within a document is to: a JSON pointer, an anchor, or the $id of a part of it. Raises LookupError if that is
-    nowhere, NotImplementedError for references to other documents, and for pointers in documents of several parts with an $id."""
+    """The target of a reference within a document: a JSON pointer, an anchor, or the $id of a subschema. Raises LookupError if there is no
+    such target, NotImplementedError for references to other documents, and for pointers in documents whose subschemas have an $id."""
     parts = list(_subschemas(root, top=True))
     inner = [part for part in parts if part is not root and isinstance(part.get("$id"), str)]
     if not reference.startswith("#"):
@@ -54,7 +54,7 @@ def resolve(reference: str, root: Any) -> Any:
             raise NotImplementedError(f"a reference to another document, {reference}")
         return found[0]
     if inner:
-        raise NotImplementedError("a reference in a document of several parts with an $id")
+        raise NotImplementedError("a reference in a document whose subschemas have an $id")
     target, pointer = root, unquote(reference[1:])
     if pointer and not pointer.startswith("/"):
         found = [part for part in parts if pointer in (part.get("$anchor"), part.get("$dynamicAnchor"))]
@@ -88,12 +88,12 @@ def _subschemas(value: Any, top: bool = False) -> Iterator[dict[str, Any]]:
 def matches(value: Any, schema: Any, root: Any, depth: int = 0) -> bool:
     """Whether a value is an instance of a schema (draft 2020-12; draft-07's `definitions` and lists of items; OpenAPI's nullable).
 
-    Raises LookupError and NotImplementedError as resolve() does, NotImplementedError also for keywords that are not known here, and
-    ValueError, TypeError or AttributeError for what is no schema."""
+    Raises LookupError and NotImplementedError as resolve() does, NotImplementedError also for unsupported keywords, and ValueError,
+    TypeError or AttributeError for invalid schemas."""
     if isinstance(schema, bool):
         return schema
     if depth > MAX_REFERENCES:
-        raise NotImplementedError("a reference that leads back to itself")
+        raise NotImplementedError("a circular reference")
     if any(schema.get(key, True) is not True for key in _UNKNOWN):
         raise NotImplementedError("a schema with unevaluated parts or dynamic references")
     if value is None and schema.get("nullable") is True:
@@ -138,7 +138,7 @@ def matches(value: Any, schema: Any, root: Any, depth: int = 0) -> bool:
 
 
 def _number_matches(value: float, schema: dict[str, Any]) -> bool:
-    """Numbers are what their decimal digits say."""
+    """Numbers are taken exactly as their decimal digits."""
     if "multipleOf" in schema and Fraction(str(value)) % Fraction(str(schema["multipleOf"])):
         return False
     inside = schema.get("minimum", value) <= value <= schema.get("maximum", value)
@@ -172,7 +172,7 @@ def _list_matches(value: list[Any], schema: dict[str, Any], fits: Callable[..., 
     if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
         return False
     first, rest = schema.get("prefixItems", []), schema.get("items", True)
-    if isinstance(rest, list):  # as before 2020-12
+    if isinstance(rest, list):  # before 2020-12
         first, rest = rest, schema.get("additionalItems", True)
     if not all(fits(first[i] if i < len(first) else rest, part, 0) for i, part in enumerate(value)):
         return False

@@ -1,8 +1,8 @@
-"""Messages in the one form that chat templates of all families accept.
+"""Converts messages to a form that the chat templates of all families accept.
 
-Templates refuse, or silently leave out, a system message that is not the first; some refuse a conversation without a user. Clients send
-both. Nothing that was said is dropped, and what is changed depends only on the messages before it, so that the prompt of a later turn
-begins like the prompt of this one.
+Templates refuse, or silently drop, a system message that is not the first; some refuse a conversation without a user message. Clients
+send both. No text is dropped, and each change depends only on the messages before it, so that the prompt of a later turn begins like the
+prompt of this one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Message = dict[str, Any]
 
 
 def standard_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages with at most one system message, and that first: those at the beginning are joined, later ones become user text in their
-    place (after the results, where they stand between calls and their results). Results are in the order of their calls: templates do
-    not name them, and clients send them as they come. There is always a user message. Messages whose content is not text are left as
-    they are."""
+    """Messages with at most one system message, the first: those at the beginning are joined, later ones become user text in their place
+    (after the results, if they are between calls and their results). Results are in the order of their calls, because templates do not
+    name them, and clients send them as they arrive. There is always a user message. Messages whose content is not text are left
+    unchanged."""
     messages, leading = _in_order_of_calls(messages), 0
     while leading < len(messages) and messages[leading].get("role") == "system":
         leading += 1
@@ -35,7 +35,7 @@ def standard_messages(messages: Sequence[Message]) -> list[Message]:
     if all(message.get("role") not in ("user", "system") for message in rest):
         found.append({"role": "user", "content": ""})
     waiting: list[str] = []  # system texts, until they can be placed
-    late = False  # the last message is made of them
+    late = False  # the last message consists of them
     open_calls = 0
     for message in rest:
         role = message.get("role")
@@ -74,7 +74,7 @@ def _in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def _place(found: list[Message], text: str) -> bool:
-    """System text as user text: at the end of the user's message before it, or, which returns True, as a message of its own."""
+    """Adds system text to the end of the user message before it, or as a new user message, which returns True."""
     last = found[-1] if found else {}
     if last.get("role") == "user" and isinstance(last.get("content"), str):
         found[-1] = {**last, "content": last["content"] + (_SEPARATOR if last["content"] else "") + text}

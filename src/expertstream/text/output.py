@@ -1,7 +1,7 @@
-"""Parses what a model writes, piece by piece, into reasoning, content and function calls.
+"""Parses streamed model output into reasoning, content and function calls.
 
-Reasoning is in <think>…</think>, a call in <tool_call>…</tool_call>, in one of two formats, XML or JSON. Every decision depends on the text
-alone, never on how it was cut into pieces: where it is what follows that decides, the parser waits for it.
+Reasoning is in <think>…</think>, a call in <tool_call>…</tool_call>, in one of two formats, XML or JSON. Every decision depends only on the
+text, never on how it is split into pieces: if it depends on the text that follows, the parser waits for that.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _TEXT_TAG = re.compile(r"</?think>|<tool_call>|<function=")
 
 
 class _State(Enum):
-    START = auto()  # nothing but white space so far
+    START = auto()  # only white space so far
     REASONING = auto()
     CONTENT = auto()
 
 
 class OutputParser(XmlReader, JsonReader):
-    """`tools`: the request's schemas, by which arguments are typed. `reasoning`: the prompt ends inside <think>. `held`: a grammar holds
-    the model to well-formed calls, so that they can be streamed while they are written. `typed`: the functions whose values it holds to
-    their schemas too: what is no string is JSON, and streamed as well."""
+    """`tools`: the request's schemas, which give arguments their types. `reasoning`: the prompt ends inside <think>. `held`: a grammar
+    constrains the model to well-formed calls, so they can be streamed as they are written. `typed`: the functions whose values it also
+    constrains to their schemas: values that are not strings are JSON, and streamed as well."""
 
     def __init__(
         self,
@@ -45,24 +45,24 @@ class OutputParser(XmlReader, JsonReader):
         self._openers = tuple(f"<function={name}>" for name in self._schemas)
         self._starts = tuple(t + o for o in self._openers or ("<function=",) for t in ("", "<tool_call>\n"))
         self._held = held
-        self._pieces: list[str] = []  # not looked at yet
+        self._pieces: list[str] = []  # not parsed yet
         self._pieces_size, self._patience = 0, 0
 
         self._state = _State.REASONING if reasoning else _State.START
         self._fresh = True  # white space at the beginning of reasoning or content is dropped
         self._space: list[str] = []  # white space that is dropped unless text follows
-        self._unclosed = False  # a call came inside of reasoning
+        self._unclosed = False  # a call occurred inside reasoning
 
     def feed(self, text: str) -> list[Event]:
-        """The next piece of what the model writes, control tokens included."""
+        """Takes the next piece of output, control tokens included."""
         self._pieces.append(text)
         self._pieces_size += len(text)
         return self._drain() if self._pieces_size >= self._patience else []
 
     def finish(self, cut: bool = False) -> list[Event]:
-        """The end. A call that is whole but for its closing tags counts. What else has begun is given as far as it came if the text was cut
-        at its greatest length; if not, it is content, so that nothing is lost."""
-        events = self._drain()  # of a piece that was set aside
+        """Ends the input. A call that lacks only its closing tags counts. Other unfinished parts are emitted as far as they go if the text
+        was cut at its maximum length; otherwise they are content, so that nothing is lost."""
+        events = self._drain()  # of pieces not parsed yet
         self._final, self._cut = True, cut
         return events + self._drain()
 
@@ -73,7 +73,7 @@ class OutputParser(XmlReader, JsonReader):
             pass
         self._base += self._at
         self._text, self._at = self._text[self._at :], 0
-        # A long text that nothing can be said about yet is looked at again when it has doubled: linear time, however small the pieces.
+        # A long undecided text is parsed again when it has doubled: linear time, however small the pieces.
         self._patience = len(self._text) if len(self._text) > 1024 else 0
         events, self._events = self._events, []
         return events
@@ -81,15 +81,15 @@ class OutputParser(XmlReader, JsonReader):
     def _prose(self) -> bool:
         mark = _TEXT_TAG.search(self._text, self._at)
         end = mark.start() if mark else self._tail()
-        self._tell(self._text[self._at : end])
+        self._emit(self._text[self._at : end])
         self._at = end
         if mark is None:
             if self._final:
                 rest, self._at = self._text[end:], len(self._text)
-                self._tell("" if self._cut and len(rest) > 2 else rest)
+                self._emit("" if self._cut and len(rest) > 2 else rest)
             return False
         tag, reasoning = mark[0], self._state is _State.REASONING
-        if tag == "<tool_call>":  # also inside of reasoning: small models forget to close it
+        if tag == "<tool_call>":  # also inside reasoning: small models forget to close it
             self._block, self._step = True, self._block_start
             self._take(mark.end())
             return True
@@ -109,24 +109,24 @@ class OutputParser(XmlReader, JsonReader):
         elif tag == "<think>" and self._fresh and self._state is not _State.CONTENT:
             self._enter(_State.REASONING)
         else:
-            self._tell(tag)
+            self._emit(tag)
         return True
 
     def _enter(self, state: _State) -> None:
         self._state, self._fresh, self._space = state, True, []
 
-    def _tell(self, text: str) -> None:
-        told = text.rstrip()
-        if not told:
+    def _emit(self, text: str) -> None:
+        body = text.rstrip()
+        if not body:
             if text and not self._fresh:
                 self._space.append(text)
             return
-        space = text[len(told) :]
-        told = told.lstrip() if self._fresh else "".join([*self._space, told])
+        space = text[len(body) :]
+        body = body.lstrip() if self._fresh else "".join([*self._space, body])
         self._fresh, self._space = False, [space] if space else []
         if self._state is _State.START:
             self._state = _State.CONTENT
-        self._events.append(Reasoning(told) if self._state is _State.REASONING else Content(told))
+        self._events.append(Reasoning(body) if self._state is _State.REASONING else Content(body))
 
     def _block_start(self) -> bool:
         self._skip_space()
@@ -150,7 +150,7 @@ class OutputParser(XmlReader, JsonReader):
         end = text.find("</think>") if self._state is _State.REASONING else -1
         if end >= 0:
             self._unread(text[end:])
-        self._tell(text[:end] if end >= 0 else text)
+        self._emit(text[:end] if end >= 0 else text)
 
     def _after(self) -> bool:
         self._skip_space()
@@ -163,7 +163,7 @@ class OutputParser(XmlReader, JsonReader):
         elif tag == "</tool_call>":
             self._at += len(tag)
             self._leave()
-        elif tag:  # one too many
+        elif tag:  # a superfluous closing tag
             self._take(self._at + len(tag))
         else:
             self._fail()

@@ -1,7 +1,7 @@
 """Calls in JSON: {"name": …, "arguments": {…}}, several of them, or a list of them.
 
-If a grammar holds the model to the format, the arguments are streamed: strings while they are written, other values when they are whole.
-If not, what is nearly JSON is repaired.
+If a grammar constrains the model to the format, the arguments are streamed: strings as they are written, other values when they are
+complete. If not, almost valid JSON is repaired.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STRING_MARK = {quote: re.compile(rf"\\.|{quote}|\n|</tool_call>", re.S) for quo
 _JSON_HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*+")\s*,\s*"(?:arguments|parameters)"\s*:\s*\{', re.S)
 _JSON_KEY = re.compile(r'("(?:[^"\\]|\\.)*+")\s*+(:?)\s*+', re.S)
 _HEX, _HIGH, _LOW = r"[\da-fA-F]", r"\\u[dD][89abAB]", r"\\u[dD][c-fC-F]"
-# The inside of a string, up to where an escape is incomplete: half of a surrogate pair waits for the other.
+# The inside of a string, up to an incomplete escape: half of a surrogate pair waits for the other half.
 _JSON_CHARACTERS = re.compile(
     rf'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|(?!{_HIGH})\\u{_HEX}{{4}}'
     rf"|{_HIGH}{_HEX}{{2}}(?:{_LOW}{_HEX}{{2}}|(?=[^\\]|\\[^u]|\\u[^dD]|\\u[dD][^c-fC-F])))*+"
@@ -41,7 +41,7 @@ class JsonReader(CallReader):
         self._begin_value()
 
     def _json(self) -> bool:
-        """A call or a list of calls, or an argument of a call that is streamed."""
+        """A call or a list of calls, or an argument of a streamed call."""
         while mark := (_STRING_MARK[self._quote] if self._quote else _JSON_MARK).search(self._text, self._at):
             found = mark[0]
             if self._quote:
@@ -86,7 +86,7 @@ class JsonReader(CallReader):
         return self._cut_json() if self._cut else self._json_end()
 
     def _unquoted(self) -> bool:
-        """A string goes on on another line: it was not ended, or its line ends were not escaped."""
+        """A string continues on another line: it was not closed, or its line ends were not escaped."""
         if self._exit is not None:
             self._go_back(self._exit)
             return self._json_end()
@@ -101,11 +101,11 @@ class JsonReader(CallReader):
         return self._cut_json() if self._cut else self._json_end()
 
     def _json_end(self) -> bool:
-        """The value is whole, or as whole as it becomes."""
+        """The value is as complete as it will be."""
         text = "".join(self._value)
-        ways: list[Callable[[], Any]] = [lambda: parse_json(text), lambda: parse_json(_mended(text))]
+        ways: list[Callable[[], Any]] = [lambda: parse_json(text), lambda: parse_json(_repaired(text))]
         if self._depth and not self._quote and text.rstrip().endswith(("}", "]")):
-            ways.append(lambda: complete_json(_mended(text)))
+            ways.append(lambda: complete_json(_repaired(text)))
         for read in ways:
             calls = list[tuple[str, dict[str, Any]]]()
             with suppress(ValueError, RecursionError):
@@ -127,14 +127,14 @@ class JsonReader(CallReader):
             if isinstance(arguments, str):
                 with suppress(ValueError, RecursionError):
                     arguments = complete_json(arguments)
-            if isinstance(name, str) and f'"{name}"' in text:  # else the name may have been cut
+            if isinstance(name, str) and f'"{name}"' in text:  # otherwise the name may have been cut
                 self._name, self._arguments = name, as_object(arguments)
                 self._end_call(i < len(calls) - 1)
         self._leave()
         return True
 
     def _begin_json_call(self, head: str) -> bool:
-        """The arguments of a call that can be streamed follow."""
+        """Begins a call whose arguments can be streamed, if this is one."""
         match, name = _JSON_HEAD.fullmatch(head), ""
         with suppress(ValueError):
             name = parse_json(match[1]) if match else ""
@@ -213,12 +213,12 @@ def _calls(found: Any) -> list[tuple[str, dict[str, Any]]]:
     return calls
 
 
-def _mended(text: str) -> str:
-    """JSON of what is nearly JSON: strings in single quotes or with line ends in them, Python's constants, commas after the last."""
-    return _NEARLY_JSON.sub(lambda match: _mended_token(match[0]), text)
+def _repaired(text: str) -> str:
+    """Repairs almost valid JSON: strings in single quotes or with line ends in them, Python's constants, trailing commas."""
+    return _NEARLY_JSON.sub(lambda match: _repaired_token(match[0]), text)
 
 
-def _mended_token(token: str) -> str:
+def _repaired_token(token: str) -> str:
     if token[0] == "'":
         inner = re.sub(
             r'\\(.)|"', lambda m: "'" if m[1] == "'" else '\\"' if m[0] == '"' else m[0], token[1:-1], flags=re.S

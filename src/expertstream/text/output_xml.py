@@ -1,7 +1,7 @@
 """Calls in XML: <function=NAME><parameter=KEY>VALUE</parameter>…</function>.
 
-If a grammar holds the model to the format, a value ends where the grammar says, and strings are streamed. If not, it ends at the first
-closing tag after which the call goes on as a call does, and closing tags may be missing or doubled.
+If a grammar constrains the model to the format, a value ends where the grammar says, and strings are streamed. If not, it ends at the first
+closing tag that is followed by the continuation of a call, and closing tags may be missing or doubled.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _OTHERWISE = frozenset(("enum", "const", "anyOf", "oneOf", "allOf", "$ref", "nul
 
 
 class XmlReader(CallReader):
-    """Steps from <function= to </function>. held: a grammar holds the model to calls of these tools, inside of <tool_call>."""
+    """Steps from <function= to </function>. held: a grammar constrains the model to calls of these tools, inside <tool_call>."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._held = self._block = False  # _block: inside of <tool_call>
-        # Where another call begins for certain, if a value was not closed.
+        self._held = self._block = False  # _block: inside <tool_call>
+        # Certain beginnings of another call, if a value was not closed.
         self._starts: tuple[str, ...] = ()
-        self._wanted = ArgumentSchemas.of(None)  # of the function that is being called
+        self._wanted = ArgumentSchemas.of(None)  # of the function being called
         self._texts: dict[str, str] = {}  # of its arguments
         self._read_value: Callable[[], bool] = self._free_value
         self._may_be_null = False  # the value is a string or null
-        self._in_lines = False  # the value begins on a line of its own
+        self._in_lines = False  # the value begins on its own line
         self._closed_before = False  # it contains a </parameter>
-        self._searched = 0  # up to there a better end than _exit has been looked for
+        self._searched = 0  # a better end than _exit has been searched up to here
 
     def _function(self) -> bool:
         name = self._named()
@@ -85,7 +85,7 @@ class XmlReader(CallReader):
             return self._end_call(False) if self._cut else self._fail()
         if not key or (self._streaming and key in self._arguments):
             return self._fail()
-        # A value is on lines of its own; the line ends around it are not part of it.
+        # A value is on its own lines; the line ends around it are not part of it.
         in_lines = self._text.startswith("\n", end)
         self._take(end + in_lines)
         schema = self._wanted.of_one(key)
@@ -105,8 +105,8 @@ class XmlReader(CallReader):
         return True
 
     def _give_part(self, text: str) -> bool:
-        """A value that was not ended, and the call with it."""
-        if not self._is_string and not text.strip():  # it has only been named
+        """Ends an incomplete value, and the call with it."""
+        if not self._is_string and not text.strip():  # only its name was written
             self._at = len(self._text)
             return self._end_call(False)
         value: Any = text
@@ -144,7 +144,7 @@ class XmlReader(CallReader):
         return self._give_part("".join(self._value))
 
     def _free_value(self) -> bool:
-        """Up to a closing tag after which the call goes on as a call does: the value may have such tags in it."""
+        """Reads up to a closing tag that is followed by the continuation of a call: the value itself may contain such tags."""
         mark = _VALUE_TAG.search(self._text, self._at)
         self._grow(mark.start() if mark else self._tail())
         if mark is None:
@@ -169,7 +169,7 @@ class XmlReader(CallReader):
             self._grow(run.end())
             self._closed_before = True
             return True
-        # Of several closing tags, those are too many that are on lines of their own, if the value is.
+        # Of several closing tags, those on their own lines are superfluous, if the value is on its own lines.
         begins = [match.start() for match in re.finditer("</parameter>", run[0])]
         end = begins[-1] if self._in_lines else 0
         for begin in reversed(begins if self._in_lines else []):
@@ -182,7 +182,7 @@ class XmlReader(CallReader):
         return True
 
     def _missing_closer(self) -> bool:
-        """Another parameter of the function begins on a new line, and the one before was not closed."""
+        """Another parameter of the function begins on a new line, and the previous one was not closed."""
         given = (*self._arguments, self._key)
         others = [f"<parameter={key}>" for key in self._wanted.names if key not in given]
         tag = self._ahead(others) if self._line_begins() else ""
@@ -194,8 +194,8 @@ class XmlReader(CallReader):
         return True
 
     def _missing_closers(self, end: int) -> bool:
-        """The function ends, or the block, and the parameter was not closed: if the text ends here as well, or another call begins. Else it
-        will turn out at the end of the text that it was so, or that this is part of the value."""
+        """The function or the block ends without closing the parameter, if the text also ends here, or another call begins. Otherwise the
+        end of the text decides whether this was the end or part of the value."""
         match = _EXIT.match(self._text, self._at)
         assert match is not None
         tag = self._ahead(self._starts if match[1] else ("</tool_call>", *self._starts), match.end())
@@ -225,7 +225,7 @@ class XmlReader(CallReader):
 
 
 def _is_string(schema: Any) -> bool:
-    """Whether any text at all is that string by this schema."""
+    """Whether the schema accepts any text as a string."""
     if isinstance(schema, dict) and schema.get("type") == "string":
         return not schema.keys() & _OTHERWISE
     return not isinstance(schema, dict) or schema.keys() <= _ANNOTATIONS

@@ -1,4 +1,4 @@
-"""Regular expressions of JSON Schema, which are ECMA-262's and searched for, as ones that a whole text has to match."""
+"""Converts JSON Schema's regular expressions, which are ECMA-262 and unanchored, to ones that must match the whole text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal
 __all__ = ["MAX_REPEATS", "Pattern", "compiled", "other_than"]
 
 MAX_REPEATS = 10_000  # of one part of a pattern
-MAX_BRANCHES = 64  # of a pattern that has anchors in its groups
+MAX_BRANCHES = 64  # of a pattern with anchors in its groups
 
-_Ranges = list[tuple[int, int]]  # of code points, both ends included, in order
+_Ranges = list[tuple[int, int]]  # of code points, both ends included, sorted
 _Tree = (
     tuple[Literal["set"], _Ranges]
     | tuple[Literal["cat", "alt"], list["_Tree"]]
@@ -33,7 +33,7 @@ _CLASSES: dict[str, _Ranges] = {
 
 
 def _union(ranges: _Ranges) -> _Ranges:
-    """In order, without overlaps and without surrogates."""
+    """Sorted, without overlaps or surrogates."""
     found: _Ranges = []
     for low, high in sorted(ranges):
         if found and low <= found[-1][1] + 1:
@@ -61,11 +61,11 @@ _ANYTHING: _Tree = ("rep", ("set", _ALL), 0, None)
 
 
 class Pattern:
-    """A regular expression of JSON Schema (ECMA-262, by code points, searched for) as one that has to match the whole text.
+    """A regular expression of JSON Schema (ECMA-262, by code points, unanchored) as one that must match the whole text.
 
-    `body` is in the syntax of Rust's regex crate, without anchors, classes of Unicode or flags: llguidance reads it as ECMA-262 does.
-    Raises ValueError for a broken expression, NotImplementedError for what is not regular or unknown here (look-around,
-    back references, word boundaries, classes of Unicode properties, anchors inside an expression).
+    `body` has the syntax of Rust's regex crate, without anchors, Unicode classes or flags: llguidance reads it as ECMA-262 does.
+    Raises ValueError for a broken expression, NotImplementedError for non-regular or unsupported syntax (look-around,
+    back references, word boundaries, Unicode property classes, anchors inside an expression).
     """
 
     def __init__(self, source: str) -> None:
@@ -78,11 +78,11 @@ class Pattern:
         self.body = _rendered(self._tree)
 
     def matches(self, text: str) -> bool:
-        """Whether it is found in the text; takes time in proportion to the text, whatever the expression."""
+        """Whether it is found in the text, in time linear in the text, whatever the expression."""
         return len(text) in _ends(self._tree, {0}, text)
 
     def start(self) -> str:
-        """The characters that every match begins with, as far as they stand there one by one."""
+        """The literal characters that every match begins with."""
         found, parts = "", [self._tree]
         while len(parts) == 1 and (parts[0][0] == "alt" or parts[0][0] == "cat"):
             parts = parts[0][1]
@@ -220,7 +220,7 @@ class Pattern:
 
 
 def _branches(tree: _Tree) -> list[list[_Tree]]:
-    """The alternatives as lists of parts; a group at either end that has an anchor in it becomes alternatives of its own."""
+    """The alternatives as lists of parts; a group at either end that contains an anchor is expanded into alternatives."""
     if tree[0] == "alt":
         found = [parts for branch in tree[1] for parts in _branches(branch)]
     else:
@@ -247,7 +247,7 @@ def _anchored(tree: _Tree) -> bool:
 
 
 def _bounded_branch(parts: list[_Tree]) -> _Tree:
-    """What stands between the anchors; text of any kind where there is none."""
+    """The parts between the anchors; any text in place of a missing anchor."""
     first, last = 0, len(parts)
     while first < last and parts[first] == ("anchor", "^"):
         first += 1
@@ -288,7 +288,7 @@ def _literal(point: int) -> str:
 
 
 def _ends(tree: _Tree, starts: set[int], text: str) -> set[int]:
-    """Where a match that begins at one of the places may end."""
+    """Where a match that begins at one of `starts` may end."""
     if tree[0] == "set":
         return {at + 1 for at in starts if at < len(text) and any(a <= ord(text[at]) <= b for a, b in tree[1])}
     if tree[0] == "alt":
@@ -315,12 +315,12 @@ def _ends(tree: _Tree, starts: set[int], text: str) -> set[int]:
 
 @lru_cache(maxsize=1024)
 def compiled(source: str) -> Pattern:
-    """The Pattern of an expression, once for all who ask."""
+    """The Pattern of an expression, cached."""
     return Pattern(source)
 
 
 def other_than(words: list[str]) -> str:
-    """The body of a Pattern of all texts but these."""
+    """The body of a Pattern that matches every text but these."""
     after: dict[str, list[str]] = {}
     for word in filter(None, words):
         after.setdefault(word[0], []).append(word[1:])

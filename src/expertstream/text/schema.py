@@ -1,9 +1,9 @@
-"""JSON Schema in the part that llguidance holds a model to, so that whatever its grammar allows fits the schema that a client sent.
+"""Rewrites a client's JSON Schema in the subset that llguidance can enforce, so that everything its grammar allows fits the schema.
 
-A schema is taken apart into alternatives: each of one type, with all that `allOf`, references and siblings say of it. Alternatives are then
-written down again. They may allow less than the schema does, never more, unless something was dropped: objects with listed properties
-are closed, whole numbers have bounds, and lists whose items must differ keep the order of the values. Where the opposite is needed, of the
-branch of a `oneOf` that must not hold, alternatives are computed that allow no less than the schema (`over`).
+A schema is split into alternatives: each of one type, with all constraints from `allOf`, references and siblings. The alternatives are then
+written as a schema again. They may allow less than the original, never more, unless something was dropped: objects with listed properties
+are closed, whole numbers have bounds, and lists of unique items keep the order of the values. Where the opposite is needed, for a branch
+of a `oneOf` that must not hold, alternatives are computed that allow no less than the schema (`over`).
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ MAX_SCHEMA_DEPTH = 32
 
 @dataclass(frozen=True)
 class NormalizedSchema:
-    """schema: self-contained, references only to "#/$defs/NAME"; dropped: what it does not hold, as "POINTER: KEYWORD"."""
+    """schema: self-contained, references only to "#/$defs/NAME"; dropped: what it does not enforce, as "POINTER: KEYWORD"."""
 
     schema: dict[str, Any]
     dropped: tuple[str, ...]
 
 
 def normalize(schema: Any, *, exact: bool) -> NormalizedSchema:
-    """A schema whose grammar allows only instances of the given one. What cannot be held raises UnsupportedSchemaError if `exact`; else
-    the smallest part around it is dropped. Schemas too large or too deep, that are no schemas, or that nothing fits always raise it."""
+    """A schema whose grammar allows only instances of the given one. If `exact`, a constraint that cannot be enforced raises
+    UnsupportedSchemaError; otherwise the smallest part around it is dropped. Schemas that are too large, too deep, invalid or
+    unsatisfiable always raise it."""
     try:
         text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
         size = len(text.encode())
     except (ValueError, TypeError, RecursionError) as error:
         raise UnsupportedSchemaError(f"#: not valid JSON: {str(error).splitlines()[0]}") from None
     if size > MAX_SCHEMA_BYTES:
-        raise UnsupportedSchemaError(f"#: a schema is at most {MAX_SCHEMA_BYTES >> 10} KiB")
+        raise UnsupportedSchemaError(f"#: a schema must be at most {MAX_SCHEMA_BYTES >> 10} KiB")
     level: list[Any] = [schema] if isinstance(schema, dict | list) else []
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [v for x in level for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, dict | list)]
     if level:
-        raise UnsupportedSchemaError(f"#: a schema is at most {MAX_SCHEMA_DEPTH} levels deep")
+        raise UnsupportedSchemaError(f"#: a schema must be at most {MAX_SCHEMA_DEPTH} levels deep")
     try:
         return _normalized(json.loads(text), exact)
     except RecursionError:
@@ -69,7 +70,7 @@ def _normalized(root: Any, exact: bool) -> NormalizedSchema:
 
 
 def _ends(schema: Any, productive: set[str]) -> bool:
-    """Whether some value of a schema is finite, if those of the productive definitions are."""
+    """Whether a schema has a finite value, given that the productive definitions have one."""
     if not isinstance(schema, dict):
         return schema is not False
     if "$ref" in schema:

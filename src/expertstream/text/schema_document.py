@@ -1,4 +1,4 @@
-"""A JSON Schema as a client sent it: its keywords, where each part of it stands, what its references are to, and what of it is given up."""
+"""A JSON Schema as the client sent it: its keywords, the location of each part, the targets of its references, and what is dropped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 Node = dict[str, Any]  # a schema object, by identity
-Conj = tuple[Node, ...]  # schemas that hold together
-Alt = dict[str, Any]  # one type, with all that holds for it; or one value
+Conj = tuple[Node, ...]  # schemas that must all hold
+Alt = dict[str, Any]  # one type with all its constraints, or one value
 
 ANY: Node = {}
 NONE: Node = {"not": {}}
@@ -121,19 +121,19 @@ FORMATS = {
 
 
 class UnsupportedSchemaError(Exception):
-    """A schema that is none, that nothing fits, or that cannot be held exactly: JSON pointer, keyword and reason in one line."""
+    """An invalid or unsatisfiable schema, or one that cannot be enforced exactly: JSON pointer, keyword and reason on one line."""
 
 
 class Document:
-    """A schema whose parts are known by their identity. exact: what cannot be held is an error, else it is noted in `dropped`.
+    """A schema whose parts are known by their identity. exact: what cannot be enforced is an error; otherwise it is listed in `dropped`.
 
-    over: while alternatives are computed that allow no less than the schema; what cannot be held is then left out, which loses nothing."""
+    over: set while computing alternatives that allow no less than the schema; they may simply leave out what cannot be enforced."""
 
     def __init__(self, root: Any, exact: bool) -> None:
         self.root, self.over = root, False
         self.dropped: dict[str, None] = {}
         self._exact = exact
-        self._kept: list[Node] = []  # so that no identity is given twice
+        self._kept: list[Node] = []  # keeps nodes alive, so that no id is reused
         self._places: dict[int, str] = {id(ANY): "#", id(NONE): "#"}
         self._targets: dict[str, Any] = {}
         self._find_places(root, "#")
@@ -147,17 +147,17 @@ class Document:
             self._find_places(part, f"{place}/{str(key).replace('~', '~0').replace('/', '~1')}")
 
     def derived(self, node: Node, source: Node) -> Node:
-        """A node made here, in the place of the one that it was made of."""
+        """Registers a new node at the location of the node that it is derived from."""
         self._kept.append(node)
         self._places[id(node)] = self._places[id(source)]
         return node
 
     def error(self, node: Node, keyword: str, why: str) -> UnsupportedSchemaError:
-        """What is wrong with a keyword of a node."""
+        """An error in a keyword of a node."""
         return UnsupportedSchemaError(f"{self.place(node)}: {keyword}: {why}")
 
     def lose(self, node: Node, keyword: str, why: str) -> None:
-        """Gives up a keyword of a node; why: what is not supported."""
+        """Drops a keyword of a node; why: what is not supported."""
         if self.over:
             return
         if self._exact:
@@ -165,7 +165,7 @@ class Document:
         self.dropped[f"{self.place(node)}: {keyword}"] = None
 
     def node(self, value: Any, parent: Node, keyword: str) -> Node:
-        """A part of the parent, of which it is now known that it is a schema."""
+        """A part of the parent, checked to be a schema."""
         if isinstance(value, bool):
             return ANY if value else NONE
         if not isinstance(value, dict):
@@ -196,7 +196,7 @@ class Document:
         return self.derived({key: value for key, value in node.items() if key not in keys}, node)
 
     def target(self, node: Node) -> Node | None:
-        """What the reference of a node is to; None if it was given up."""
+        """The target of a node's reference; None if the reference was dropped."""
         reference = node["$ref"]
         if reference not in self._targets:
             try:
@@ -218,12 +218,12 @@ class Document:
 
 
 def origin(conj: Conj, *keys: str) -> Node:
-    """The first of the nodes that has one of the keywords, to say where something stands."""
+    """The first of the nodes that has one of the keywords, to locate an error."""
     return next((node for node in conj if node.keys() & set(keys)), conj[0] if conj else ANY)
 
 
 def excluded(node: Node) -> list[Any] | None:
-    """The values that a node rules out with `not`, if that is all that its `not` says."""
+    """The values that a node excludes with `not`, if its `not` does nothing else."""
     inner = node.get("not")
     if (
         not isinstance(inner, dict)

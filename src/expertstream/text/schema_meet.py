@@ -1,4 +1,4 @@
-"""What alternatives of a JSON Schema have in common, and whether they have anything in common."""
+"""Intersections of alternatives of a JSON Schema, and whether they are disjoint."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = [
 
 
 class Meet:
-    """Intersections and disjointness. wider: alternatives of nodes that hold together which allow no less than the nodes do."""
+    """Intersections and disjointness. wider: returns alternatives that allow no less than all of the nodes together."""
 
     def __init__(self, document: Document, wider: Callable[[Conj], list[Alt]]) -> None:
         self._document, self._wider = document, wider
 
     def both(self, a: Alt, b: Alt) -> Alt | None:
-        """The alternative of what fits both; None if nothing does, as far as can be told before it is written down."""
+        """The intersection of two alternatives; None if it is known to be empty before it is written."""
         if a["type"] != b["type"]:
             return None
         for one, other in ((a, b), (b, a)):
@@ -76,7 +76,7 @@ class Meet:
         return found
 
     def apart(self, a: Alt, b: Alt) -> Alt | None:
-        """`a`, or the part of it that has nothing in common with `b`."""
+        """`a`, or a part of it that is disjoint from `b`; None if there is none."""
         if self._disjoint(a, b, 0):
             return a
         if a["type"] == b["type"] == "object" and "value" not in a and "value" not in b:
@@ -107,7 +107,7 @@ class Meet:
         return any(self._disjoint_all(of_property(a, name), of_property(b, name), depth) for name in names)
 
     def may_be(self, value: Any, alt: Alt) -> bool:
-        """Whether a value may be of an alternative: False only if it is not."""
+        """Whether a value may fit an alternative: False only if it certainly does not."""
         if "value" in alt:
             return canonical(alt["value"]) == canonical(value)
         kind = type_of(value)
@@ -140,17 +140,17 @@ def joined(a: Conj, b: Conj) -> Conj:
 
 
 def is_any(conj: Conj) -> bool:
-    """Whether the nodes say nothing."""
+    """Whether the nodes have no constraints."""
     return not any(node.keys() & ASSERTIONS for node in conj)
 
 
 def lists_properties(alt: Alt) -> bool:
-    """Whether an alternative has properties that may be there."""
+    """Whether an alternative lists properties that may be present."""
     return any(conj != (NONE,) for conj in alt.get("properties", {}).values())
 
 
 def of_property(alt: Alt, name: str) -> Conj:
-    """What holds for a property."""
+    """The schemas of a property."""
     if name in alt.get("properties", {}):
         return alt["properties"][name]  # type: ignore[no-any-return]
     conj: Conj = alt.get("additional", ())
@@ -159,14 +159,14 @@ def of_property(alt: Alt, name: str) -> Conj:
 
 
 def of_item(alt: Alt, index: int) -> Conj:
-    """What holds for an item of a list."""
+    """The schemas of an item of a list."""
     prefix: list[Conj] = alt.get("prefix", [])
     rest: Conj = alt.get("items", ())
     return prefix[index] if index < len(prefix) else rest
 
 
 def type_of(value: Any) -> str:
-    """The type of an alternative that a value may be of."""
+    """The type of the alternatives that a value may fit."""
     return "number" if kind_of(value) == "integer" else kind_of(value)
 
 
@@ -177,7 +177,7 @@ def _common_multiple(a: float, b: float) -> float:
 
 
 def number_range(alt: Alt) -> tuple[float | None, bool, float | None, bool] | None:
-    """Least and greatest number and whether they are excluded; None if there is no number between them."""
+    """Minimum and maximum, each with whether it is exclusive; None if there is no number between them."""
     lows = [(alt[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in alt]
     highs = [(-alt[key], key != "maximum") for key in ("maximum", "exclusiveMaximum") if key in alt]
     (low, low_open), (high, high_open) = max(lows, default=(None, False)), max(highs, default=(None, False))

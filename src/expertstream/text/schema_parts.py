@@ -1,4 +1,4 @@
-"""JSON Schema taken apart into alternatives: each of one type, with all that `allOf`, references and siblings say of it; or one value."""
+"""Splits a JSON Schema into alternatives: each one type with all constraints from `allOf`, references and siblings, or one value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_ALTERNATIVES = 512
 
 @dataclass
 class _Group:
-    """A choice that is still to be made: of any of the branches, or of exactly one."""
+    """An open choice: any of the branches, or exactly one."""
 
     node: Node
     keyword: str
@@ -42,7 +42,7 @@ class _Group:
 
 @dataclass
 class _Together:
-    """Schemas that hold together, with the choices that they leave."""
+    """Schemas that must all hold, with their open choices."""
 
     nodes: list[Node] = field(default_factory=list)
     groups: list[_Group] = field(default_factory=list)
@@ -50,7 +50,7 @@ class _Together:
 
 
 class Parts:
-    """The alternatives of nodes of a document; meet: their intersections and disjointness."""
+    """The alternatives of a document's nodes; meet: their intersections and disjointness."""
 
     def __init__(self, document: Document) -> None:
         self.meet = Meet(document, lambda conj: self.alternatives(conj, over=True))
@@ -58,7 +58,7 @@ class Parts:
         self._known: dict[tuple[Any, ...], list[Alt]] = {}
 
     def alternatives(self, conj: Conj, over: bool = False) -> list[Alt]:
-        """What fits all of the nodes; over: at least that."""
+        """The alternatives that fit all of the nodes; over: they may allow more."""
         before, self._document.over = self._document.over, over or self._document.over
         key = (self._document.over, *map(id, conj))
         if key not in self._known:
@@ -70,7 +70,7 @@ class Parts:
         return self._known[key]
 
     def _gather(self, node: Node, path: tuple[int, ...], into: _Together) -> None:
-        """Adds a node and those that hold wherever it does."""
+        """Adds a node and those that it implies."""
         if id(node) in path:
             raise self._document.error(node, "$ref", "refers to itself")
         if any(node is known for known in into.nodes):
@@ -125,7 +125,7 @@ class Parts:
                 into.groups.append(_Group(node, "not", ways_out, path))
 
     def _opposite(self, node: Node, depth: int) -> list[Conj] | None:
-        """Branches of which one holds wherever a node does not; None if they cannot be told."""
+        """Branches of which one holds wherever a node does not; None if there is no way to write them."""
         ways: list[Node] = []
         for key, value in node.items():
             if key not in ASSERTIONS:
@@ -190,17 +190,17 @@ class Parts:
         try:
             return matches(value, node, self._document.root)
         except NotImplementedError:
-            self._document.lose(node, "enum", "checking the listed values against some keyword beside them")
+            self._document.lose(node, "enum", "checking the listed values against a keyword next to them")
             return True
         except LookupError as error:
             raise self._document.error(node, "$ref", str(error.args[0])) from None
         except (ValueError, TypeError, AttributeError):
-            raise self._document.error(node, "enum", "a keyword beside it has a value of the wrong type") from None
+            raise self._document.error(node, "enum", "a keyword next to it has a value of the wrong type") from None
 
     def _one_of(self, group: _Group, parts: list[_Together]) -> list[Alt]:
         found: list[Alt] = []
         whole = [self._expand(part) for part in parts]
-        # With no more than their siblings beside them: more values, never fewer.
+        # Each branch with its siblings only: more values, never fewer.
         beside = self._document.without(group.node, group.keyword)
         others = [self.alternatives((beside, *branch), over=True) for branch in group.branches]
         for i, alternatives in enumerate(whole):
@@ -231,16 +231,16 @@ class Parts:
         return found
 
     def _closed(self, node: Node) -> list[Alt]:
-        """Objects have no properties, and lists no items, but those that the node and what holds with it speak of."""
+        """Objects have only the properties, and lists only the items, that the node and its subschemas mention."""
         inner = self._document.without(node, *UNEVALUATED)
         if not self._document.over and not self._is_plain(inner, ()):
             self._document.lose(
-                node, next(key for key in UNEVALUATED if key in node), "its use beside `not`, `if` or a dependency"
+                node, next(key for key in UNEVALUATED if key in node), "its use next to `not`, `if` or a dependency"
             )
             return self.alternatives((inner,))
         if any("value" in alt for alt in self.alternatives((inner,))):
             self._document.lose(
-                node, next(key for key in UNEVALUATED if key in node), "its use beside `const` or `enum`"
+                node, next(key for key in UNEVALUATED if key in node), "its use next to `const` or `enum`"
             )
         found = []
         for alt in self.alternatives((inner,)):
@@ -266,7 +266,7 @@ class Parts:
         return all(self._is_plain(part, (*path, id(node))) for part in parts)
 
     def _typed(self, node: Node) -> list[Alt]:
-        """What a node says by itself, for each of its types."""
+        """A node's own constraints, for each of its types."""
         kinds = node.get("type", list(TYPES))
         kinds = [kinds] if isinstance(kinds, str) else kinds
         kinds = [kind for kind in dict.fromkeys(kinds) if not (kind == "integer" and "number" in kinds)]
@@ -311,7 +311,7 @@ class Parts:
 
     def _array(self, node: Node, alt: Alt) -> None:
         first, rest = node.get("prefixItems", []), node.get("items", True)
-        if isinstance(rest, list):  # as before 2020-12
+        if isinstance(rest, list):  # before 2020-12
             first, rest = rest, node.get("additionalItems", True)
         alt |= {key: int(node[key]) for key in ("minItems", "maxItems") if key in node}
         alt |= {"prefix": [(self._document.node(part, node, "prefixItems"),) for part in first]} if first else {}

@@ -1,4 +1,4 @@
-"""Alternatives for values, strings and numbers written down as JSON Schema, within what llguidance reads without an error."""
+"""Writes alternatives for values, strings and numbers as JSON Schema, within what llguidance reads without errors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .schema_meet import number_range
 
 __all__ = ["is_exact", "write_number", "write_string", "write_value"]
 
-MAX_STEP = 10_000  # of multipleOf, in its last digit: llguidance has a state for each remainder
+MAX_STEP = 10_000  # of multipleOf, in units of its last digit: llguidance has a state for each remainder
 MAX_LENGTH = 1 << 30
-MAX_INTEGER = 2**53  # what a double holds exactly; a model may never stop writing digits
+MAX_INTEGER = 2**53  # exact in a double; without a bound, a model may never stop writing digits
 MAX_BOUND = 10**15  # of numbers with a fraction
 
 
@@ -29,7 +29,7 @@ def write_value(value: Any, conj: Conj, document: Document) -> list[dict[str, An
 
 
 def write_string(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any]]:
-    """The schema of a string: none if nothing fits the alternative."""
+    """The schema of a string; empty if nothing fits the alternative."""
     least, most = alt.get("minLength", 0), alt.get("maxLength")
     patterns = [f"^{body}$" for body in alt.get("patterns", ()) if body]
     if least > MAX_LENGTH:
@@ -48,7 +48,7 @@ def write_string(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any
 
 
 def write_number(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any]]:
-    """The schema of a number: none if nothing fits the alternative."""
+    """The schema of a number; empty if nothing fits the alternative."""
     bounds, step = number_range(alt), Fraction(str(alt.get("multipleOf", 0)))
     if bounds is None:
         return []
@@ -79,7 +79,7 @@ def write_number(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any
             if not step and high - low >= 9e-4:
                 return [near]
             keyword = "exclusiveMinimum" if low_open else "exclusiveMaximum"
-            document.lose(origin(conj, *NUMBER), keyword, "a bound this near to the other")
+            document.lose(origin(conj, *NUMBER), keyword, "a bound this close to the other")
     found: dict[str, Any] = {"type": "integer" if alt.get("integer") else "number"}
     found |= {} if low is None else {"exclusiveMinimum" if low_open else "minimum": with_short_numbers(low)}
     found |= {} if high is None else {"exclusiveMaximum" if high_open else "maximum": with_short_numbers(high)}
@@ -93,8 +93,8 @@ def write_number(alt: Alt, conj: Conj, document: Document) -> list[dict[str, Any
 
 
 def _between(low: float, low_open: bool, high: float, high_open: bool) -> dict[str, Any] | None:
-    """The schema of numbers between bounds in one unit, of which an open whole one is left out: llguidance lets it through. A thousandth
-    of the numbers between them goes with it. None where that is not so."""
+    """The schema of numbers between bounds at most 1 apart, one of them whole and exclusive: llguidance would let that bound through.
+    Leaving it out also excludes a thousandth of the numbers between them. None if the bounds are not like this."""
     if not ((low_open and low == floor(low)) or (high_open and high == floor(high))) or high - low > 1:
         return None
     step = 10.0 ** floor(log10((high - low) / 100))
@@ -104,7 +104,7 @@ def _between(low: float, low_open: bool, high: float, high_open: bool) -> dict[s
 
 
 def _exact_step(step: Fraction) -> float | None:
-    """As a number that llguidance reads digit by digit without an error, or None."""
+    """The step as a number that llguidance reads exactly, digit by digit, or None."""
     scaled, digits = float(step), 0
     while scaled != int(scaled) and digits < 20:
         scaled, digits = scaled * 10, digits + 1
@@ -114,7 +114,7 @@ def _exact_step(step: Fraction) -> float | None:
 
 
 def is_exact(value: Any) -> bool:
-    """Whether llguidance writes all numbers of a value as they are."""
+    """Whether llguidance writes all numbers of a value exactly."""
     if isinstance(value, list | dict):
         return all(map(is_exact, value.values() if isinstance(value, dict) else value))
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Alternatives written down as JSON Schema again, in the part that llguidance holds a model to."""
+"""Writes alternatives as JSON Schema again, in the subset that llguidance can enforce."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .schema_scalars import is_exact, write_number, write_string, write_value
 
 __all__ = ["Writer"]
 
-MAX_NORMALIZED_BYTES = 512 << 10  # references that are not recursive are written out
+MAX_NORMALIZED_BYTES = 512 << 10  # references that are not recursive are inlined
 MAX_NORMALIZED_DEPTH = 100
 MAX_CHOICES = 256  # ways to choose properties or list items, each written out
 MAX_ITEMS = 1000
 
 
 class Writer:
-    """Writes what fits nodes of a document; definitions: what the written schemas refer to."""
+    """Writes schemas for nodes of a document; definitions: the targets of their references."""
 
     def __init__(self, document: Document) -> None:
         self.definitions: dict[str, Any] = {}
@@ -34,7 +34,7 @@ class Writer:
         self._open: list[tuple[int, ...]] = []
 
     def write(self, conj: Conj) -> dict[str, Any] | None:
-        """The schema of what fits all of the nodes, None if nothing does."""
+        """The schema of the values that fit all of the nodes; None if there are none."""
         conj = self._direct(conj)
         if not conj:
             return {}
@@ -51,7 +51,7 @@ class Writer:
             self._open.pop()
             if found is not None and len(json.dumps(found)) > MAX_NORMALIZED_BYTES:
                 raise UnsupportedSchemaError(
-                    f"#: with its references written out, a schema is at most {MAX_NORMALIZED_BYTES >> 10} KiB"
+                    f"#: with its references inlined, a schema must be at most {MAX_NORMALIZED_BYTES >> 10} KiB"
                 )
             if found is not None and key in self._names:
                 self.definitions[self._names[key]] = found
@@ -60,7 +60,7 @@ class Writer:
         return self._written[key]
 
     def _direct(self, conj: Conj) -> Conj:
-        """The nodes that references are to, in place of those that are nothing else."""
+        """Replaces nodes that are only a reference by its target."""
         found: list[Node] = []
         for node in conj:
             path: list[Node] = []
@@ -80,7 +80,7 @@ class Writer:
         return next(name for i in range(len(taken) + 1) if (name := f"{stem}{i or ''}") not in taken)
 
     def _one(self, alt: Alt, conj: Conj) -> list[dict[str, Any]]:
-        """The schemas of one alternative: none if nothing fits it, several where choices are written out."""
+        """The schemas of one alternative: empty if nothing fits it, several if choices are written out."""
         if "value" in alt:
             return write_value(alt["value"], conj, self._document)
         kind = alt["type"]
@@ -96,7 +96,7 @@ class Writer:
         least, most, prefix = alt.get("minItems", 0), alt.get("maxItems"), list(alt.get("prefix", ()))
         rest = alt.get("items", ())
         for wanted, count, limit in alt.get("contains", ()):
-            # The items that have to be there come first, after those that have a place of their own.
+            # Required items come first, after those with a fixed position.
             if limit is not None:
                 self._document.lose(origin(conj, "maxContains"), "maxContains", "an upper limit")
             start = 0 if rest and self.write(rest) is None else len(alt.get("prefix", ()))
@@ -129,7 +129,7 @@ class Writer:
         return [schema | ({"items": False} if tail is None or most <= len(prefix) else {"items": tail} if tail else {})]
 
     def _distinct(self, conj: Conj, least: int, most: int) -> list[dict[str, Any]] | None:
-        """Lists of different values in the order of the schema: the values cut into runs in all ways, and from each run at most one."""
+        """Lists of distinct values in the order of the schema: for every split of the values into runs, at most one value of each run."""
         values: list[Any] = []
         for alt in self._parts.alternatives(conj):
             if "value" not in alt and alt["type"] not in ("boolean", "null"):
@@ -179,12 +179,12 @@ class Writer:
         bounds: dict[str, Any] = {}
         choices: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             (tuple(optional), ())
-        ]  # those that may be there, and that must
+        ]  # those that may be present, and those that must
         if room is not None and is_open:
             bounds["maxProperties"] = most
             if optional:
                 self._document.lose(
-                    origin(conj, "maxProperties"), "maxProperties", "a limit beside optional properties"
+                    origin(conj, "maxProperties"), "maxProperties", "a limit next to optional properties"
                 )
                 bounds = {}
         elif room is not None and room < len(optional):
@@ -221,7 +221,7 @@ class Writer:
         return found
 
     def _named(self, alt: Alt, conj: Conj) -> Alt:
-        """Without propertyNames: names that are listed are properties, those of a pattern have that pattern."""
+        """Replaces propertyNames: listed names become properties, a pattern becomes patternProperties."""
         names = alt.get("names", ())
         if is_any(names):
             return alt
@@ -250,18 +250,18 @@ class Writer:
 
 
 def _may_overlap(bodies: Iterable[str]) -> bool:
-    """Of patterns: whether two may be found in one name, as far as their first characters tell."""
+    """Whether two of the patterns may match the same name, judging by their first characters."""
     starts = [compiled(f"^{body}$").start() for body in bodies]
     return any(a.startswith(b) or b.startswith(a) for a, b in combinations(starts, 2))
 
 
 def _merged(parts: list[dict[str, Any]], count: int) -> dict[str, Any] | None:
-    """One schema of several; {} for anything."""
+    """Merges schemas into one; {} allows anything."""
     plain = {part["type"] for part in parts if part.keys() == {"type"}}
     if count == len(TYPES) and len(parts) == count and {*TYPES} - plain in ({"object"}, {"array"}):
         (shaped,) = (part for part in parts if part.keys() != {"type"})
         if shaped.keys() & {"properties", "items", "prefixItems"}:
-            return shaped  # without a type in the schema, but meant to be this one
+            return shaped  # the schema has no type, but means this one
     if plain >= set(TYPES):
         return {}
     values = {canonical(part["enum"][0]): part["enum"][0] for part in parts if "enum" in part}

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 
-from .checkpoint.reader import read_json
-from .errors import CheckpointError, ContextLengthError, RequestError
-from .files import read_text
-from .ops import I64
+from ..errors import CheckpointError, ContextLengthError, RequestError
+from ..files import read_json, read_text
+from ..formats.numbers import I64
+from .control import ChatPrompt, ControlText
+from .family import Family, family_of
+from .messages import standard_messages
 from .template import render_template
-from .text.control import ChatPrompt, ControlText
-from .text.family import Family, family_of
-from .text.messages import standard_messages
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -200,7 +199,7 @@ class Tokenizer:
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
         if not isinstance(template, str):
-            raise RequestError(f"{self.path}: missing chat template; give a raw prompt, without --chat")
+            raise RequestError(f"{self.path}: no chat template; give a raw prompt instead of messages")
         return template
 
 

@@ -1,7 +1,7 @@
-"""Chat templates are programs that came with somebody's model. They run in a process of their own, which has limits on memory and time:
-whatever a template does, it can fail alone.
+"""Renders chat templates. They are untrusted code, so they run in a separate process with limits on memory and time: whatever a template
+does, only its own rendering fails.
 
-A process is started when the first template is rendered, kept for the next ones, and replaced when it was ended.
+A process is started for the first template, reused for later ones, and replaced when it has ended.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import sys
 import threading
 from typing import IO, Any
 
-from .errors import BudgetError, RequestError
+from ..errors import BudgetError, RequestError
 
 __all__ = ["CPU_SECONDS", "encode", "read_message", "render_template"]
 
-CPU_SECONDS = 10  # of one rendering; then the kernel ends the process
-WALL_SECONDS = 60.0  # of one rendering, on a machine that is busy with other things
+CPU_SECONDS = 10  # for one rendering; then the kernel kills the process
+WALL_SECONDS = 60.0  # for one rendering, on a busy machine
 KEPT_PROCESSES = 2
 _LONGEST_MESSAGE = 1 << 30
-_LONGEST_REASON = 1000  # characters of what a template says when it fails
-_START = "import sys; sys.path[:] = sys.argv[1:]; from expertstream.template_worker import serve; serve()"
+_LONGEST_REASON = 1000  # characters of a template's error message
+_START = "import sys; sys.path[:] = sys.argv[1:]; from expertstream.text.template_worker import serve; serve()"
 
 
 def render_template(source: str, values: dict[str, Any]) -> str:
-    """The text that a template makes of values, which are JSON. Raises RequestError with what the template says, or with the limit that
-    it exceeded; BudgetError where no process can be started."""
+    """Renders a template with JSON values. Raises RequestError with the template's error message, or the limit that it exceeded;
+    BudgetError if no process can be started."""
     try:
         request = encode({"source": source, "values": values, "seconds": CPU_SECONDS})
     except (TypeError, ValueError, RecursionError):
@@ -38,7 +38,7 @@ def render_template(source: str, values: dict[str, Any]) -> str:
     process = _idle.take()
     try:
         answer, last = _exchange(process, request)
-    except BaseException:  # also Ctrl-C: what the process would say next is not what the next one asks
+    except BaseException:  # including Ctrl-C: a late answer must not go to the next request
         _end(process)
         raise
     if answer is None:
@@ -53,14 +53,14 @@ def render_template(source: str, values: dict[str, Any]) -> str:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A message to or from the process: the length of what follows, 8 bytes little-endian, and JSON. Raises TypeError, ValueError,
+    """A message to or from the process: the length of the JSON, 8 bytes little-endian, and the JSON. Raises TypeError, ValueError,
     RecursionError."""
     data = json.dumps(message).encode()
     return len(data).to_bytes(8, "little") + data
 
 
 def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
-    """None if the stream ends, or what it has is no message."""
+    """None if the stream ends, or its data is not a message."""
     head = stream.read(8)
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > _LONGEST_MESSAGE:
@@ -74,14 +74,14 @@ def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
 
 
 def _exchange(process: subprocess.Popen[bytes], request: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """The answer, None if there is none, and whether the process ends with it."""
+    """The answer, None if there is none, and whether the process ends after it."""
     assert process.stdin is not None and process.stdout is not None
-    # A timer rather than a time limit on each read and write: it also ends a process that does not read.
+    # A timer rather than a timeout on each read and write: it also kills a process that does not read.
     timer = threading.Timer(WALL_SECONDS, process.kill)
     timer.daemon = True
     timer.start()
     try:
-        with contextlib.suppress(BrokenPipeError):  # it has ended; how, is told by _end()
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; _end() reports how
             process.stdin.write(request)
             process.stdin.flush()
         answer = read_message(process.stdout)
@@ -92,19 +92,19 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes) -> tuple[dict[st
 
 
 class _Idle:
-    """Processes that wait for a template, the one that was used last at the end."""
+    """Processes waiting for a template, the most recently used one last."""
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
-        self._owner = os.getpid()  # whose children they are: a fork must not talk to them
+        self._owner = os.getpid()  # their parent: a fork must not talk to them
 
     def take(self) -> subprocess.Popen[bytes]:
-        """One that is running. Raises BudgetError."""
+        """A running process. Raises BudgetError."""
         with self._lock:
             if self._owner != os.getpid():
                 for process in self.processes:
-                    process.returncode = 0  # another's child is not waited for
+                    process.returncode = 0  # only its parent can wait for it
                 self.processes, self._owner = [], os.getpid()
             while self.processes:
                 process = self.processes.pop()
@@ -117,7 +117,7 @@ class _Idle:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the command that waits for the template
+                start_new_session=True,  # keeps Ctrl-C from this process
             )
         except OSError as error:
             raise BudgetError(f"the process for the chat template cannot be started: {error.strerror}") from None
@@ -136,7 +136,7 @@ class _Idle:
 
 
 def _end(process: subprocess.Popen[bytes]) -> str:
-    """Ends a process, and says how it had ended before that."""
+    """Stops a process; returns how it had ended before."""
     for stream in (process.stdout, process.stdin):
         with contextlib.suppress(OSError):
             stream.close()  # type: ignore[union-attr]
@@ -144,14 +144,14 @@ def _end(process: subprocess.Popen[bytes]) -> str:
         process.kill()
     code = process.wait()
     if code == -signal.SIGXCPU:
-        return f"the template takes more than {CPU_SECONDS} seconds of the processor"
+        return f"the template takes more than {CPU_SECONDS} seconds of processor time"
     if code == -signal.SIGKILL:
-        return f"its process was ended: it needs too much memory, or more than {WALL_SECONDS:g} seconds"
+        return f"its process was killed: it needs too much memory, or more than {WALL_SECONDS:g} seconds"
     return f"its process ended unexpectedly (exit code {code})"
 
 
 def _ends_soon(process: subprocess.Popen[bytes]) -> bool:
-    """A process whose input has ended, ends; one in the middle of a template does not."""
+    """A process whose input is closed exits; one in the middle of a template does not."""
     try:
         process.wait(0.2)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The command chat."""
+"""The chat command."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import api_key, config_folder, data_folder, parse_bytes
 from ..errors import UsageError
 from ..experts.budget import for_conversations
 from ..files import read_text
 from ..machine import available_bytes
-from ..options import ENGINE_OPTIONS, add_engine_options
-from ..visible import visible
+from ..text.visible import visible
+from ..units import parse_bytes
+from ..user_files import api_key, config_folder, data_folder
+from .options import ENGINE_OPTIONS, add_engine_options
 
 __all__ = ["add_chat"]
 
@@ -23,62 +24,64 @@ SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
 
 def add_chat(commands: Any, style: dict[str, Any]) -> None:
-    """Adds chat to the command line's subcommands; the engine's options are those of run."""
+    """Adds the chat subcommand; its engine options are those of run."""
     chat = commands.add_parser(
         "chat",
         usage="expertstream chat [OPTIONS] [MODEL]",
         help="talk to a model in the terminal",
         description=(
-            "A conversation with a model in this process, or with --url on a server. With no MODEL the small embedded model answers.\n"
-            "Needs the packages of `pip install 'expertstream[chat]'`. Sessions are kept; /help inside lists what can be done with them.\n"
-            "A system prompt for all of them may lie in ~/.config/expertstream/system.md, MCP servers in mcp.json beside it."
+            "Chats with a model in this process or, with --url, on a server. Without MODEL, the small embedded model answers.\n"
+            "Needs the packages of `pip install 'expertstream[chat]'`. Sessions are saved; /help lists the commands inside a chat.\n"
+            "A system prompt for all sessions can be set in ~/.config/expertstream/system.md, MCP servers in mcp.json next to it."
         ),
         **style,
     )
     chat.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="a checkpoint folder (the embedded model)")
-    chat.add_argument("--url", metavar="URL", help="a server, such as http://127.0.0.1:8080, instead of a model here")
-    chat.add_argument("--name", metavar="NAME", help="which of the server's models (its first)")
-    chat.add_argument("--system", metavar="TEXT", help="a system prompt (the file's)")
-    chat.add_argument("--resume", metavar="NAME", nargs="?", const="", help="go on with a session (the last one)")
-    chat.add_argument("--sessions", action="store_true", help="list the sessions, and leave")
-    chat.add_argument("--no-save", action="store_true", help="keep nothing of this chat")
+    chat.add_argument("--url", metavar="URL", help="a server such as http://127.0.0.1:8080, instead of a local model")
+    chat.add_argument("--name", metavar="NAME", help="which of the server's models to use (the first)")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt (from system.md)")
+    chat.add_argument("--resume", metavar="NAME", nargs="?", const="", help="resume a session (the last one)")
+    chat.add_argument("--sessions", action="store_true", help="list the sessions and exit")
+    chat.add_argument("--no-save", action="store_true", help="save nothing of this chat")
     chat.add_argument(
-        "--shell", action="store_true", help="let the model ask to run commands; each is shown and asked about"
+        "--shell",
+        action="store_true",
+        help="let the model run shell commands; each is shown first, and needs your consent",
     )
-    chat.add_argument("--mcp", type=Path, metavar="FILE", help="MCP servers (those of mcp.json in the config folder)")
-    chat.add_argument("--yes", action="store_true", help="do what the model asks for without asking you")
+    chat.add_argument("--mcp", type=Path, metavar="FILE", help="list of MCP servers (mcp.json in the config folder)")
+    chat.add_argument("--yes", action="store_true", help="run the model's calls without asking for consent")
     chat.add_argument("--think", action="store_true", help="let the model reason first")
     chat.add_argument("--max-tokens", type=int, metavar="N", help="stop an answer after N tokens")
     chat.add_argument("--temperature", type=float, metavar="X", help="0 takes the most likely token")
-    chat.add_argument("--top-p", type=float, metavar="X", help="draw among the fewest that together have probability X")
+    chat.add_argument("--top-p", type=float, metavar="X", help="sample from the fewest tokens with total probability X")
     chat.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     chat.add_argument(
         "--cache-disk",
         default="4GiB",
         metavar="SIZE",
-        help="for what was computed of conversations, so that they go on at once (4GiB; 0 for none)",
+        help="disk space for the state of conversations, so that they resume quickly (4GiB; 0: none)",
     )
     add_engine_options(chat)
     chat.set_defaults(function=_chat)
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from .conversation import Chat, new_name
-    from .sessions import Conversation, SessionStore
-    from .terminal import PlainView, TerminalView
+    from ..chat.conversation import Chat, new_name
+    from ..chat.sessions import Conversation, SessionStore
+    from ..chat.terminal import PlainView, TerminalView
 
     store = SessionStore(data_folder() / "sessions")
     if options.sessions:
         print("\n".join(map(visible, store.listing())) or "no sessions yet")
         return 0
     if options.no_save and options.resume is not None:
-        raise UsageError("--no-save and --resume do not go together")
+        raise UsageError("--no-save and --resume cannot be combined")
     if options.name is not None and options.url is None:
-        raise UsageError("--name is for --url: it says which of a server's models")
+        raise UsageError("--name needs --url: it selects one of a server's models")
     if options.resume and options.resume not in store.names():
         raise UsageError(f"there is no session {options.resume!r}; expertstream chat --sessions lists them")
-    person = sys.stdin.isatty() and sys.stdout.isatty()
-    if person:
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
         try:
             import prompt_toolkit  # noqa: F401
         except ImportError:
@@ -88,22 +91,22 @@ def _chat(options: argparse.Namespace) -> int:
         tools = stack.enter_context(_tools(options))
         backend = stack.enter_context(_backend(options, sampling))
         kept = None if options.no_save else store
-        view = TerminalView() if person else PlainView()
+        view = TerminalView() if interactive else PlainView()
         system = options.system if options.system is not None else _system_prompt()
         chat = Chat(backend, kept, Conversation(new_name(kept), system), view, tools, not options.yes, options.think)
         if options.resume is not None:
             names = store.names()
             if not options.resume and not names:
-                raise UsageError("there is no session to go on with yet")
+                raise UsageError("there is no session to resume yet")
             chat.resume(options.resume or names[0])
             if options.system is not None:
                 chat.conversation.system = options.system
         view.note(backend.about)
-        if person:
-            from .prompt import read_lines
+        if interactive:
+            from ..chat.prompt import read_lines
 
             view.note(
-                "/help lists commands; Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves"
+                "/help lists commands; Enter sends, Alt-Enter inserts a line break, Ctrl-C stops an answer, Ctrl-D quits"
             )
             lines: Iterator[str] = read_lines(chat, data_folder() / "history")
         else:
@@ -126,12 +129,12 @@ def _system_prompt() -> str:
 
 @contextlib.contextmanager
 def _tools(options: argparse.Namespace) -> Iterator[list[Any]]:
-    from .tools import McpTools, Shell
+    from ..chat.tools import McpTools, Shell
 
     tools: list[Any] = [Shell()] if options.shell else []
     file = options.mcp or config_folder() / "mcp.json"
     if options.yes and not tools and not (options.mcp is not None or file.exists()):
-        raise UsageError("--yes is for --shell or --mcp: nothing else is asked about")
+        raise UsageError("--yes needs --shell or --mcp: nothing else asks for consent")
     if options.mcp is not None or file.exists():
         servers = McpTools(file)
         tools.append(servers)
@@ -145,13 +148,13 @@ def _tools(options: argparse.Namespace) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def _backend(options: argparse.Namespace, sampling: dict[str, Any]) -> Iterator[Any]:
-    from .backends import LocalBackend, RemoteBackend
+    from ..chat.backends import LocalBackend, RemoteBackend
 
     if options.url is not None:
         given = [name for name in ENGINE_OPTIONS if getattr(options, name) is not None]
         if options.model is not None or given:
             what = "MODEL" if options.model is not None else "--" + given[0].replace("_", "-")
-            raise UsageError(f"--url and {what} do not go together: the server has its model already")
+            raise UsageError(f"--url and {what} cannot be combined: the server already has a model")
         with contextlib.closing(RemoteBackend(options.url, api_key(), sampling, options.name or "")) as remote:
             yield remote
         return

@@ -1,7 +1,7 @@
-"""The process that chat templates run in: Jinja's sandbox, bounds on steps, time and sizes whose errors say which one was exceeded, and
-below them the kernel's limits on memory and processor time, which hold whatever a template finds.
+"""The process that renders chat templates: Jinja's sandbox, limits on steps, time and sizes with an error message for each, and below
+them the kernel's limits on memory and processor time, which hold whatever a template does.
 
-Started by template.py, with pipes for standard input and output. It does not import NumPy, so that it starts quickly and is small.
+Started by template.py, with pipes for standard input and output. It does not import NumPy, so that it starts quickly and stays small.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .template import encode, read_message
 
 __all__ = ["render", "serve"]
 
-MEMORY_BYTES = 512 << 20  # of address space, beyond what the process has when it begins
-KEPT_BYTES = 128 << 20  # a process that has grown by more does not wait for another template
-MAX_STEPS = 2_000_000  # turns of loops and calls of macros
-MAX_CHARACTERS = 64 << 20  # of any text that is made on the way
-MAX_VALUES = 1 << 20  # inside one that becomes text
-MAX_WRAPPED = 1 << 16  # characters that are wrapped into lines, which takes long
+MEMORY_BYTES = 512 << 20  # of address space, on top of what the process has at its start
+KEPT_BYTES = 128 << 20  # a process that has grown by more is not reused
+MAX_STEPS = 2_000_000  # loop iterations and macro calls
+MAX_CHARACTERS = 64 << 20  # in any intermediate text
+MAX_VALUES = 1 << 20  # nested in a value that becomes text
+MAX_WRAPPED = 1 << 16  # characters for wordwrap, which is slow
 _STEP, _JOIN = "_expertstream_step", "_expertstream_join"
-# Filters that look into a list without making text of it.
+# Filters that read a list without turning it into text.
 _LOOKING = frozenset(
     ("length", "count", "first", "last", "list", "map", "select", "selectattr", "reject", "rejectattr", "sort", "unique", "reverse",
      "items", "batch", "slice", "groupby", "sum", "min", "max", "random", "default", "d", "attr", "dictsort")
 )  # fmt: skip
-_WIDE = re.compile(r"\d{7}")  # a width in a format
+_WIDE = re.compile(r"\d{7}")  # a width in a format string
 
 
 def serve() -> None:
-    """Renders templates until standard input ends. Each answer has "text" or "error"; another message says whether it is the last."""
+    """Renders templates until standard input ends. Each answer has "text" or "error"; a second message says whether it is the last."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     begin = _resident()
     _limit_process()
@@ -54,7 +54,7 @@ def serve() -> None:
             answer = encode({"text": render(message["source"], message["values"], seconds)})
         except MemoryError:
             answer = encode({"error": f"the template needs more than {MEMORY_BYTES >> 20} MiB of memory"})
-        except Exception as error:  # a template is a program of somebody's, and may fail as any other
+        except Exception as error:  # untrusted code can raise anything
             answer = encode({"error": str(error) or type(error).__name__})
         last = _resident() - begin > KEPT_BYTES
         answers.write(answer + encode({"last": last}))
@@ -65,7 +65,7 @@ def serve() -> None:
 
 
 def _limit_process() -> None:
-    """Memory, files and, for a machine that runs out of memory, which process to end first."""
+    """Limits memory and files, and makes this process the first that the kernel kills when memory runs out."""
     with contextlib.suppress(OSError):  # Linux only
         Path("/proc/self/oom_score_adj").write_text("1000")
     with contextlib.suppress(OSError):
@@ -86,12 +86,12 @@ def _within(value: int, limit: int) -> int:
 
 
 def _resident() -> int:
-    """Bytes, the most so far."""
+    """Peak resident bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def render(source: str, values: dict[str, Any], seconds: float) -> str:
-    """seconds: of processor time. Raises TemplateError, or whatever else a program may fail with."""
+    """seconds: of processor time. Raises TemplateError, or any other exception of the template."""
     environment = _Bounded(seconds, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_shallow)
     tree = environment.parse(source)
     step = nodes.ExprStmt(nodes.Call(nodes.Name(_STEP, "load"), [], [], None, None))
@@ -110,7 +110,7 @@ def render(source: str, values: dict[str, Any], seconds: float) -> str:
 
 
 def _join_checked(parent: nodes.Node) -> None:
-    """`a ~ b` becomes a call that looks at the sizes."""
+    """Replaces `a ~ b` by a call that checks the sizes."""
     for name in parent.fields:
         value = getattr(parent, name)
         if isinstance(value, nodes.Concat):
@@ -124,7 +124,7 @@ def _join_checked(parent: nodes.Node) -> None:
 
 def _small(size: int) -> int:
     if size > MAX_CHARACTERS:
-        raise SecurityError(f"the template makes more than {MAX_CHARACTERS >> 20} MiB")
+        raise SecurityError(f"the template produces more than {MAX_CHARACTERS >> 20} MiB")
     return size
 
 
@@ -133,7 +133,7 @@ def _size(value: Any) -> int:
 
 
 def _shallow(value: Any) -> Any:
-    """The value, if it has no more inside than becomes a text of some size: lists can hold one another, and be few and yet many."""
+    """The value, if its text is not too long: nested lists that share parts are small in memory, but not as text."""
     if isinstance(value, list | tuple | dict):
         open_, count, size = [value], 0, 0
         while open_:
@@ -143,7 +143,7 @@ def _shallow(value: Any) -> Any:
                 if isinstance(part, list | tuple | dict):
                     open_.append(part)
             if count > MAX_VALUES:
-                raise SecurityError(f"the template writes a value with more than {MAX_VALUES:,} parts")
+                raise SecurityError(f"the template renders a value with more than {MAX_VALUES:,} parts")
             _small(size)
     return value
 
@@ -162,7 +162,7 @@ def _tojson(value: Any, **options: Any) -> str:
     options.pop("ensure_ascii", None)
     indent = options.get("indent")
     if indent is not None and _size(indent) + (indent if isinstance(indent, int) else 0) > 100:
-        raise SecurityError("an indent of more than 100")
+        raise SecurityError("tojson: the indent must be at most 100")
     return json.dumps(_shallow(value), ensure_ascii=False, **options)
 
 
@@ -178,7 +178,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
             _STEP: self._step,
             _JOIN: _joined,
         }
-        del self.globals["lipsum"]  # text of any length, and none that a chat needs
+        del self.globals["lipsum"]  # text of any length, which no chat needs
         self.filters["tojson"] = _tojson
         checks = {
             "replace": _replaced, "center": _padded, "indent": _padded, "format": _formatted,
@@ -192,12 +192,12 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if self._steps > MAX_STEPS:
             raise SecurityError(f"the template takes more than {MAX_STEPS:,} steps")
         if time.process_time() > self._end:
-            raise SecurityError(f"the template takes more than {self._seconds:g} seconds of the processor")
+            raise SecurityError(f"the template takes more than {self._seconds:g} seconds of processor time")
 
     def _checked(
         self, name: str, function: Callable[..., Any], before: Callable[..., Any] | None
     ) -> Callable[..., Any]:
-        """A filter that counts as a step, and looks at its arguments first and at the size of what it made."""
+        """Wraps a filter: counts a step, checks the arguments first and the size of the result."""
         takes_context = hasattr(function, "jinja_pass_arg")
 
         def filtered(*args: Any, **kwargs: Any) -> Any:
@@ -275,5 +275,5 @@ def _formatted(text: Any, *_: Any) -> None:
 
 def _narrow(form: str) -> str:
     if _WIDE.search(form):
-        raise SecurityError("a format that is wider than a text can be")
+        raise SecurityError("a width in a format string is too large")
     return form

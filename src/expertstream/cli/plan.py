@@ -1,0 +1,115 @@
+"""The command plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import EngineConfig
+from ..errors import UsageError
+from ..units import format_bytes, parse_bytes
+from .synth import add_quantization, policy_of
+
+__all__ = ["add_plan"]
+
+
+def add_plan(commands: Any, style: dict[str, Any]) -> None:
+    """Adds the command."""
+    plan = commands.add_parser(
+        "plan",
+        usage="expertstream plan [OPTIONS] MODEL|GEOMETRY",
+        help="predict a model's speed on this machine, before any download",
+        description=(
+            "Measures this machine's memory, disk and arithmetic for a few seconds, and predicts from these and the model's sizes\n"
+            "what fits, the hit rate, the speed, and which hardware change would help most."
+        ),
+        **style,
+    )
+    plan.add_argument(
+        "model", metavar="MODEL|GEOMETRY", help="a checkpoint folder, a known model (see synth), or a config.json"
+    )
+    plan.add_argument("--layers", type=int, default=0, metavar="N", help="only the first N layers (all)")
+    plan.add_argument(
+        "--memory",
+        metavar="SIZE",
+        action="append",
+        help="a budget; may be repeated (a quarter, half and all of the free memory)",
+    )
+    plan.add_argument("--context", type=int, default=8192, metavar="N", help="tokens of context (8192)")
+    plan.add_argument("--prompt", type=int, default=2048, metavar="N", help="tokens of the prompt to predict (2048)")
+    plan.add_argument(
+        "--routing",
+        choices=("real", "uniform"),
+        default="real",
+        help="experts selected as in trained models, or uniformly (real)",
+    )
+    plan.add_argument(
+        "--disk", type=Path, default=Path(), metavar="PATH", help="a folder on the disk that will hold the model (here)"
+    )
+    plan.add_argument("--threads", type=int, metavar="N", help="compute threads (one per available processor)")
+    add_quantization(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(function=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ..bench.machine import arithmetic_peak, disk_rates, memory_bandwidth
+    from ..bench.plan import Machine, advice, load_model, predict
+    from ..machine import available_bytes
+
+    threads = EngineConfig.from_options({"threads": options.threads}).thread_count
+    if not (1 <= options.context <= 1 << 24 and 1 <= options.prompt <= options.context):
+        raise UsageError(
+            f"--context must be from 1 to {1 << 24} and --prompt from 1 to --context; got {options.context} and {options.prompt}"
+        )
+    model = load_model(options.model, options.layers, policy_of(options))
+    available = available_bytes()
+    budgets = [parse_bytes(text) for text in options.memory or ()] or [available // 4, available // 2, available]
+    where = Path(options.model) if Path(options.model).is_dir() else options.disk
+    rates = disk_rates(where, model.slot_bytes, depths=(16,), splits=(256 << 10,), seconds=2.0)
+    machine = Machine(memory_bandwidth(threads), rates[0].bytes_per_second, arithmetic_peak(threads))
+    settings = {
+        "context": options.context,
+        "prompt_tokens": options.prompt,
+        "routing": options.routing,
+        "threads": threads,
+    }
+    found = [predict(model, machine, budget, **settings) for budget in budgets]
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "model": options.model, "model_bytes": model.model_bytes, "bytes_per_token": model.cost.bytes,
+                    "machine": vars(machine), "settings": settings,
+                    "predictions": [vars(p) if p is not None else {"budget_bytes": b} for p, b in zip(found, budgets, strict=True)],
+                },
+                indent=1,
+            )
+        )  # fmt: skip
+        return 0
+    print(
+        f"{options.model}: {format_bytes(model.model_bytes)}, of which each token reads {format_bytes(model.cost.bytes)} "
+        f"(trunk {format_bytes(model.cost.trunk_bytes)}, {model.cost.experts} experts of {format_bytes(model.cost.expert_bytes)})\n"
+        f"this machine: memory {machine.memory_rate / 1e9:.1f} GB/s, disk {machine.disk_rate / 1e9:.2f} GB/s, "
+        f"{machine.arithmetic_rate / 1e9:.0f} G multiply-adds/s, {format_bytes(available)} available, {threads} threads\n"
+    )
+    print(
+        f"{'memory':>9} {'experts':>8} {'hits':>6} {'disk/token':>10} {'decode':>8} {'prefill':>9} {'first token':>11}  bound by"
+    )
+    total = model.config.num_hidden_layers * model.config.num_experts
+    for budget, p in zip(budgets, found, strict=True):
+        if p is None:
+            print(f"{format_bytes(budget):>9} is too small for the trunk, the context and one layer's experts")
+            continue
+        print(
+            f"{format_bytes(budget):>9} {min(1, p.slots / total):8.0%} {p.hit_rate:6.0%} {format_bytes(p.missed_bytes):>10} "
+            f"{p.decode_tps:6.2f}/s {p.prefill_tps:7.1f}/s {p.ttft_seconds:9.1f} s  {p.bound}"
+        )
+    helps = [(what, times) for what, times in advice(model, machine, budgets[-1], **settings) if times > 1.05]
+    print(
+        "\nwhat would speed up decoding most: "
+        + (", ".join(f"{what} ×{times:.2f}" for what, times in helps) or "none of the changes considered")
+    )
+    return 0
