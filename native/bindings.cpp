@@ -13,7 +13,7 @@ using namespace nb::literals;
 namespace expertstream {
 namespace {
 
-// A list of (tokens, rows), new arrays that Python owns.
+// A list of new (tokens, rows) arrays, owned by Python.
 nb::list project(Engine& engine, const std::vector<const BoundMatrix*>& w, In x) {
   require(!w.empty(), "project: at least one matrix");
   const int64_t cols = w[0]->m.cols, tokens = size_of(x) / cols;
@@ -42,8 +42,8 @@ void embed(Engine& engine, const BoundMatrix& w, Ids rows, Out y) {
   engine.embed(w.m, rows.data(), size_of(rows), y.data());
 }
 
-// Experts that lie in an arena, checked. offsets (experts, parts): where the parts of each one's gate, up and down lie,
-// a matrix's bias (float32) behind its other parts.
+// Experts in an arena, checked. offsets (experts, parts): of the parts of each one's gate, up and down, a matrix's bias
+// (float32) after its other parts.
 std::vector<Expert> bind_experts(const Arena& arena, const ExpertFormat& format, const Ids& offsets, const In& x,
                                  const Ids& pair_start, const Ids& pair_token) {
   const int64_t parts = format.parts(), count = size_of(offsets) / parts, pairs = size_of(pair_token),
@@ -205,8 +205,8 @@ nb::tuple quantize(Engine& engine, In w, int bits, int group_size, bool symmetri
                         nb::ndarray<nb::numpy, uint16_t>(biases, {symmetric ? 0 : r, groups / r}, owners[2]));
 }
 
-// Rows as checkpoints have them → tiles. Sources have m.rows rows, destinations whole tiles; both may be one memory if
-// the rows fill their tiles.
+// Rows as stored in checkpoints → tiles. Sources have m.rows rows, destinations whole tiles; both may be the same
+// memory if the rows fill their tiles.
 void tile(Engine& engine, const Matrix& m, const std::vector<Bytes>& from, std::vector<BytesOut> to) {
   require(m.codes != Codes::dense, "tile: only quantized matrices are tiled");
   const int64_t values = static_cast<int64_t>(m.rows) * (m.cols / m.group_size) * value_bytes(m.dtype);

@@ -1,4 +1,4 @@
-// What Python's arrays are bound to: matrices, experts and mixers, checked once, with the arrays kept alive.
+// Matrices, experts and mixers bound to Python's arrays: checked once, with the arrays kept alive.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -31,7 +31,7 @@ void require(bool ok, const char* what) {
 }
 int64_t size_of(const auto& array) { return static_cast<int64_t>(array.size()); }
 
-// A matrix without its memory: what the bits of its arrays mean.
+// A matrix format, without memory: the meaning of its arrays' bits.
 Matrix make_format(int64_t rows, int64_t cols, int bits, int group_size, const std::string& dtype,
                    const std::string& codes) {
   require(rows > 0 && cols > 0 && rows <= INT32_MAX && cols <= INT32_MAX,
@@ -58,7 +58,7 @@ Matrix make_format(int64_t rows, int64_t cols, int bits, int group_size, const s
   return size(type, codes == "affine" ? Codes::affine : Codes::symmetric);
 }
 
-// Where the arrays of a matrix begin, in the order of `parts`.
+// Points a matrix to its arrays, in the order of `parts`.
 void point(Matrix& m, const uint8_t* const* parts) {
   m.data = parts[0];
   if (part_count(m) > 1) m.scales = parts[1];
@@ -88,7 +88,7 @@ struct BoundMatrix {
   }
 };
 
-// What all experts of a layer have in common.
+// The format that all experts of a layer share.
 struct ExpertFormat {
   Matrix matrices[3];  // gate, up, down
   bool biased;
@@ -109,7 +109,7 @@ struct ExpertFormat {
   }
 };
 
-// What attention needs beside its projections; keeps the arrays alive.
+// Attention without its projections; keeps the arrays alive.
 struct BoundAttention {
   AttentionParams p;
   int64_t kv_heads, head_dim;

@@ -8,10 +8,10 @@
 namespace expertstream {
 
 namespace {
-constexpr int64_t kQueryRows = 48;  // of a block of attention: their sums stay in the second-level cache
+constexpr int64_t kQueryRows = 48;  // per attention block: their sums stay in the L2 cache
 }
 
-// d values as int8 with the float that they are times behind them; the largest becomes 127.
+// d values as int8, followed by their float32 scale; the largest becomes 127.
 static void store_i8(const float* x, int64_t d, uint8_t* row) {
   float most = 0.0f;
   for (int64_t i = 0; i < d; ++i) most = std::max(most, std::fabs(x[i]));
@@ -23,11 +23,11 @@ static void store_i8(const float* x, int64_t d, uint8_t* row) {
 void Engine::attention(const float* q_in, const float* k_in, const float* v_in, const AttentionParams& p,
                        const KVLayer& kv, int64_t tokens, int64_t position, float* out) {
   const int64_t d = kv.head_dim, per_kv = p.heads / kv.kv_heads;
-  // Rows are the query heads of a KV head, of several tokens; a task is such rows against one segment of positions, or
-  // for many tokens against all of them, one after another. Both give the same bits.
+  // Rows are the query heads of a KV head for several tokens. A task computes such rows against one segment of
+  // positions or, for many tokens, against all segments in turn. Both give the same bits.
   const int64_t together = std::clamp<int64_t>(kQueryRows / per_kv, 1, tokens), rows = together * per_kv;
-  const int64_t stride = p.gated ? 2 * d : d;  // of a head of q_in
-  // The first position that anybody sees, and the segments from there on.
+  const int64_t stride = p.gated ? 2 * d : d;  // per head of q_in
+  // The first position that any query sees, and the number of segments before it.
   const int64_t oldest = p.window ? std::max<int64_t>(0, position + 1 - p.window) : 0, skipped = oldest / kSegment;
   const int64_t blocks = (tokens + together - 1) / together,
                 segments = (position + tokens + kSegment - 1) / kSegment - skipped;
@@ -38,7 +38,7 @@ void Engine::attention(const float* q_in, const float* k_in, const float* v_in, 
   make_space(scratch_, static_cast<size_t>(query_floats + partial_floats + pool.threads() * own));
   float *q = scratch_.data(), *partials = q + query_floats, *keys = partials + partial_floats;
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  // 1. Norm and rotate; keys and values go into the cache.
+  // 1. Norm and rotate; store keys and values in the cache.
   pool.parallel_for(tokens, 8, [&](int64_t begin, int64_t end, int thread) {
     float* key = keys + thread * own;
     for (int64_t t = begin; t < end; ++t) {
@@ -85,7 +85,7 @@ void Engine::attention(const float* q_in, const float* k_in, const float* v_in, 
     }
     for (int64_t s = first; s < last; ++s) {
       const int64_t start = (skipped + s) * kSegment, end = std::min(start + kSegment, position + t0 + count);
-      // Whole blocks of keys from where the first of these tokens begins to see: what they see decides, not their
+      // Whole blocks of keys from the first position that these tokens see: this depends on what they see, not on their
       // number.
       const int64_t seen = p.window ? std::max<int64_t>(0, position + t0 + 1 - p.window) / kKeys * kKeys : 0;
       const int64_t begin = std::max(start, seen);
@@ -106,7 +106,7 @@ void Engine::attention(const float* q_in, const float* k_in, const float* v_in, 
         const int64_t row = t * per_kv + h, head = (t0 + t) * p.heads + kv_head * per_kv + h;
         float *largest = result + rows * d + row, *sum = largest + rows;
         const float one = 1.0f;
-        if (p.sinks != nullptr)  // one more position, whose value is nothing
+        if (p.sinks != nullptr)  // one more position, with a zero value
           k.merge_segments(1, d, largest, sum, result + row * d, p.sinks + kv_head * per_kv + h, &one, nothing.data());
         std::memcpy(out + head * d, result + row * d, static_cast<size_t>(d) * 4);
         k.scale(out + head * d, 1.0f / *sum, d);
@@ -149,12 +149,11 @@ void Engine::delta_net(bool chunked, float* qkv, const float* z, const float* a,
   const int64_t own = delta_scratch(p.dk, p.dv), scratch = pool.threads() * own;
   make_space(scratch_, static_cast<size_t>(scratch + 2 * tokens * p.value_heads));
   float *g = scratch_.data() + scratch, *beta = g + tokens * p.value_heads;
-  // 1. Mix each channel with its own past. One token is not worth waking threads for.
+  // 1. Mix each channel with its own past. A few tokens are not worth waking threads for.
   pool.parallel_for(channels, tokens < 8 ? channels : 64, [&](int64_t begin, int64_t end, int) {
     k.conv(qkv, p.conv_weight, conv_state, tokens, channels, p.kernel, begin, end, qkv);
   });
-  // 2. Keys and queries of unit length, queries with the 1/√dk; what each head keeps of its state, and how strongly it
-  // writes.
+  // 2. Scale keys and queries to unit length, queries also by 1/√dk; compute each head's decay and beta.
   const float scale = 1.0f / std::sqrt(static_cast<float>(p.dk));
   pool.parallel_for(tokens, 8, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
@@ -167,7 +166,7 @@ void Engine::delta_net(bool chunked, float* qkv, const float* z, const float* a,
       k.sigmoid(b + t * p.value_heads, p.value_heads, beta + t * p.value_heads);
     }
   });
-  // 3. The delta rule and the gated norm, a head at a time.
+  // 3. The delta rule and the gated norm, one head at a time.
   pool.parallel_for(p.value_heads, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t h = begin; h < end; ++h) {
       const int64_t key_head = h / (p.value_heads / p.key_heads), step = chunked ? kDeltaChunk : tokens;

@@ -7,9 +7,9 @@
 namespace expertstream {
 
 namespace {
-// Tiles a thread takes at a time: enough to pay for the hand-over, few enough to share a small matrix.
+// Tiles that a thread takes at a time: enough to outweigh the overhead, few enough to share a small matrix.
 int64_t tile_grain(int64_t tiles, int threads) { return std::max<int64_t>(1, tiles / (threads * 8)); }
-constexpr int64_t kPairs = 1024;  // of tokens and experts that are worked on together, unless one expert has more
+constexpr int64_t kPairs = 1024;  // of tokens and experts that are processed together, unless one expert has more
 }  // namespace
 
 int64_t Engine::buffer_bytes() const {
@@ -64,8 +64,8 @@ Activations Engine::part(const Activations& all, const Matrix& w, int64_t first,
   return p;
 }
 
-// Quantizes the activations for w, unless `to` has been made from the same x for the same kind of weights; for dense
-// weights it only points at x.
+// Quantizes the activations for w, unless `to` was made from the same x for the same kind of weights; for dense weights
+// it only points to x.
 void Engine::prepare(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens) {
   if (w.bits >= 16) {
     to.view.x = x;
@@ -81,7 +81,7 @@ void Engine::prepare(PreparedActivations& to, const Matrix& w, const float* x, i
 }
 
 void Engine::project(const Matrix* const* w, float* const* y, int64_t count, const float* x, int64_t tokens) {
-  // Matrices of one kind of activations are multiplied in one parallel loop.
+  // Matrices that need the same kind of activations are multiplied in one parallel loop.
   for (int64_t first = 0, last; first < count; first = last) {
     int64_t tiles = row_tiles(w[first]->rows), model = first;
     for (last = first + 1; last < count; ++last) {
@@ -159,7 +159,7 @@ void Engine::experts_inner(const Expert* experts, int64_t count, ExpertActivatio
   for (int64_t e = 0; e < count; ++e)
     for (int64_t p = pair_start[e]; p < pair_start[e + 1]; ++p) expert_of[static_cast<size_t>(p)] = e;
 
-  // 1. Each pair's activations, an expert's tokens as neighbours.
+  // 1. Each pair's activations, grouped by expert.
   input_.view = {dense_in ? gathered : nullptr, pairs, planes, nullptr, nullptr, nullptr, nullptr};
   if (!dense_in) make_room(input_, gate_format, nullptr, pairs);
   pool.parallel_for(pairs, 8, [&](int64_t begin, int64_t end, int) {
@@ -174,8 +174,8 @@ void Engine::experts_inner(const Expert* experts, int64_t count, ExpertActivatio
     }
   });
 
-  // 2. gate and up, one task for a few rows of one expert; they are whole groups of down's activations, which the task
-  // quantizes as well.
+  // 2. gate and up: each task computes a few rows of one expert, which are whole groups of down's activations, and
+  // quantizes them as well.
   if (!dense_inner) make_room(inner_, down_format, nullptr, pairs);
   inner_.view.x = gate;
   over_expert_rows(count, pair_start, inner, dense_inner ? kTileRows : down_format.group_size,
@@ -219,7 +219,7 @@ void Engine::experts(const std::vector<Expert>& experts, ExpertActivation act, c
 void Engine::moe(const std::vector<Expert>& experts, ExpertActivation act, const float* x, const int64_t* pair_start,
                  const int64_t* pair_token, const float* weights, float* acc) {
   const int64_t count = static_cast<int64_t>(experts.size());
-  // Some experts at a time: what they need besides their weights is small then, whatever the routing.
+  // Some experts at a time, so that they need little memory besides their weights, whatever the routing.
   std::vector<int64_t> starts;
   for (int64_t e0 = 0, e1; e0 < count; e0 = e1) {
     const int64_t first = pair_start[e0];
@@ -236,7 +236,7 @@ void Engine::moe_group(const Expert* experts, int64_t count, ExpertActivation ac
   const int64_t hidden = experts[0].down.rows;
   int64_t most = 0;
   for (int64_t e = 0; e < count; ++e) most = std::max(most, pair_start[e + 1] - pair_start[e]);
-  // A task owns some columns of acc and takes the experts in order: no output of an expert leaves the cache.
+  // A task owns some columns of acc and processes the experts in order: no expert's output leaves the cache.
   constexpr int64_t kColumns = 64;
   make_space(outputs_, static_cast<size_t>(pool.threads() * most * kColumns));
   pool.parallel_for((hidden + kColumns - 1) / kColumns, 1, [&](int64_t first_block, int64_t end_block, int thread) {

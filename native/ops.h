@@ -1,5 +1,5 @@
 // The loops of the forward pass: each divides rows, heads or channels among the threads of a pool and calls the
-// kernels. No allocation of results here: callers own every buffer. Not thread-safe: one Engine serves one caller at a
+// kernels. Results are not allocated here: callers own every buffer. Not thread-safe: one Engine serves one caller at a
 // time.
 #pragma once
 
@@ -16,7 +16,7 @@ struct Expert {
   Matrix gate, up, down;
 };
 
-// act: silu(gate)·up where limit is 0, else Kernels::clamped_swiglu.
+// act: silu(gate)·up if limit is 0, otherwise Kernels::clamped_swiglu.
 struct ExpertActivation {
   float alpha = 1.0f, limit = 0.0f;
 };
@@ -39,14 +39,14 @@ struct DeltaParams {
   float eps;
 };
 
-// Activations in memory that they own.
+// Activations that own their memory.
 struct PreparedActivations {
   std::vector<uint8_t> memory;
   Activations view{};
   int group_size = 0, zero_point = 0;
 };
 
-// At least n values, old ones lost. Never smaller again: passes of one size take no memory anew, and no more than this.
+// Grows to exactly n values if there are fewer; old ones are lost. Passes of one size thus allocate only once.
 template <class T>
 void make_space(std::vector<T>& buffer, size_t n) {
   if (buffer.size() >= n) return;
@@ -56,11 +56,11 @@ void make_space(std::vector<T>& buffer, size_t n) {
 
 class Engine {
  public:
-  // activation_bits 8 or 16: what products with quantized weights round their activations to.
+  // activation_bits 8 or 16: the precision that products with quantized weights round their activations to.
   Engine(int threads, const Kernels* kernels, int activation_bits)
       : pool(threads), k(*kernels), planes(activation_bits / 8) {}
 
-  // What the engine keeps between calls, as large as the largest call needed; and gives it back.
+  // The memory that the engine keeps between calls, as large as the largest call needed; and its release.
   int64_t buffer_bytes() const;
   void release_buffers();
 
@@ -91,17 +91,17 @@ class Engine {
   void attention(const float* q_in, const float* k_in, const float* v_in, const AttentionParams& p, const KVLayer& kv,
                  int64_t tokens, int64_t position, float* out);
   // qkv (tokens, channels) is overwritten; z, out (tokens, value_heads, dv); a, b (tokens, value_heads); conv_state
-  // (kernel − 1, channels) and state (value_heads, dk, dv) move on. Value head h reads key head h / (value_heads /
+  // (kernel − 1, channels) and state (value_heads, dk, dv) are updated. Value head h reads key head h / (value_heads /
   // key_heads).
   void delta_net(bool chunked, float* qkv, const float* z, const float* a, const float* b, const DeltaParams& p,
                  int64_t tokens, float* conv_state, float* state, float* out);
   // weights, selected (tokens, top_k) ← the top_k largest of softmax(w·x), divided by their sum if `renormalize`, in
-  // ascending order of expert; of equals, the lower indices are chosen.
+  // ascending order of expert; ties go to the lower indices.
   void route(const Matrix& w, const float* x, int64_t tokens, int64_t top_k, bool renormalize, float* weights,
              int64_t* selected);
 
  private:
-  // Kernels::matmul_rows, and the matrix's bias added.
+  // Kernels::matmul_rows, plus the matrix's bias.
   void multiply(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) const;
   // The first half of experts(): act(gate·x, up·x) of every pair, ready for down, in inner_.
   void experts_inner(const Expert* experts, int64_t count, ExpertActivation act, const float* x,
@@ -113,7 +113,7 @@ class Engine {
   template <class Body>
   void over_expert_rows(int64_t count, const int64_t* pair_start, int64_t rows, int64_t unit, Body body);
   void prepare(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens);
-  // Room in `to` for activations of `tokens` tokens, whose blocks begin anew at each of `starts` (one group without).
+  // Room in `to` for activations of `tokens` tokens.
   void make_room(PreparedActivations& to, const Matrix& w, const float* x, int64_t tokens);
   ActivationsOut place(const PreparedActivations& to, int64_t cols, int64_t first, int64_t tokens, int64_t token) const;
   // Activations of tokens [first, first + tokens) whose blocks begin at `first`.
@@ -125,13 +125,13 @@ class Engine {
 };
 
 // Affine quantization of w (rows, cols) float32, or symmetric where biases is null: packed (rows, cols·bits/8), least
-// significant bits first, row after row; scales and biases (rows, cols/group_size) as bf16 bits. Chooses for each group
+// significant bits first, row by row; scales and biases (rows, cols/group_size) as bf16 bits. Chooses for each group
 // the scale of least squared error among a few shrunken ranges.
 void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t cols, int bits, int group_size,
                      uint8_t* packed, uint16_t* scales, uint16_t* biases);
 
-// Rows as checkpoints have them (quantize_affine's order, MLX's) to the tiles that Matrix describes. Source and
-// destination may be the same memory if m.rows is a multiple of 16.
+// Converts rows as stored in checkpoints (the order of quantize_affine and MLX) to the tiles described at Matrix.
+// Source and destination may be the same memory if m.rows is a multiple of 16.
 void tile_rows(ThreadPool& pool, const Matrix& m, const uint8_t* data, const uint8_t* scales, const uint8_t* biases,
                uint8_t* data_out, uint8_t* scales_out, uint8_t* biases_out);
 

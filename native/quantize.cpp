@@ -39,7 +39,7 @@ void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t col
                      uint8_t* packed, uint16_t* scales, uint16_t* biases) {
   const int64_t groups = cols / group_size;
   const int levels = (1 << bits) - 1, middle_level = 1 << (bits - 1), per_byte = 8 / bits;
-  // A clipped outlier can cost less than a coarse grid, the more so the fewer the levels; at 8 bits it never does.
+  // Clipping an outlier can cost less than a coarse grid, especially with few levels; at 8 bits it never does.
   const int shrinks = bits == 8 ? 1 : 8;
   pool.parallel_for(rows, std::max<int64_t>(1, rows / (pool.threads() * 8)), [&](int64_t begin, int64_t end, int) {
     uint8_t codes[128], best[128] = {};
@@ -66,7 +66,7 @@ void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t col
             const uint16_t zero = to_bf16(a);
             consider(to_bf16((b - a) / static_cast<float>(levels)), from_bf16(zero), zero);
           } else {
-            // The grid reaches one step further down than up: the larger end goes there, whichever sign it has.
+            // The grid extends one step further down than up: the larger end goes there, whatever its sign.
             const float most = (-*low > *high ? *low : *high) * keep;
             const uint16_t step = to_bf16(-most / static_cast<float>(middle_level));
             consider(step, -from_bf16(step) * static_cast<float>(middle_level), 0);
@@ -86,7 +86,7 @@ void quantize_affine(ThreadPool& pool, const float* w, int64_t rows, int64_t col
 
 namespace {
 // 32 bits of a row, columns ascending from the least significant bits, to four bytes of a tile: byte b, plane p is
-// column 4p + b. Swaps of ever smaller fields, as a bit matrix is transposed (Warren, Hacker's Delight, 7-3).
+// column 4p + b. Swaps ever smaller fields, as in transposing a bit matrix (Warren, Hacker's Delight, 7-3).
 uint32_t to_planes(uint32_t x, int bits) {
   auto swap = [&](int distance, uint32_t mask) {
     const uint32_t t = (x ^ (x >> distance)) & mask;

@@ -11,8 +11,8 @@
 namespace expertstream {
 
 namespace {
-// Loops of one token follow each other within microseconds; a worker that sleeps between them costs more than one that
-// spins this long. After that it sleeps, so that an idle engine uses no processor.
+// The loops of one token follow each other within microseconds; a worker that sleeps between them costs more than one
+// that spins this long. After that it sleeps, so that an idle engine uses no CPU.
 constexpr int kSpins = 4000;
 
 inline void relax() {
@@ -34,7 +34,7 @@ ThreadPool::ThreadPool(int threads) : process_(getpid()) {
 }
 
 ThreadPool::~ThreadPool() {
-  // In a forked child there is nobody to join, and a mutex or condition variable that was in use would never be free.
+  // A forked child has no threads to join, and a mutex or condition variable that was in use would never be released.
   if (getpid() != process_)
     static_cast<void>(workers_.release());
   else
@@ -57,7 +57,7 @@ void ThreadPool::take(int thread) {
     if (begin >= count_) return;
     try {
       (*body_)(begin, begin + grain_ < count_ ? begin + grain_ : count_, thread);
-    } catch (...) {  // out of memory, most likely; a thread that it left would end the process
+    } catch (...) {  // most likely out of memory; a thread left unjoined would terminate the process
       std::lock_guard lock(workers_->mutex);
       if (!error_) error_ = std::current_exception();
     }
@@ -84,7 +84,7 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<
   workers_->wake.notify_all();
   take(0);
   // All work is taken. Workers that are inside may still be doing theirs; one that wakes up only now finds the loop
-  // closed and stays out, so nobody waits for a thread that the machine has no processor for.
+  // closed and stays out, so the caller never waits for a thread that has no CPU to run on.
   open_ = false;
   for (int spins = 0; inside_.load() != 0; ++spins) {
     if (spins < kSpins)
@@ -105,7 +105,7 @@ void ThreadPool::work(int thread) {
     }
     if (stop_) return;
     seen = generation_.load();
-    // Either this sees the loop closed, or parallel_for sees us inside: both are sequentially consistent.
+    // Either this sees the loop closed, or parallel_for sees this worker inside: both are sequentially consistent.
     inside_.fetch_add(1);
     if (open_.load()) take(thread);
     inside_.fetch_sub(1);

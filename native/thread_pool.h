@@ -24,8 +24,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return static_cast<int>(workers_->threads.size()) + 1; }
-  // Runs body(begin, end, thread) over [0, count) in pieces of at most `grain`; returns when all is done. What the
-  // body throws first is thrown here, after the other pieces are done. Not re-entrant: one caller at a time.
+  // Runs body(begin, end, thread) over [0, count) in pieces of at most `grain`; returns when all is done. The body's
+  // first exception is rethrown here after the other pieces are done. Not re-entrant: one caller at a time.
   void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t, int)>& body);
 
  private:
@@ -39,7 +39,7 @@ class ThreadPool {
     std::condition_variable wake;
   };
   std::unique_ptr<Workers> workers_ = std::make_unique<Workers>();
-  const pid_t process_;  // the threads are this one's; a child that it forks has none of them
+  const pid_t process_;  // the owner of the threads; a forked child has none of them
   std::atomic<uint64_t> generation_{0};
   std::atomic<bool> open_{false};  // the loop's variables are set and its work is not all taken
   std::atomic<int> inside_{0};     // workers that may be looking at them

@@ -115,7 +115,7 @@ def test_lossy_runs_say_so() -> None:
         (["run", "--temperature", "hot", "x"], 2, "invalid float value: 'hot'"),
         (["run", "--temperature", "-1", "x"], 2, "--temperature must be a number from 0 to 100"),
         (["run", "--memory", "lots", "x"], 2, "'lots' is not a size"),
-        (["run", "--isa", "sse9", *SMALL, "x"], 2, "unknown instruction set 'sse9'; there are scalar"),
+        (["run", "--isa", "sse9", *SMALL, "x"], 2, "unknown instruction set 'sse9'; use one of scalar"),
         (["run", "--system", "x", "y"], 2, "--system needs --chat"),
         (["run", "--logprobs", "1", "y"], 2, "--logprobs needs --json"),
         (["run", "--experts-per-token", "9", "x"], 2, "--experts-per-token"),
@@ -317,3 +317,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("expertstream 0.")
+
+
+def test_keywords_of_the_api_become_options() -> None:
+    from expertstream.cli.options import as_options
+
+    for message, shown in {
+        "set memory=499MiB or less": "set --memory 499MiB or less",
+        "context_length must be at most 5; got 6": "--context must be at most 5; got 6",
+        "beyond_trained_context=True allows more": "--beyond-trained-context allows more",
+        "use reader=pread": "use --reader pread",
+        "top_k must be an integer": "--top-k must be an integer",
+        "hidden_size must be an integer; x=y": "hidden_size must be an integer; x=y",
+        "the file must memory must": "the file must memory must",
+    }.items():
+        assert as_options(message) == shown

@@ -181,7 +181,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(module._Conversion, "_write_layer", interrupted)
     assert cli.main(["convert", str(hf_folder), str(tmp_path / "p")]) == 130
-    assert "the same command resumes" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["convert", str(hf_folder), str(tmp_path / "p")]) == 0
 
@@ -265,7 +265,7 @@ def test_values_that_are_not_numbers_are_refused(
     tensors = load_file(hf_folder / "model.safetensors")
     tensors[name].view(-1)[0] = value
     folder = oracle.save(tmp_path / "nan", SMALL, tensors)
-    with pytest.raises(CheckpointError, match=f"{where}: holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=f"{where}: has values that are not finite"):
         convert(folder, tmp_path / "p", BitPolicy(), threads=1)
     assert not (tmp_path / "p").exists()
 

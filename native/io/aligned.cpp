@@ -19,8 +19,8 @@ Arena::Arena(size_t bytes) : size_(bytes), mapped_((bytes + kHuge - 1) / kHuge *
   mapped_ -= start - base;
   data_ = reinterpret_cast<uint8_t*>(start);
 #if defined(MADV_DONTFORK)
-  // Reads go to pages that are pinned: after a fork, a write would give this process a copy, and reads would go on into
-  // the original.
+  // Reads go to pinned pages: after a fork, a write would give this process a copy, and reads would continue into the
+  // original.
   madvise(data_, mapped_, MADV_DONTFORK);
 #endif
   huge_ = bytes >= kHuge && madvise(data_, bytes / kHuge * kHuge, MADV_HUGEPAGE) == 0;

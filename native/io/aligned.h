@@ -1,4 +1,4 @@
-// Page-aligned anonymous memory for slots: O_DIRECT needs the alignment, huge pages want it.
+// Page-aligned anonymous memory for slots: O_DIRECT requires the alignment, huge pages benefit from it.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +15,9 @@ class Arena {
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
-  // Gives the memory of whole pages back; it reads as zeros when it is touched again.
+  // Releases the memory of whole pages; it reads as zeros when it is touched again.
   void release(size_t offset, size_t bytes);
-  bool huge_pages() const { return huge_; }  // asked for and not refused
+  bool huge_pages() const { return huge_; }  // requested and not refused
 
  private:
   uint8_t* data_;

@@ -26,7 +26,7 @@ class PreadReader final : public Reader {
   }
 
   ~PreadReader() override {
-    if (getpid() != process_) {  // a forked child has none of the threads, and their locks may never be free
+    if (getpid() != process_) {  // a forked child has none of the threads, and their locks may never be released
       static_cast<void>(shared_.release());
       return;
     }

@@ -93,7 +93,7 @@ void Reader::settle(Finished f) {
     piece.needed -= result;
     piece.dest += result;
     again = piece.needed > 0;
-    // O_DIRECT stops inside a block only where the file ends.
+    // O_DIRECT stops inside a block only at the end of the file.
     if (again && piece.direct && result % 512 != 0) {
       again = false;
       completion.error = kShortRead;

@@ -1,4 +1,4 @@
-// The io_uring reader, on the system calls themselves: two shared rings and three calls are all it needs.
+// The io_uring reader, on raw system calls: it needs only two shared rings and three calls.
 #include <linux/io_uring.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -79,18 +79,18 @@ class UringReader final : public Reader {
   }
 
   ~UringReader() override {
-    // The kernel may still write into slots: nothing may be freed before it has finished. A forked child's copy of the
-    // ring is the parent's to read.
+    // The kernel may still write into slots: nothing may be freed before it has finished. In a forked child, the ring
+    // belongs to the parent.
     while (getpid() == process_ && pending() != 0) wait(pending());
     close(fd_);
   }
 
   void register_memory(uint8_t* data, size_t bytes) override {
-    // A registered buffer is at most 1 GiB; a read that crosses two of them goes unregistered.
+    // A registered buffer is at most 1 GiB; a read that spans two of them is done unregistered.
     buffers_.clear();
     for (size_t at = 0; at < bytes; at += kRegion) buffers_.push_back({data + at, std::min(kRegion, bytes - at)});
     if (stats_.registered_buffers) io_uring_register(fd_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
-    // Refused under a small locked-memory limit: reads then pin their pages one by one, and stats() says so.
+    // Refused under a small locked-memory limit: reads then pin their pages one by one, and stats() reports it.
     stats_.registered_buffers =
         io_uring_register(fd_, IORING_REGISTER_BUFFERS, buffers_.data(), static_cast<unsigned>(buffers_.size())) == 0;
   }

@@ -5,7 +5,7 @@
 
 namespace {
 
-// c (R, 16·V) += a (R, k) · b (k, 16·V). Every element is summed from c on in ascending order of k, whatever the tile.
+// c (R, 16·V) += a (R, k) · b (k, 16·V). Every element is summed from c on in ascending order of k, for any tile size.
 template <int R, int V>
 inline void gemm_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
   F sum[R][V];

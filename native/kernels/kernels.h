@@ -1,10 +1,10 @@
 // The arithmetic of every instruction set, as one table of function pointers over row ranges.
 //
-// Every table computes the same values to the last bit: sums run over 16 lanes in one fixed order, products are fused
-// where `fma` is written and nowhere else, and integer dot products are exact. So a result depends neither on the
-// machine nor on how rows are divided among threads.
+// Every table computes bit-identical values: sums run over 16 lanes in one fixed order, products are fused only where
+// `fma` is written, and integer dot products are exact. Results therefore depend neither on the machine nor on how rows
+// are divided among threads.
 //
-// All functions are re-entrant; none allocates; pointers never alias unless it says so.
+// All functions are re-entrant; none allocates; pointers never alias unless stated.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +13,20 @@ namespace expertstream {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e8m0 = 4 };  // e8m0: 2^(byte − 127)
 
-// What the integers of a quantized matrix stand for: w = q·scale + bias; (q − 2^(bits−1))·scale; or four-bit floating
-// point, a code's value times scale, where twice the value is a whole number from −12 to 12.
+// The meaning of a quantized matrix's integers: w = q·scale + bias; (q − 2^(bits−1))·scale; or four-bit floating point,
+// a code's value times scale, where twice the value is an integer from −12 to 12.
 enum class Codes : int32_t { dense = 0, affine = 1, symmetric = 2, e2m1 = 3 };
 constexpr uint8_t kE2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // twice the value, + 12
 
-// One weight matrix as it lies in memory; owns nothing.
+// One weight matrix in memory; owns nothing.
 //
-// bits 2, 4, 8: see Codes; biases is null where they have none. cols is a multiple of group_size. Rows lie in tiles of
-// 16, the last one padded with anything; a tile is cols·bits/32 vectors of 64
-//   bytes, and lane r of a vector is four bytes of the tile's row r: bits [p·bits, (p+1)·bits) of byte b of vector v
-//   are column v·32/bits + 4p + b. So one vector meets four activations of each plane p, broadcast, and sums of 16 rows
-//   stay in the lanes. scales and biases: (tiles, groups, 16 rows) of `dtype`. tile_rows() makes this from rows.
-// bits 16, 32: dense (rows, cols) of `dtype`, row after row; scales and biases are null.
-// row_bias (rows), or null: added to every product with the matrix; kernels do not look at it.
+// bits 2, 4, 8: see Codes; biases is null where they have none. cols is a multiple of group_size. Rows are stored in
+//   tiles of 16, the last one padded with arbitrary values; a tile is cols·bits/32 vectors of 64 bytes, and lane r of a
+//   vector is four bytes of the tile's row r: bits [p·bits, (p+1)·bits) of byte b of vector v are column
+//   v·32/bits + 4p + b. So one vector is multiplied by four broadcast activations of each plane p, and the sums of 16
+//   rows stay in the lanes. scales and biases: (tiles, groups, 16 rows) of `dtype`. tile_rows() converts rows to tiles.
+// bits 16, 32: dense (rows, cols) of `dtype`, row by row; scales and biases are null.
+// row_bias (rows), or null: added to every product with the matrix; kernels ignore it.
 struct Matrix {
   const uint8_t* data;
   const uint8_t* scales;
@@ -49,32 +49,32 @@ static inline int64_t scale_bytes(const Matrix& m) {
   return m.bits >= 16 ? 0 : row_tiles(m.rows) * kTileRows * (m.cols / m.group_size) * value_bytes(m.dtype);
 }
 static inline int64_t bias_bytes(const Matrix& m) { return m.codes == Codes::affine ? scale_bytes(m) : 0; }
-// Arrays that a matrix consists of: values, scales, biases.
+// The number of a matrix's arrays: values, scales, biases.
 static inline int part_count(const Matrix& m) { return m.codes == Codes::dense ? 1 : m.codes == Codes::affine ? 3 : 2; }
-// What has to be taken from every stored integer, where nothing is added instead.
+// What is subtracted from every stored integer, for codes without biases.
 static inline int zero_point(const Matrix& m) {
   return m.codes == Codes::symmetric ? 1 << (m.bits - 1) : m.codes == Codes::e2m1 ? 12 : 0;
 }
 
 // Activations of several tokens, ready for matrices of one group size.
 //
-// For quantized weights x ≈ dx·q with one float dx a group and one integer q an element, in one plane of int8 (|q| ≤
-// 127; error at most max|x|/254 a group) or in two, q = 256·high + low (|q| ≤ 32,512; error at most max|x|/65,024). A
-// line is one plane of one token. Tokens lie in blocks of kBlockLines lines, the last block with as many as are left;
-// within a block of m tokens, four columns of each line follow each other: (cols/4, m·planes lines, 4). For dense
-// weights `x` alone is used.
+// For quantized weights x ≈ dx·q with one float dx per group and one integer q per element, in one plane of int8 (|q| ≤
+// 127; error at most max|x|/254 per group) or in two, q = 256·high + low (|q| ≤ 32,512; error at most max|x|/65,024). A
+// line is one plane of one token. Tokens are stored in blocks of kBlockLines lines, the last block with the remaining
+// ones; within a block of m tokens, the lines alternate every four columns: (cols/4, m·planes lines, 4). For dense
+// weights only `x` is used.
 struct Activations {
   const float* x;  // (tokens, cols)
   int64_t tokens;
   int planes;
   const int8_t* xq;     // as above; a token takes planes·cols bytes
   const float* dx;      // (blocks, groups, m)
-  const float* xsum;    // (blocks, groups, m): dx·Σq, what a group's bias multiplies
-  const int32_t* zsum;  // (blocks, groups, m·planes): −zero_point·Σq of each line, where a dot product begins
+  const float* xsum;    // (blocks, groups, m): dx·Σq, which a group's bias multiplies
+  const int32_t* zsum;  // (blocks, groups, m·planes): −zero_point·Σq of each line, the start value of a dot product
 };
 constexpr int64_t kBlockLines = 12;
 
-// Where one token's activations go: pointers to its first line of one group, strides in elements.
+// The destination of one token's activations: pointers to its first line of one group, strides in elements.
 struct ActivationsOut {
   int8_t* xq;        // next four columns: + 4·lines
   float *dx, *xsum;  // next group: + lines / planes
@@ -104,8 +104,8 @@ struct Kernels {
   // y (cols) ← row `row` of w as float32.
   void (*dequantize_row)(const Matrix& w, int64_t row, float* y);
 
-  // To measure a machine with: reads n bytes, a multiple of 256, and does next to nothing with them; and multiplies and
-  // adds 4-bit weights in registers, returning how many products that were.
+  // For measuring a machine: the first reads n bytes, a multiple of 256, and does next to nothing with them; the second
+  // multiplies and adds 4-bit weights in registers and returns the number of products.
   int64_t (*read_memory)(const uint8_t* p, int64_t n);
   int64_t (*multiply)(int64_t rounds, int32_t* result);
 
@@ -129,22 +129,22 @@ struct Kernels {
   void (*softmax)(float* x, int64_t n);
   // y ← sigmoid(x); y may be x.
   void (*sigmoid)(const float* x, int64_t n, float* y);
-  // g ← −exp(a_log)·softplus(a + dt_bias): the logarithm of what a gated-delta state keeps at one token. In float64.
+  // g ← −exp(a_log)·softplus(a + dt_bias): the log decay of a gated-delta state at one token. In float64.
   void (*decay)(const float* a, const float* a_log, const float* dt_bias, int64_t n, float* g);
   // Rotate-half rotary embedding of the first 2·half values of x, in place; cos, sin (half).
   void (*rotary)(float* x, const float* cos, const float* sin, int64_t half);
   void (*to_bf16)(const float* x, int64_t n, uint16_t* y);  // round to nearest even
 
   // Causal depthwise convolution and SiLU over channels [begin, end): x, y (tokens, channels), weight (kernel,
-  // channels), state (kernel−1, channels) holds the inputs before x, and is left holding the last ones. kernel ≤ 8; y
-  // may be x.
+  // channels), state (kernel−1, channels) holds the inputs before x, and the last inputs afterwards. kernel ≤ 8; y may
+  // be x.
   void (*conv)(const float* x, const float* weight, float* state, int64_t tokens, int64_t channels, int64_t kernel,
                int64_t begin, int64_t end, float* y);
 
   // One segment of attention: `rows` scaled queries q (rows, head_dim) against positions [begin, end) of one KV head,
-  // end − begin ≤ kSegment; row r sees those below visible[r], and of these the last `window` (all if 0).
-  // Per row: the largest score, Σ e^(score − largest), and Σ e^(score − largest)·v in out (rows, head_dim); nothing
-  // seen gives −1e30, 0, 0. scratch: segment_scratch(head_dim, rows) floats.
+  // end − begin ≤ kSegment; row r sees those below visible[r], of these only the last `window` (all if 0). Per row: the
+  // largest score, Σ e^(score − largest), and Σ e^(score − largest)·v in out (rows, head_dim); a row that sees nothing
+  // gives −1e30, 0, 0. scratch: segment_scratch(head_dim, rows) floats.
   void (*attend_segment)(const float* q, int64_t rows, const int64_t* visible, int64_t window, const KVLayer& kv,
                          int64_t kv_head, int64_t begin, int64_t end, float* largest, float* sum, float* out,
                          float* scratch);
@@ -163,12 +163,12 @@ struct Kernels {
                       int64_t ldo, float* scratch);
 };
 
-constexpr int64_t kSegment = 1024;  // positions; where segments begin does not depend on how a text is cut
-constexpr int64_t kKeys = 64;       // of a segment that are worked on together
+constexpr int64_t kSegment = 1024;  // positions; segment boundaries do not depend on how a sequence is split
+constexpr int64_t kKeys = 64;       // of a segment that are processed together
 static inline int64_t segment_scratch(int64_t head_dim, int64_t rows) { return 2 * kKeys * head_dim + rows * kKeys; }
 
 constexpr int64_t kDeltaChunk = 64;
-constexpr int64_t kDeltaColumns = 64;  // columns of the state that a step works on together
+constexpr int64_t kDeltaColumns = 64;  // columns of the state that a step processes together
 static inline int64_t delta_scratch(int64_t dk, int64_t dv) {
   return 2 * kDeltaChunk * kDeltaChunk + dk * kDeltaChunk + kDeltaChunk * dv + 3 * kDeltaChunk;
 }
@@ -180,7 +180,7 @@ extern const Kernels kernels_avx2, kernels_avx2_vnni, kernels_avx512_vnni;
 extern const Kernels kernels_neon, kernels_neon_dot;
 #endif
 
-// The tables this program has, slowest first, and of them those that this machine can run.
+// All tables of this program, slowest first, and those that this machine can run.
 int all_kernels(const Kernels** tables, int capacity);
 int available_kernels(const Kernels** tables, int capacity);
 // The fastest available table, or the one named; null if the name is unknown or the machine cannot run it.

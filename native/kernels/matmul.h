@@ -1,6 +1,6 @@
 // Matrix products for one instruction set; included after its simd_*.h. Everything here has internal linkage.
 //
-// What is computed for one (row, token) does not depend on the tokens beside it.
+// The result for one (row, token) does not depend on the other tokens.
 #pragma once
 
 #include <cstring>
@@ -27,7 +27,7 @@ inline F load_values(const uint8_t* p, DType dtype, int64_t n) {
   return f_load(f);
 }
 
-// One block of activations, from one of its tokens on.
+// One block of activations, starting at one of its tokens.
 struct Lines {
   const int8_t* xq;
   const float *dx, *xsum;
@@ -36,13 +36,13 @@ struct Lines {
 };
 
 // Quantized weights: one tile of 16 rows by TOKENS tokens.
-// Σ_c (q·s + b)·x = Σ_groups dx·(s·Σ q·xq + b·Σ xq); the inner sums are exact integers. E2M1: q is looked up, and half
-// of it counts.
+// Σ_c (q·s + b)·x = Σ_groups dx·(s·Σ q·xq + b·Σ xq); the inner sums are exact integers. E2M1: q is looked up and
+// halved.
 template <int BITS, int PLANES, int TOKENS, bool E2M1>
 inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float* y, int64_t ldy) {
   constexpr int kLines = TOKENS * PLANES, kPerByte = 8 / BITS;
-  constexpr int kSums = kLines == 1 ? 4 : kLines == 2 ? 2 : 1;  // sums a line: one would wait for its own last addition
-  constexpr int64_t kAhead = 2048;  // bytes: far enough that memory has answered when the loop gets there
+  constexpr int kSums = kLines == 1 ? 4 : kLines == 2 ? 2 : 1;  // sums per line: one would wait for its last addition
+  constexpr int64_t kAhead = 2048;                              // bytes: far enough for the data to arrive in time
   const int64_t groups = w.cols / w.group_size, vectors = static_cast<int64_t>(w.group_size) * BITS / 32;
   const int64_t values = 16 * value_bytes(w.dtype), stride = 4 * x.tokens * PLANES;
   const bool affine = !E2M1 && w.codes == Codes::affine;
@@ -105,7 +105,7 @@ inline void quantized_tile(const Matrix& w, int64_t tile, const Lines& x, float*
   for (int t = 0; t < TOKENS; ++t) f_store_n(y + t * ldy, total[t], rows < 16 ? rows : 16);
 }
 
-// A tile by all tokens of a block, the most at a time that registers hold.
+// A tile by all tokens of a block, as many at a time as fit in registers.
 template <int BITS, int PLANES, int TOKENS, bool E2M1>
 inline void quantized_block(const Matrix& w, int64_t tile, Lines x, int64_t left, float* y, int64_t ldy) {
   for (; left >= TOKENS; left -= TOKENS) {
@@ -124,7 +124,7 @@ template <int BITS, int PLANES, bool E2M1 = false>
 void quantized_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
   constexpr int64_t kBlock = kBlockLines / PLANES;
   const int64_t groups = w.cols / w.group_size, blocks = (x.tokens + kBlock - 1) / kBlock;
-  // As many blocks as stay in the second-level cache while all tiles pass over them.
+  // As many blocks as stay in the L2 cache while all tiles are multiplied by them.
   const int64_t together = w.cols < (1 << 18) / kBlockLines ? (1 << 18) / (kBlockLines * w.cols) : 1;
   for (int64_t b0 = 0; b0 < blocks; b0 += together)
     for (int64_t tile = begin / kTileRows; tile * kTileRows < end; ++tile)
@@ -154,7 +154,7 @@ inline void dense_tile(const Matrix& w, int64_t row, const Activations& x, int64
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const uint8_t* p = ws + (r * w.cols + c) * kBytes;
-      if (TOKS == 1) __builtin_prefetch(p + ROWS * w.cols * kBytes);  // the next rows' same place
+      if (TOKS == 1) __builtin_prefetch(p + ROWS * w.cols * kBytes);  // the same place in the next rows
       const F weight = load_values(p, DTYPE, n);
 #pragma GCC unroll 8
       for (int t = 0; t < TOKS; ++t) acc[r][t] = f_fma(weight, values[t], acc[r][t]);
@@ -168,7 +168,7 @@ inline void dense_tile(const Matrix& w, int64_t row, const Activations& x, int64
     for (int t = 0; t < TOKS; ++t) y[(token + t) * ldy + row + r] = f_sum(acc[r][t]);
 }
 
-// Rows [begin, end) by all tokens: four rows a step for one token, a block of both for many.
+// Rows [begin, end) by all tokens: four rows per step for one token, blocks of rows and tokens for many.
 template <DType DTYPE>
 void dense_rows(const Matrix& w, int64_t begin, int64_t end, const Activations& x, float* y, int64_t ldy) {
   int64_t r = begin;
@@ -262,7 +262,7 @@ void quantize_activations(const float* x, int64_t cols, int group_size, int plan
       F parts[2];
       parts[0] = finite ? f_round(f_mul(f_load(xg + i), inverse)) : f_zero();
       if (planes == 2) {
-        // The quarter keeps halves from tying, so that low stays within [−128, 127].
+        // The quarter prevents ties, so that low stays within [−128, 127].
         const F high = f_round(f_fma(parts[0], f_set1(1.0f / 256), f_set1(0.25f / 256)));
         parts[1] = f_fma(high, f_set1(-256.0f), parts[0]);
         parts[0] = high;
@@ -276,11 +276,11 @@ void quantize_activations(const float* x, int64_t cols, int group_size, int plan
     }
     float sum = 0.0f;
     for (int plane = 0; plane < planes; ++plane) {
-      const float of_plane = f_sum(sums[plane]);  // whole and below 2^24: exact
+      const float of_plane = f_sum(sums[plane]);  // an integer below 2^24: exact
       zsum[plane] = -zero_point * static_cast<int32_t>(of_plane);
       sum = sum * 256.0f + of_plane;
     }
-    // Integers cannot carry what is not finite: the group's scale does, so that every product with it is NaN.
+    // Integers cannot represent non-finite values: the group's scale becomes NaN, and so does every product with it.
     *dx = finite ? most / levels : __builtin_nanf("");
     *xsum = *dx * sum;
   }
@@ -312,7 +312,7 @@ int64_t multiply(int64_t rounds, int32_t* result) {
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
     for (int l = 0; l < kMaxLines; ++l) sums[l] = i_dot<4>(sums[l], w, x + 4 * l);
-    asm volatile("" : : "r"(x) : "memory");  // or the compiler multiplies once
+    asm volatile("" : : "r"(x) : "memory");  // otherwise the compiler multiplies only once
   }
 #pragma GCC unroll 12
   for (int l = 1; l < kMaxLines; ++l) sums[0] = i_add(sums[0], sums[l]);

@@ -5,7 +5,7 @@
 
 namespace {
 
-// Each column of scores (rows, kKeys), times the float at the end of its row of keys or values.
+// Multiplies each column of scores (rows, kKeys) by the scale at the end of its row of keys or values.
 inline void scale_columns(float* scores, int64_t rows, int64_t n, const uint8_t* first, int64_t row) {
   for (int64_t p = 0; p < n; ++p) {
     float by;
@@ -30,8 +30,8 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, int64_
   for (int64_t p0 = begin; p0 < end; p0 += kKeys) {
     const int64_t n = end - p0 < kKeys ? end - p0 : kKeys;
     const uint8_t *values_now = values + p0 * row, *keys_next = keys + (p0 + n) * row;
-    const int64_t bytes = n * row;  // of either; each is fetched while the other is worked on
-    // 1. Keys turned, so that a query's value meets 16 keys at once.
+    const int64_t bytes = n * row;  // of either; each is fetched while the other is processed
+    // 1. Transpose keys, so that a query's value is multiplied by 16 keys at once.
     int64_t p = 0;
     for (; p + 16 <= n && d % 16 == 0; p += 16)
       for (int64_t c = 0; c < d; c += 16) {
@@ -50,7 +50,7 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, int64_
     set_zero(scores, rows, n, kKeys);
     gemm(rows, n, d, q, d, turned, kKeys, scores, kKeys);
     if (kv.dtype == DType::i8) scale_columns(scores, rows, n, keys + p0 * row + d, row);
-    // 2. The softmax so far, corrected to the new largest score.
+    // 2. Rescale the softmax so far to the new largest score.
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scores + r * kKeys;
       const int64_t seen = visible[r] - p0 < 0 ? 0 : visible[r] - p0 < n ? visible[r] - p0 : n;
@@ -69,7 +69,7 @@ void attend_segment(const float* q, int64_t rows, const int64_t* visible, int64_
       }
       sum[r] += total;
     }
-    // 3. Values, weighted.
+    // 3. Add the weighted values.
     const float* v = reinterpret_cast<const float*>(values_now);
     const int64_t more = p0 + n < end ? bytes : 0;
     if (kv.dtype == DType::i8) {
@@ -155,7 +155,7 @@ void delta_step(const float* q, const float* k, const float* v, const float* g, 
 void delta_chunk(const float* q, const float* k, const float* v, const float* g, const float* beta, int64_t tokens,
                  int64_t dk, int64_t dv, int64_t ldq, int64_t ldv, int64_t ldg, float* state, float* out, int64_t ldo,
                  float* scratch) {
-  constexpr int64_t kLd = kDeltaChunk, kRows = 16;  // rows that are worked on together
+  constexpr int64_t kLd = kDeltaChunk, kRows = 16;  // rows that are processed together
   float* among_keys = scratch;                      // (tokens, kLd): −β_i e^{γ_i−γ_j}(k_i·k_j), j < i
   float* scores = among_keys + kDeltaChunk * kLd;   // (tokens, kLd): e^{γ_i−γ_j}(q_i·k_j), j ≤ i, else 0
   float* turned = scores + kDeltaChunk * kLd;       // (dk, kLd): keys
@@ -204,7 +204,7 @@ void delta_chunk(const float* q, const float* k, const float* v, const float* g,
     for (int64_t i = i0 + 1; i < i0 + rows; ++i)
       gemm(1, dv, i - i0, among_keys + i * kLd + i0, kLd, deltas + i0 * dv, dv, deltas + i * dv, dv);
   }
-  // 3. What is read.
+  // 3. The outputs.
   set_zero(out, tokens, dv, ldo);
   gemm(tokens, dv, dk, q, ldq, state, dv, out, ldo);
   for (int64_t i0 = 0; i0 < tokens; i0 += kRows) {
@@ -212,7 +212,7 @@ void delta_chunk(const float* q, const float* k, const float* v, const float* g,
     for (int64_t i = i0; i < i0 + rows; ++i) scale(out + i * ldo, from_start[i], dv);
     gemm(rows, dv, i0 + rows, scores + i0 * kLd, kLd, deltas, dv, out + i0 * ldo, ldo);
   }
-  // 4. What is kept.
+  // 4. The new state.
   for (int64_t r = 0; r < dk; ++r) {
     scale(state + r * dv, from_start[tokens - 1], dv);
     for (int64_t i = 0; i < tokens; ++i) turned[r * kLd + i] *= to_end[i];

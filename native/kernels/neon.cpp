@@ -1,5 +1,5 @@
 #include "simd_neon.h"
-// The order matters: what follows is written in terms of the types and functions above.
+// The order matters: each header uses the types and functions of those above.
 #include "gemm.h"
 #include "matmul.h"
 #include "mixers.h"

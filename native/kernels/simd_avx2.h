@@ -1,5 +1,4 @@
-// 16 lanes as two AVX2 registers (with FMA and F16C); with AVX-VNNI where the file that includes this is compiled for
-// it.
+// 16 lanes as two AVX2 registers (with FMA and F16C); with AVX-VNNI if the including file is compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -93,7 +92,7 @@ inline F f_load_f16(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
 }
-// Eight int32 within int16's or uint16's range to eight 16-bit values, in order.
+// Narrows eight int32 in the range of int16 or uint16 to 16 bits, in order.
 inline __m128i narrow(__m256i a) {
   __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
@@ -116,7 +115,7 @@ inline void f_store_i8(int8_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(lo, hi));
 }
 
-// Eight registers as an 8 × 8 square, turned: out[i · ld + r] = r-th[i].
+// Transposes eight registers as an 8 × 8 matrix: out[i · ld + r] = r-th[i].
 inline void transpose8(const __m256* rows, float* out, int64_t ld) {
   __m256 pairs[8], fours[8];
 #pragma GCC unroll 4
@@ -138,7 +137,7 @@ inline void transpose8(const __m256* rows, float* out, int64_t ld) {
   }
 }
 
-// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i].
+// Transposes sixteen vectors as a 16 × 16 matrix: out[i · ld + r] = rows[r][i].
 inline void f_transpose(const F* rows, float* out, int64_t ld) {
   for (int r = 0; r < 16; r += 8) {
     __m256 low[8], high[8];
@@ -149,7 +148,7 @@ inline void f_transpose(const F* rows, float* out, int64_t ld) {
 }
 
 constexpr int kMaxLines = 4;
-constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
+constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that fit in registers
 constexpr int kDenseRows = 2, kDenseTokens = 3;
 
 inline W w_load(const uint8_t* p) {
@@ -182,12 +181,12 @@ inline I i_dot(I acc, W w, const int8_t* x) {
   return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, xs), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, xs)};
 #else
   if (BITS <= 4) {
-    // Pairs are below 2·32·128 and so fit the 16 bits that this instruction saturates to.
+    // Pairs are below 2·32·128 and so fit in the 16 bits that this instruction saturates to.
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w.lo, xs), ones)),
             _mm256_add_epi32(acc.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w.hi, xs), ones))};
   }
-  // 8 bits would not fit: even and odd bytes apart, as 16-bit values.
+  // 8 bits would not fit: even and odd bytes separately, as 16-bit values.
   const __m256i low_byte = _mm256_set1_epi16(255);
   const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), odd = _mm256_srai_epi16(xs, 8);
   auto four_of = [&](__m256i v) {

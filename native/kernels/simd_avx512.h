@@ -67,8 +67,8 @@ inline void f_store_i8(int8_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
 }
 
-// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i]. Pairs, then fours, then quarters of
-// registers.
+// Transposes sixteen vectors as a 16 × 16 matrix: out[i · ld + r] = rows[r][i]. First pairs, then fours, then quarters
+// of registers.
 inline void f_transpose(const F* rows, float* out, int64_t ld) {
   F pairs[16], fours[16];
 #pragma GCC unroll 8
@@ -99,7 +99,7 @@ inline void f_transpose(const F* rows, float* out, int64_t ld) {
 }
 
 constexpr int kMaxLines = 12;
-constexpr int kGemmRows = 6, kGemmVectors = 4;  // sums of a float product that registers hold
+constexpr int kGemmRows = 6, kGemmVectors = 4;  // sums of a float product that fit in registers
 constexpr int kDenseRows = 4, kDenseTokens = 6;
 
 inline W w_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -118,7 +118,7 @@ inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_join(I high, I low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
 template <int BITS>
 inline I i_dot(I acc, W w, const int8_t* x) {
-  // Written out because the compiler broadcasts into a register of its own first, and then runs out of them.
+  // In assembly because the compiler first broadcasts into a separate register, and then runs out of registers.
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
   return acc;
 }

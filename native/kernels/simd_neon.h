@@ -1,4 +1,4 @@
-// 16 lanes as four NEON registers; with the dot-product extension where the file that includes this is compiled for it.
+// 16 lanes as four NEON registers; with the dot-product extension if the including file is compiled for it.
 #pragma once
 
 #include <arm_neon.h>
@@ -103,7 +103,7 @@ inline void f_store_i8(int8_t* p, F a) {
   vst1q_s8(p, vcombine_s8(vmovn_s16(lo), vmovn_s16(hi)));
 }
 
-// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i].
+// Transposes sixteen vectors as a 16 × 16 matrix: out[i · ld + r] = rows[r][i].
 inline void f_transpose(const F* rows, float* out, int64_t ld) {
   float t[16];
   for (int r = 0; r < 16; ++r) {
@@ -117,7 +117,7 @@ constexpr int kMaxLines = 4;
 #else
 constexpr int kMaxLines = 2;
 #endif
-constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that registers hold
+constexpr int kGemmRows = 3, kGemmVectors = 2;  // sums of a float product that fit in registers
 constexpr int kDenseRows = 2, kDenseTokens = 3;
 
 inline W w_load(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
@@ -150,7 +150,7 @@ inline I i_dot(I acc, W w, const int8_t* x) {
 #ifdef __ARM_FEATURE_DOTPROD
   if (BITS <= 4) {
     for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), xs);
-  } else {  // w = (w − 128) + 128, the first a signed byte, the second twice 64
+  } else {  // w = (w − 128) + 128, the former a signed byte, the latter twice 64
     const int8x16_t half = vdupq_n_s8(64);
     for (int i = 0; i < 4; ++i) {
       const int8x16_t ws = vreinterpretq_s8_u8(veorq_u8(w.v[i], vdupq_n_u8(128)));
@@ -161,7 +161,7 @@ inline I i_dot(I acc, W w, const int8_t* x) {
   for (int i = 0; i < 4; ++i) {
     int16x8_t lo, hi;  // products of rows 0 and 1, and of rows 2 and 3
     int32x4_t a, b;
-    if (BITS <= 4) {  // as signed bytes, products fit 16 bits
+    if (BITS <= 4) {  // products of signed bytes fit in 16 bits
       const int8x16_t ws = vreinterpretq_s8_u8(w.v[i]);
       lo = vmull_s8(vget_low_s8(ws), vget_low_s8(xs));
       hi = vmull_high_s8(ws, xs);

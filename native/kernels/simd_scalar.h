@@ -1,4 +1,4 @@
-// 16 lanes in plain C++: the meaning of every operation that the other simd_*.h implement.
+// 16 lanes in plain C++: defines every operation that the other simd_*.h implement.
 #pragma once
 
 #include <cmath>
@@ -48,7 +48,7 @@ inline float f_maximum(F a) {
   for (int i = 1; i < 16; ++i) m = m > a.v[i] ? m : a.v[i];
   return m;
 }
-// 2^n for whole n in [−126, 127].
+// 2^n for integer n in [−126, 127].
 inline F f_exp2_int(F n) {
   F r;
   for (int i = 0; i < 16; ++i) {
@@ -102,12 +102,12 @@ inline void f_store_bf16(uint16_t* p, F a) {
       p[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 }
-// Whole values in [−128, 127] to int8.
+// Integer values in [−128, 127] to int8.
 inline void f_store_i8(int8_t* p, F a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
 
-// Sixteen vectors as a 16 × 16 square, turned: out[i · ld + r] = rows[r][i].
+// Transposes sixteen vectors as a 16 × 16 matrix: out[i · ld + r] = rows[r][i].
 inline void f_transpose(const F* rows, float* out, int64_t ld) {
   float t[16];
   for (int r = 0; r < 16; ++r) {
@@ -116,8 +116,8 @@ inline void f_transpose(const F* rows, float* out, int64_t ld) {
   }
 }
 
-constexpr int kMaxLines = 4;  // lines of activations that one pass over a tile serves: as many as registers hold sums
-constexpr int kGemmRows = 2, kGemmVectors = 1;  // sums of a float product that registers hold
+constexpr int kMaxLines = 4;  // lines of activations per pass over a tile: as many as have sums in registers
+constexpr int kGemmRows = 2, kGemmVectors = 1;  // sums of a float product that fit in registers
 constexpr int kDenseRows = 2, kDenseTokens = 2;
 
 inline W w_load(const uint8_t* p) {
@@ -131,7 +131,7 @@ inline W w_plane(W w, int plane) {
   for (int i = 0; i < 64; ++i) w.v[i] = static_cast<uint8_t>((w.v[i] >> (plane * BITS)) & ((1 << BITS) - 1));
   return w;
 }
-// table[byte] of every byte, which is below 16.
+// table[byte] for every byte; all are below 16.
 inline W w_lookup(W w, const uint8_t* table) {
   for (int i = 0; i < 64; ++i) w.v[i] = table[w.v[i]];
   return w;

@@ -1,4 +1,4 @@
-// The one list of what a table holds, in the order of struct Kernels.
+// The only list of a table's entries, in the order of struct Kernels.
 #pragma once
 
 #define KERNEL_TABLE(NAME)               \

@@ -1,4 +1,4 @@
-// What the native tests share: counting checks, random values, matrices that own their bytes.
+// Shared by the native tests: check counters, random values, matrices that own their bytes.
 #pragma once
 
 #include <unistd.h>
@@ -44,7 +44,7 @@ inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) 
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
 }
 
-// A file of random bytes in /tmp, gone when this is.
+// A file of random bytes in /tmp, deleted with this object.
 struct RandomFile {
   char path[32] = "/tmp/expertstream-test-XXXXXX";
   std::vector<uint8_t> content;
@@ -102,7 +102,7 @@ struct OwnedMatrix {
     const std::vector<float> v = floats(count, scale);
     bytes.resize(count * value);
     for (size_t i = 0; i < count; ++i) {
-      // Small magnitudes; as f16 these bit patterns are other numbers, which is as good.
+      // Small magnitudes; as f16 these bit patterns are other numbers, which serve as well.
       const uint16_t half = bf16(v[i]) & (m.dtype == DType::f16 ? 0xbfff : 0xffff);
       if (value == 1)
         bytes[i] = static_cast<uint8_t>(rng() % 256 < 3 ? rng() % 4 : 100 + rng() % 40);

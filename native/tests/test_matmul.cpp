@@ -51,7 +51,7 @@ void test_matmul_of(const Shape& s, int activation_bits, const std::vector<const
     check(same_bits(reference, project_with(*k, w.m, x, tokens, activation_bits)), std::string(k->name) + " " + name);
     check(same_bits(values, dequantized(*k, w.m)), std::string(k->name) + " dequantize " + name);
   }
-  // Any number of tokens together gives what one at a time gives.
+  // Any number of tokens together gives the same as one at a time.
   for (int64_t n : {1, 2, 3, 5, 8, 12, 13})
     for (int64_t t = 0; t + n <= tokens; t += n + 5) {
       const std::vector<float> some(x.begin() + t * s.cols, x.begin() + (t + n) * s.cols);
@@ -83,7 +83,7 @@ void test_matmul(const std::vector<const Kernels*>& tables) {
   for (int rows : {7, 40, 1})
     for (int activation_bits : {8, 16})
       test_matmul_of({4, 32, rows, 32 * rows, DType::e8m0, false}, activation_bits, tables);
-  // What is no number stays none.
+  // NaN stays NaN.
   OwnedMatrix nan(16, 32, 4, 32, DType::e8m0);
   nan.scales[3] = 255;
   for (const Kernels* k : tables) {
@@ -91,7 +91,7 @@ void test_matmul(const std::vector<const Kernels*>& tables) {
     check(std::isnan(y[3]) && !std::isnan(y[2]), "a scale of 255 is NaN");
   }
 
-  // Matrices of several kinds on one input, as each alone.
+  // Several kinds of matrices on one input give the same as each alone.
   std::vector<OwnedMatrix> owned;
   owned.emplace_back(40, 128, 4, 64, DType::bf16);
   owned.emplace_back(9, 128, 16, 0, DType::bf16);
@@ -143,7 +143,7 @@ void test_quantize() {
         const std::vector<float> back = dequantized(kernels_scalar, m);
         const std::string name = std::to_string(bits) + " bits" + (symmetric ? ", symmetric" : "");
         double error = 0, size = 0;
-        bool as_packed = true;  // what a tile means is what the row says
+        bool as_packed = true;  // a tile has the same values as the rows
         for (size_t i = 0; i < w.size(); ++i) {
           error += std::pow(static_cast<double>(w[i] - back[i]), 2);
           size += std::pow(static_cast<double>(w[i]), 2);

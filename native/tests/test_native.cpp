@@ -3,7 +3,7 @@
 // 1. Every table the machine can run gives the scalar table's bits, on shapes with and without tails.
 // 2. The scalar table agrees with float64 arithmetic.
 // 3. The loops give the same bits with 1, 2 and 4 threads.
-// 4. Both readers bring the right bytes, go on after partial reads, and report errors and short files.
+// 4. Both readers return the right bytes, continue after partial reads, and report errors and short files.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -22,7 +22,7 @@ using namespace expertstream;
 
 namespace {
 
-// Runs `f` with every table and compares the bits of what it returns with the scalar table's.
+// Runs `f` with every table and compares the bits of its result with the scalar table's.
 void compare(const std::vector<const Kernels*>& tables, const std::string& name,
              const std::function<std::vector<float>(const Kernels&)>& f) {
   const std::vector<float> reference = f(kernels_scalar);
@@ -165,7 +165,7 @@ void test_mixers(const std::vector<const Kernels*>& tables) {
   }
 }
 
-// A window and sinks over more than a segment: however the text is cut, and wherever the rows that are left begin.
+// A window and sinks over more than a segment: however the sequence is split, and wherever the remaining rows begin.
 void test_windows(const std::vector<const Kernels*>& tables) {
   const int64_t d = 32, heads = 4, kv_heads = 2, tokens = 1300, half = d / 2;
   const std::vector<float> q = floats(static_cast<size_t>(tokens * heads * d)),
@@ -173,7 +173,7 @@ void test_windows(const std::vector<const Kernels*>& tables) {
                            angle = floats(static_cast<size_t>(tokens * half)),
                            sinks = floats(static_cast<size_t>(heads));
   for (int64_t window : {1, 64, 100, 1100}) {
-    // Rows that are not needed any more are dropped when there is no room.
+    // Rows that are no longer needed are dropped when there is no room.
     auto run = [&](const Kernels& k, int threads, int64_t cut, bool dropping) {
       Engine engine(threads, &k, 8);
       const int64_t capacity = dropping ? (window + 63) / 64 * 64 + 64 + cut : tokens;
@@ -256,7 +256,7 @@ void test_experts(const std::vector<const Kernels*>& tables) {
     check(same_bits(alone, shared(*tables.back(), 1)), "the shared expert is an expert");
   }
 
-  // Rows 3 and 7 of the router are one: a tie, the lower index first.
+  // Rows 3 and 7 of the router are equal: a tie, the lower index first.
   std::vector<float> router(12 * 8), x(8, 1.0f), weights_out(2);
   std::vector<int64_t> selected(2);
   for (size_t c = 0; c < 8; ++c) router[3 * 8 + c] = router[7 * 8 + c] = 1.0f;
@@ -290,7 +290,7 @@ void test_readers() {
       Arena arena(1 << 20);
       reader->register_memory(arena.data(), arena.size());
       const auto size = static_cast<int64_t>(content.size());
-      // The whole file in one request whose last block lies past the end, and a part of it in another.
+      // The whole file in one request whose last block is past the end, and a part of it in another.
       auto read_all = [&] {
         std::memset(arena.data(), 0, arena.size());
         const ReadRequest requests[] = {{1, fd, direct, 0, (size + 4095) / 4096 * 4096, size, arena.data()},

@@ -1,7 +1,7 @@
-// The thread pool and the pool of reading threads, for ThreadSanitizer: few values, many beginnings and ends.
+// Tests the thread pool and the pool of reading threads under ThreadSanitizer: few values, many starts and ends.
 //
-// 1. Loops of all sizes, one after another and after pauses in which workers fall asleep; pools that end at once.
-// 2. Readers that are asked, interrupted by faults, and ended in the middle of their reads, several at the same time.
+// 1. Loops of all sizes, one after another and after pauses in which workers fall asleep; pools destroyed at once.
+// 2. Several readers at the same time: used, interrupted by faults, and destroyed in the middle of their reads.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -54,7 +54,7 @@ void test_pool() {
   check(true, "pools that end at once");
 }
 
-// One owner's use of one reader: whole reads, reads that go on after partial ones, and an end with reads in flight.
+// One owner's use of one reader: whole reads, reads continued after partial ones, and destruction with reads in flight.
 void use_reader(const char* path, const std::vector<uint8_t>& content, bool* right) {
   const int fd = open(path, O_RDONLY);
   const auto size = static_cast<int64_t>(content.size());
@@ -75,7 +75,7 @@ void use_reader(const char* path, const std::vector<uint8_t>& content, bool* rig
       *right = *right && std::memcmp(arena.data() + 524288, content.data() + 8192, 40960) == 0;
     }
     reader->submit(requests, 2);
-    reader.reset();  // before the arena: what is in flight still writes to it
+    reader.reset();  // before the arena: reads in flight still write to it
   }
   close(fd);
 }

@@ -1,4 +1,4 @@
-"""The C++ core. Arrays are C-contiguous; shapes and meanings are at native/ops.h and native/io/reader.h."""
+"""The C++ core. Arrays are C-contiguous; see native/ops.h and native/io/reader.h for shapes and meanings."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 SHORT_READ: int
 
 class Format:
-    """A matrix without its memory. codes: dense, affine, symmetric or e2m1. Raises ValueError for sizes or bits that no kernel reads."""
+    """A matrix format, without memory. codes: dense, affine, symmetric or e2m1. Raises ValueError for sizes or bits that no kernel
+    supports."""
 
     def __init__(self, rows: int, cols: int, bits: int, group_size: int, dtype: str, codes: str) -> None: ...
 
@@ -20,14 +21,14 @@ class Matrix:
     ) -> None: ...
 
 class ExpertFormat:
-    """What all experts of a layer have in common."""
+    """The format that all experts of a layer share."""
 
     def __init__(
         self, gate: Format, up: Format, down: Format, biased: bool = False, alpha: float = 1.0, limit: float = 0.0
     ) -> None: ...
 
 class Attention:
-    """What attention needs beside its projections; keeps the arrays alive."""
+    """Attention without its projections; keeps the arrays alive."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Attention:
     ) -> None: ...
 
 class DeltaNet:
-    """What a gated-delta layer needs beside its projections; keeps the arrays alive."""
+    """A gated-delta layer without its projections; keeps the arrays alive."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class DeltaNet:
     ) -> None: ...
 
 class Arena:
-    """Page-aligned memory, in huge pages where the kernel gives them."""
+    """Page-aligned memory, in huge pages where the kernel provides them."""
 
     def __init__(self, size: int) -> None: ...
     @property
@@ -69,8 +70,8 @@ class Arena:
     def release(self, offset: int, bytes: int) -> None: ...
 
 class Reader:
-    """Reads byte ranges of files into an arena. submit() takes requests (n, 6): tag, fd, direct, offset, length, needed, and
-    destinations (n,) in the arena; wait() gives (tag, error, bytes, cached_bytes) of what is done."""
+    """Reads byte ranges of files into an arena. submit() takes requests (n, 6): tag, fd, direct, offset, length, needed, and destinations
+    (n,) in the arena; wait() returns (tag, error, bytes, cached_bytes) of finished requests."""
 
     def submit(self, arena: Arena, requests: NDArray[np.int64], dests: NDArray[np.int64]) -> None: ...
     def wait(self, at_least: int = 1) -> list[tuple[int, int, int, int]]: ...

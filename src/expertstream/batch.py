@@ -16,8 +16,8 @@ __all__ = ["Batch", "Segment"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [begin, end) of a batch: tokens of one sequence, from `position` on. cuts: the rows, counted from `begin`, after which a
-    snapshot of the state may be requested, and the last one."""
+    """Rows [begin, end) of a batch: tokens of one sequence, from `position` on. cuts: where parts of these rows end because a
+    snapshot is requested there, and `end`."""
 
     cache: KVCache
     begin: int

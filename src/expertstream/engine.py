@@ -279,8 +279,8 @@ class LLM:
     def answer(
         self, prompt: ChatPrompt, params: SamplingParams, progress: Callable[[int], None] | None = None
     ) -> Iterator[GenerationResponse]:
-        """chat() of a rendered prompt. Reasoning and calls are in tags, whatever tokens the model marks them with. progress: receives how
-        many tokens of the prompt have been read."""
+        """chat() with a rendered prompt. Reasoning and calls are in tags, whatever tokens the model uses for them. progress: receives the
+        number of prompt tokens read so far."""
         tokens, family = self.tokenizer.encode(prompt, self.context_length - 1), self.tokenizer.family
         pieces = self.session().generate(tokens, params, progress, control_tokens=not family.plain)
         return pieces if family.plain else _as_plain_text(pieces, PlainText(family.parser(reasoning=True)))

@@ -256,7 +256,7 @@ class PrefixCache:
 
     def _trim_memory(self, spare: Node | None) -> None:
         """Drops the least recently used: first states inside a prompt where nothing branches off, since they are large and the next prompt
-        most likely resumes from the end; then the ends."""
+        most likely resumes from the end; then the ends of prompts."""
         protected = {id(n) for n in spare.path} if spare is not None else set()
         while self.memory_bytes > self.memory_limit:
             held = [n for n in _below(self._root) if n.arrays is not None]
@@ -378,7 +378,7 @@ class PrefixCache:
                 last = len(file.header["arrays"]) - 1
                 (count,) = file.header["arrays"][last]["shape"]
                 if not 0 < count <= MAX_TOKENS:
-                    raise StateFileError(f"{path}: invalid number of tokens, {count}")
+                    raise StateFileError(f"{path}: invalid length of {count} tokens")
                 (tokens,) = file.read(last, last + 1, [("int64", (count,))])
                 parent = str(file.header.get("parent"))
                 if _key(parent, tokens) != path.stem or file.integer("position") % GRAIN:

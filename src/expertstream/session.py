@@ -218,7 +218,7 @@ class Session:
         )
 
     def _states(self) -> tuple[int, list[list[F32]]] | None:
-        """The position, and copies of the states that cannot be rewound from the next pass; None where a prompt cannot be resumed."""
+        """The position, and copies of the states there that cannot be rewound; None where a prompt cannot be resumed."""
         position = self.cache.position
         if not position or position % GRAIN:
             return None

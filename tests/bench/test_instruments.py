@@ -228,7 +228,7 @@ def test_reports_are_drawn(pack_folder: Path, tmp_path: Path, capsys: pytest.Cap
         (["bench", "decode", "/tmp", "--budgets", "a,b"], "--budgets must be a list"),
         (["bench", "decode", "/no/such"], "no such file or folder"),
         (["bench", "mem", "--json", "/tmp"], "is a folder"),
-        (["run", "--profile", "/no/such/folder/x.json", "hi"], "a folder that exists"),
+        (["run", "--profile", "/no/such/folder/x.json", "hi"], "an existing folder"),
         (["synth", "small", "/no/such/folder/x"], "no such folder"),
         (["bench", "mem", "--csv", "/no/such/folder/x.csv"], "no such folder"),
         (["synth", "nonsense", "/tmp/x"], "unknown geometry"),

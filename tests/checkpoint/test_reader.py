@@ -107,17 +107,17 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "3 bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].update(bits=3)), "quantized with 3 bits"),
     "no bits": ("mlx", lambda f: edit_config(f, lambda c: c["quantization"].pop("bits")), "unknown quantization of the model"),
     "no table": ("mlx", lambda f: edit_config(f, lambda c: (c.pop("quantization"), c.pop("quantization_config"))), "quantized with 0 bits"),
-    "scales of another dtype": ("mlx", lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES].float()})), "has dtype BF16, its scales F32"),
+    "scales of another dtype": ("mlx", lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES].float()})), "has dtype BF16, but its scales have F32"),
     "gate and up differ": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][0]["matrices"]["up"].update(bits=8)), "layer 0"),
     "tokenizer": ("hf", lambda f: (f / "tokenizer.json").unlink(), "missing tokenizer: no tokenizer.json"),
     "tokenizer broken": ("hf", lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
     "no manifest entry": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"].pop()), "expertstream.json: layer 3: missing"),
     "other version": ("pack", lambda f: edit_manifest(f, lambda m: m.update(version=99)), "pack version 99"),
-    "other format": ("pack", lambda f: edit_manifest(f, lambda m: m.update(format="x")), "not the manifest of a pack"),
+    "other format": ("pack", lambda f: edit_manifest(f, lambda m: m.update(format="x")), "not a pack manifest"),
     "manifest not JSON": ("pack", lambda f: (f / "expertstream.json").write_text("nope"), "cannot be read as JSON"),
     "record length": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1].update(record_bytes=4096)), "layer 1: record_bytes 4096"),
-    "path in manifest": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1].update(file="../x")), "'../x' is not a file name"),
-    "checksums": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1]["checksums"].pop()), "layer 1: 24 checksums are needed"),
+    "path in manifest": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1].update(file="../x")), "file must be a file name; got '../x'"),
+    "checksums": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][1]["checksums"].pop()), "layer 1: checksums must be a list of 24 checksums"),
     "matrix": ("pack", lambda f: edit_manifest(f, lambda m: m["layers"][0]["matrices"]["up"].update(bits=5)), "layer 0: unknown quantization"),
     "no expert file": ("pack", lambda f: (f / "experts-00002.safetensors").unlink(), "missing file experts-00002.safetensors"),
     "short expert file": ("pack", lambda f: truncate(f / "experts-00002.safetensors"), "experts-00002.safetensors: truncated"),
@@ -243,5 +243,5 @@ def test_headers_have_bounds(tmp_path: Path) -> None:
         header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
         (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
         (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="wrong shape"):
+        with pytest.raises(CheckpointError, match="invalid shape"):
             open_checkpoint(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from expertstream import LLM, CheckpointError
+from expertstream.batch import Batch
 from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
 from expertstream.convert import convert
@@ -157,6 +158,42 @@ def test_where_experts_lie_and_how_a_prompt_is_cut_never_changes_a_bit(made: Any
 
 
 @pytest.mark.parametrize("name", SIMPLE)
+def test_prefill_decode_and_chunks_agree(made: Any, name: str) -> None:
+    config, _, folder = made(name)
+    tokens = oracle.random_tokens(config, 300)
+    with LLM(folder, memory="64MiB", context_length=512, kv_dtype="f32") as llm:
+        expected = oracle.our_logits(llm, tokens)
+        for chunk in (1, 15, 64, 65, 299):
+            cache = llm.session().cache
+            parts = [llm.model(tokens[at : at + chunk], cache, all_logits=True) for at in range(0, 300, chunk)]
+            assert oracle.relative_error(np.concatenate(parts), expected) < 1e-5, chunk
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_sequences_in_a_batch_have_the_bits_of_each_alone(made: Any, name: str) -> None:
+    """With few experts in memory, and sequences of different lengths."""
+    config, _, folder = made(name)
+    prompts = [oracle.random_tokens(config, n, seed=n) for n in (5, 70, 190)]
+    with LLM(folder, memory="64MiB", context_length=256) as llm:
+        plan = llm.plan
+    memory = plan.trunk_bytes + plan.state_bytes + plan.scratch_bytes + 6 * plan.slot_bytes
+    with LLM(folder, memory=memory, context_length=256, residency="slots") as llm:
+
+        def begun() -> list[Any]:
+            caches = [llm.session().cache for _ in prompts]
+            for prompt, cache in zip(prompts, caches, strict=True):
+                llm.model(prompt, cache, prompt=True)
+            return caches
+
+        alone, together = begun(), begun()
+        for step in range(4):
+            tokens = oracle.random_tokens(config, len(prompts), seed=step)
+            rows = llm.model.forward(Batch(tokens, together))
+            for i, cache in enumerate(alone):
+                assert np.array_equal(llm.model(tokens[i : i + 1], cache)[0], rows[i]), (step, i)
+
+
+@pytest.mark.parametrize("name", SIMPLE)
 def test_prefixes_and_sessions_are_resumed_bit_for_bit(made: Any, name: str, tmp_path: Path) -> None:
     config, _, folder = made(name)
     tokens = oracle.random_tokens(config, 700)
@@ -268,8 +305,8 @@ def test_scratch_is_what_activations_take_at_most(made: Any, hf_folder: Path, na
         ("gpt_oss", {"layer_types": ["linear_attention"] * 4}, "layer_types must name sliding_attention or full_attention"),
         ("gpt_oss", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type must be default or yarn; got 'linear'"),
         ("gpt_oss", {"rope_parameters": {**YARN, "factor": 0}}, "factor must be greater"),
-        ("gpt_oss", {"rope_parameters": {**YARN, "beta_slow": 64}}, r"beta_slow \(64\) is more than beta_fast"),
-        ("gpt_oss", {"num_local_experts": 1}, "is more than num_local_experts"),
+        ("gpt_oss", {"rope_parameters": {**YARN, "beta_slow": 64}}, r"beta_slow \(64\) must be at most beta_fast"),
+        ("gpt_oss", {"num_local_experts": 1}, "must be at most num_local_experts"),
     ],
 )  # fmt: skip
 def test_impossible_configurations_are_refused(name: str, change: dict[str, Any], message: str) -> None:

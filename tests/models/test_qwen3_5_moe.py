@@ -196,7 +196,7 @@ def test_fewer_experts_change_the_result_and_are_named(tmp_path: Path) -> None:
         ({"hidden_size": -4}, "hidden_size must be an integer from 1 to 2"),
         ({"layer_types": ["linear_attention"] * 3}, "layer_types must name"),
         ({"layer_types": ["other"] * 4}, "layer_types must name"),
-        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) is more than num_experts \(8\)"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must be at most num_experts \(8\)"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
         ({"rope_parameters": ["x"]}, "rope_parameters"),

@@ -58,4 +58,4 @@ class Fields:
     def multiple(self, name: str, of: str) -> None:
         """Checks that one size is a multiple of another."""
         if self.size(name) % self.size(of):
-            raise self.error(f"{name} ({self.size(name)}) is not a multiple of {of} ({self.size(of)})")
+            raise self.error(f"{name} ({self.size(name)}) must be a multiple of {of} ({self.size(of)})")

@@ -104,7 +104,7 @@ def _stacked(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) -> ExpertLay
             b.part(b.range([info], shape[0] * DTYPE_BYTES[c.float_dtype(info)]))
     if len(dtypes) > 1:
         raise CheckpointError(
-            f"{prefix}: the biases of the experts must be of one dtype, not {', '.join(sorted(dtypes))}"
+            f"{prefix}: the biases of the experts must have one dtype; got {', '.join(sorted(dtypes))}"
         )
     return b.layout(_expert_format(spec, formats, *dtypes))
 
@@ -116,7 +116,7 @@ def _separate(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) -> ExpertLa
     for name, shape in spec.shapes.items():
         each = [c.matrix_format(f"{prefix}.{e}.{name}", *shape) for e in range(spec.count)]
         if len(set(each)) > 1 or each[0].quantized:
-            raise CheckpointError(f"{prefix}: {name} of the experts must be dense and of one dtype")
+            raise CheckpointError(f"{prefix}: {name} of the experts must be dense and have one dtype")
         formats.append(each[0])
         tensors = [c.tensor(f"{prefix}.{e}.{name}.weight") for e in range(spec.count)]
         b.part(b.range(tensors, each[0].nbytes))
@@ -128,7 +128,7 @@ def _fused(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) -> ExpertLayou
     gate_up, down = c.tensor(f"{prefix}.gate_up_proj"), c.tensor(f"{prefix}.down_proj")
     if spec.biased and gate_up.shape == (spec.count, spec.hidden, 2 * spec.inner):
         raise CheckpointError(
-            f"{gate_up.file}: tensor {gate_up.name} is dense and transposed, which is not supported; take the release in MXFP4"
+            f"{gate_up.file}: tensor {gate_up.name} is dense and transposed, which is not supported; use the MXFP4 release"
         )
     _refuse_biases(spec, prefix)
     c.check_shape(gate_up, (spec.count, 2 * spec.inner, spec.hidden))
@@ -150,7 +150,7 @@ def _interleaved_mxfp4(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) ->
     b, formats, dtypes, ranges = _Builder(layer, spec), [], set(), {}
     if spec.hidden % MXFP4_GROUP or spec.inner % MXFP4_GROUP:
         raise CheckpointError(
-            f"{prefix}: MXFP4 matrices of {spec.inner}×{spec.hidden} are not whole groups of {MXFP4_GROUP}"
+            f"{prefix}: the sizes of MXFP4 matrices must be multiples of {MXFP4_GROUP}; got {spec.inner}×{spec.hidden}"
         )
     for name, rows, cols in (("gate_up_proj", 2 * spec.inner, spec.hidden), ("down_proj", spec.hidden, spec.inner)):
         blocks, scales = c.tensor(f"{prefix}.{name}_blocks"), c.tensor(f"{prefix}.{name}_scales")
@@ -168,7 +168,7 @@ def _interleaved_mxfp4(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) ->
             ranges[name].append(b.range([bias], rows * DTYPE_BYTES[c.float_dtype(bias)]))
     if len(dtypes) > 1:
         raise CheckpointError(
-            f"{prefix}: the biases of the experts must be of one dtype, not {', '.join(sorted(dtypes))}"
+            f"{prefix}: the biases of the experts must have one dtype; got {', '.join(sorted(dtypes))}"
         )
     dtype = "".join(dtypes)
     for row, (rows, cols) in enumerate(spec.shapes.values()):
@@ -186,4 +186,6 @@ def _interleaved_mxfp4(c: Tensors, layer: int, prefix: str, spec: ExpertSpec) ->
 
 def _refuse_biases(spec: ExpertSpec, prefix: str) -> None:
     if spec.biased:
-        raise CheckpointError(f"{prefix}: the experts of this model have biases, which are not known in this form")
+        raise CheckpointError(
+            f"{prefix}: the experts of this model have biases, which are not supported in this storage scheme"
+        )

@@ -30,13 +30,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != PACK_FORMAT:
-        raise CheckpointError(f"{file}: not the manifest of a pack")
+        raise CheckpointError(f"{file}: not a pack manifest")
     if type(manifest.get("version")) is not int or manifest["version"] not in (2, PACK_VERSION):
         raise CheckpointError(
             f"{file}: pack version {manifest.get('version')!r}; this program reads versions 2 and {PACK_VERSION}"
         )
     if manifest.get("convention") not in ("hf", "mlx"):
-        raise CheckpointError(f"{file}: convention is hf or mlx, not {manifest.get('convention')!r}")
+        raise CheckpointError(f"{file}: convention must be hf or mlx; got {manifest.get('convention')!r}")
     checksums = manifest.get("trunk_checksums")
     if not isinstance(checksums, dict) or not all(_is_hash(v) for v in checksums.values()):
         raise CheckpointError(f"{file}: trunk_checksums must give a checksum for each tensor")
@@ -74,10 +74,10 @@ def expert_layout(path: Path, manifest: dict[str, Any], layer: int, spec: Expert
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{where}: {name!r} is not a file name")
+        raise CheckpointError(f"{where}: file must be a file name; got {name!r}")
     for m, (rows, cols) in zip(matrices, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
         if (m.rows, m.cols) != (rows, cols):
-            raise CheckpointError(f"{where}: a matrix of shape {(m.rows, m.cols)}, expected {(rows, cols)}")
+            raise CheckpointError(f"{where}: a matrix has shape {(m.rows, m.cols)}, expected {(rows, cols)}")
     gate, up, down = matrices
     format = ExpertFormat(gate, up, down, spec.activation, "f32" if spec.biased else "")
     if manifest["version"] == 2 and any(m.part_bytes != m.tiled_bytes for m in matrices):
@@ -95,7 +95,7 @@ def expert_layout(path: Path, manifest: dict[str, Any], layer: int, spec: Expert
             f"{where}: record_bytes {record_bytes!r} at {data_offset!r}, expected {expected} at a multiple of {ALIGNMENT}"
         )
     if not isinstance(checksums, list) or len(checksums) != num_experts or not all(_is_hash(c) for c in checksums):
-        raise CheckpointError(f"{where}: {num_experts} checksums are needed")
+        raise CheckpointError(f"{where}: checksums must be a list of {num_experts} checksums")
     file = path / name
     try:
         size = file.stat().st_size

@@ -58,6 +58,6 @@ def check_finite(values: F32, where: str) -> F32:
     """Returns the values if they are plausible weights. Raises CheckpointError naming `where`."""
     if not (np.abs(values) < 1e30).all():  # excludes NaN and infinity too
         raise CheckpointError(
-            f"{where}: holds values that are not finite numbers, or absurdly large; the source is damaged"
+            f"{where}: has values that are not finite or are implausibly large; the source is damaged"
         )
     return values

@@ -114,7 +114,7 @@ class Checkpoint:
         if not q.known:
             raise CheckpointError(
                 f"{self.path}: {module} is quantized with {q.bits} bits in groups of {q.group_size}; "
-                "2, 4 and 8 bits in groups of 32, 64 and 128 can be read"
+                "2, 4 and 8 bits in groups of 32, 64 and 128 are supported"
             )
         if info.dtype != "U32" or cols % q.group_size:
             raise CheckpointError(
@@ -133,7 +133,7 @@ class Checkpoint:
         self.check_shape(biases, (*lead, rows, cols // q.group_size))
         if scales.dtype != biases.dtype:
             raise CheckpointError(
-                f"{biases.file}: tensor {biases.name} has dtype {biases.dtype}, its scales {scales.dtype}"
+                f"{biases.file}: tensor {biases.name} has dtype {biases.dtype}, but its scales have {scales.dtype}"
             )
         return Affine(rows, cols, q.bits, q.group_size, self.float_dtype(scales))
 
@@ -178,7 +178,7 @@ class Checkpoint:
         gate, up = layout.format.gate.kernel, layout.format.up.kernel
         if (gate.bits, gate.group_size, gate.codes) != (up.bits, up.group_size, up.codes):
             raise CheckpointError(
-                f"{self.path}: layer {layer}: gate and up of the experts have different bits or groups"
+                f"{self.path}: layer {layer}: gate and up of the experts must have the same bits and groups"
             )
         return layout
 
@@ -188,7 +188,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         if not path.is_dir():
-            what = "is a file; give the folder that holds config.json" if path.exists() else "no such folder"
+            what = "is a file; give the folder that contains config.json" if path.exists() else "no such folder"
             raise CheckpointError(f"{path}: {what}")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
@@ -203,7 +203,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 what = "MTP" if match[1] == "mtp" else "vision"
                 skipped[what] = skipped.get(what, 0) + 1
             elif canonical(name) in tensors:
-                raise CheckpointError(f"{file}: tensor {name} is in {tensors[canonical(name)].file.name} too")
+                raise CheckpointError(f"{file}: tensor {name} is also in {tensors[canonical(name)].file.name}")
             else:
                 tensors[canonical(name)] = info
     if manifest is not None:
@@ -245,7 +245,7 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Quantization]
         if isinstance(other, dict) and other.get("quant_method") != "mxfp4":
             method = other.get("quant_method", "an unnamed method")
             raise CheckpointError(
-                f"{path}: quantization {method!r} is not supported; take the BF16 release or an MLX affine conversion of this model"
+                f"{path}: quantization {method!r} is not supported; use the BF16 release or an MLX affine conversion of this model"
             )
         return {}
     if not isinstance(table, dict) or table.get("mode", "affine") not in _MODES:

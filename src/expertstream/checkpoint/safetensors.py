@@ -38,16 +38,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path}: truncated: {size} bytes is less than a safetensors header")
             length = int.from_bytes(prefix, "little")
             if length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: wrong header: it claims {length} bytes, the file has {size}")
+                raise CheckpointError(f"{path}: invalid header: its length is {length} bytes, but the file has {size}")
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: wrong header: not JSON; is this a safetensors file?") from None
+        raise CheckpointError(f"{path}: invalid header: not JSON; is this a safetensors file?") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: wrong header: not a JSON object")
+        raise CheckpointError(f"{path}: invalid header: not a JSON object")
     header.pop("__metadata__", None)
     base = 8 + length
     tensors = {name: _tensor(path, name, entry, base, size) for name, entry in header.items()}
@@ -64,22 +64,22 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorIn
         return CheckpointError(f"{path}: tensor {name}: {what}")
 
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise wrong("needs dtype, shape and data_offsets")
+        raise wrong("must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise wrong(f"unknown dtype {dtype!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n <= 1 << 48 for n in shape):
-        raise wrong(f"wrong shape {shape!r:.100}")
+        raise wrong(f"invalid shape {shape!r:.100}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise wrong(f"wrong data_offsets {offsets!r}")
+        raise wrong(f"invalid data_offsets {offsets!r}")
     begin, end = offsets
     nbytes = DTYPE_BYTES[dtype]
     for n in shape:
         nbytes *= n
     if end - begin != nbytes:
-        raise wrong(f"{dtype} {shape} is {nbytes} bytes, data_offsets give {end - begin}")
+        raise wrong(f"{dtype} {shape} is {nbytes} bytes, but data_offsets give {end - begin}")
     if base + end > size:
-        raise wrong(f"out of range: it ends at byte {base + end}, the file has {size}; was it downloaded whole?")
+        raise wrong(f"out of range: it ends at byte {base + end}, but the file has {size}; is the download complete?")
     return TensorInfo(name, path, dtype, tuple(shape), base + begin, nbytes)
 
 

@@ -1,4 +1,4 @@
-"""The command plan."""
+"""The plan command."""
 
 from __future__ import annotations
 

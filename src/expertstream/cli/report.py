@@ -1,4 +1,4 @@
-"""The command report."""
+"""The report command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command run."""
+"""The run command."""
 
 from __future__ import annotations
 

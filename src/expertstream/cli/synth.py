@@ -1,4 +1,4 @@
-"""The command synth, and the options of quantization that it shares with plan."""
+"""The synth command, and the quantization options that it shares with plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command trace: records which experts a model selects."""
+"""The trace command: records which experts a model selects."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class DiskLink:
         """Loads whose last read is done or that have failed; blocks until at least `at_least` reads are done. The time is charged to
         `layer`."""
         if not self.reader.pending:
-            raise RuntimeError("a fetch waits but nothing is being read")
+            raise RuntimeError("a fetch is waiting but nothing is being read")
         begin = time.perf_counter()
         completions = self.reader.wait(at_least)
         counters = self._stats.layers[layer]

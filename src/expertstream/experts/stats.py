@@ -15,7 +15,7 @@ class LayerStats:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
-    bytes_read: int = 0  # requested from the file system; with `--residency os` this includes what the page cache supplied
+    bytes_read: int = 0  # requested from the file system; with `--residency os` that includes the page cache
     stall_seconds: float = 0.0  # waiting for reads with nothing else to do
     prefetched: int = 0  # misses that had been prefetched
     prefetch_wasted: int = 0  # prefetched but not requested; neither hit nor miss

@@ -112,7 +112,7 @@ class ExpertStore:
             except FileNotFoundError:
                 raise ReadError(f"{path}: layer {layer}: removed while open; load the model again") from None
             except OSError as error:
-                raise ReadError(f"{path}: layer {layer}: cannot be read any more: {error.strerror}") from None
+                raise ReadError(f"{path}: layer {layer}: can no longer be read: {error.strerror}") from None
             if now != self._files[path].signature:
                 raise ReadError(f"{path}: layer {layer}: replaced or changed while open; load the model again")
 

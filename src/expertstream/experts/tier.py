@@ -53,9 +53,8 @@ class Tier:
         return slots
 
     def take(self, layer: int, keep: Set[int], evict: bool, spare: int) -> tuple[int, bool, bool] | None:
-        """A slot for a miss, whether it is a cached one, and whether an expert was evicted: from the layer's share first, then from the
-        ring; None if all are in use. `evict`: evicts a resident expert that is not in `keep` if necessary, and leaves `spare` ring slots
-        free."""
+        """A slot for a miss, whether it is a cached one, and whether an expert was evicted: the layer's share first, then the ring; None if
+        all are in use. `evict`: evicts a resident expert that is not in `keep` if needed, and leaves `spare` ring slots free."""
         if self.owned[layer] < self.quotas[layer]:
             self.owned[layer] += 1
             return self.free.pop(), True, False

@@ -1,4 +1,4 @@
-"""What the bytes of weights mean: one file a format."""
+"""The formats of weights in memory and on disk: one file per format."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = [
 
 
 def matrix_from_json(entry: dict[str, Any]) -> MatrixFormat:
-    """The format that MatrixFormat.to_json() wrote. Raises ValueError for one that no kernel reads, KeyError or TypeError for an entry that
-    is none."""
+    """The format written by MatrixFormat.to_json(). Raises ValueError if no kernel supports it, KeyError or TypeError for a malformed
+    entry."""
     rows, cols = entry["rows"], entry["cols"]
     if type(rows) is not int or type(cols) is not int or rows < 1 or cols < 1:
-        raise ValueError(f"rows and cols must be whole numbers of at least 1: {entry}")
+        raise ValueError(f"rows and cols must be integers of at least 1; got {entry}")
     if entry.get("kind") == "mxfp4":
         if cols % MXFP4_GROUP:
-            raise ValueError(f"{cols} columns are not a multiple of {MXFP4_GROUP}: {entry}")
+            raise ValueError(f"cols must be a multiple of {MXFP4_GROUP}; got {entry}")
         return MXFP4(rows, cols)
     bits, group, dtype, symmetric = entry["bits"], entry["group_size"], entry["dtype"], entry.get("symmetric", False)
     known = type(bits) is int and type(group) is int and type(symmetric) is bool and dtype in ("f32", "f16", "bf16")

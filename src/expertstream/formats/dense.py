@@ -14,7 +14,7 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True)
 class Dense(MatrixFormat):
-    """float32, bfloat16 or float16, row after row. dtype: f32, bf16 or f16."""
+    """float32, bfloat16 or float16, row by row. dtype: f32, bf16 or f16."""
 
     dtype: str
 

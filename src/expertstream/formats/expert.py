@@ -1,4 +1,4 @@
-"""One expert: three matrices, perhaps with biases, and the function between them."""
+"""One expert: three matrices, optional biases, and the activation between them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["SWIGLU", "Activation", "ExpertFormat", "ExpertPart"]
 
 
 class Activation(NamedTuple):
-    """What an expert does with gate·x and up·x.
+    """The function of gate·x and up·x in an expert.
 
-    limit 0: SwiGLU, silu(gate)·up. Else gpt-oss's: (min(up, limit) clamped to ±limit, + 1)·g·sigmoid(alpha·g), g = min(gate, limit)."""
+    limit 0: SwiGLU, silu(gate)·up. Otherwise gpt-oss's: (clamp(up, ±limit) + 1)·g·sigmoid(alpha·g), g = min(gate, limit)."""
 
     alpha: float = 1.0
     limit: float = 0.0
@@ -53,7 +53,7 @@ class ExpertFormat:
 
     @property
     def parts(self) -> tuple[ExpertPart, ...]:
-        """Of gate, up and down one after another; a bias follows its matrix."""
+        """The parts of gate, up and down in order; a bias follows its matrix."""
         found = []
         for name, m in zip(("gate", "up", "down"), self.matrices, strict=True):
             for part, nbytes in zip(m.parts, m.tiled_bytes, strict=True):

@@ -1,5 +1,5 @@
-"""What the bytes of a matrix mean. A format names its parts and says what they stand for; reader, pack, converter and kernels know
-matrices through this description alone."""
+"""The format of a matrix's bytes. A format names its parts and defines their meaning; reader, pack, converter and kernels rely on this
+description alone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Bytes = NDArray[np.uint8]
 
 
 class Part(NamedTuple):
-    """One tensor of a matrix. name: what follows the module's name in a checkpoint; row_bytes: bytes of each of the matrix's rows."""
+    """One tensor of a matrix. name: its suffix after the module's name in a checkpoint; row_bytes: bytes per row of the matrix."""
 
     name: str
     row_bytes: int
 
 
 class KernelFormat(NamedTuple):
-    """How native/kernels/kernels.h describes a matrix: `codes` says what the integers of `bits` bits stand for."""
+    """A matrix as described in native/kernels/kernels.h: `codes` defines the meaning of the integers of `bits` bits."""
 
     bits: int
     group_size: int
@@ -47,7 +47,7 @@ class KernelFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class MatrixFormat(ABC):
-    """A matrix (rows, cols), out by in. In memory the rows of a quantized one lie in tiles of 16, the last one padded."""
+    """A matrix (rows, cols), out by in. In memory a quantized one is stored in tiles of 16 rows, the last one padded."""
 
     rows: int
     cols: int
@@ -60,11 +60,11 @@ class MatrixFormat(ABC):
     @property
     @abstractmethod
     def parts(self) -> tuple[Part, ...]:
-        """Its tensors, in the order in which kernels take them."""
+        """Its tensors, in the order that kernels expect."""
 
     @abstractmethod
     def dequantize(self, parts: Sequence[Bytes]) -> F32:
-        """(rows, cols) float32 of the parts' flat bytes, row after row: the definition of the format."""
+        """The parts' flat bytes, row by row → (rows, cols) float32: the definition of the format."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class MatrixFormat(ABC):
 
     @property
     def padded_rows(self) -> int:
-        """Rows in memory."""
+        """Rows in memory, including padding."""
         return -(-self.rows // TILE_ROWS) * TILE_ROWS if self.quantized else self.rows
 
     @property
@@ -94,7 +94,7 @@ class MatrixFormat(ABC):
         return sum(self.part_bytes)
 
     def tile(self, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
-        """The parts' flat bytes, row after row, as kernels read them: tile_codes() and tile_values()."""
+        """Converts the parts' flat bytes, row by row, to the kernels' layout: tile_codes() and tile_values()."""
         if not self.quantized:
             return tuple(parts)
         k = self.kernel
@@ -118,8 +118,8 @@ class MatrixFormat(ABC):
 def tile_codes(data: Bytes, cols: int, bits: int) -> Bytes:
     """Integers of 2, 4 or 8 bits, least significant bits first, whole tiles of rows → tiles.
 
-    A tile is 16 rows in vectors of 64 bytes, four bytes a row; bits [p·bits, (p+1)·bits) of byte b of vector v are column
-    v·32/bits + 4p + b."""
+    A tile is 16 rows in vectors of 64 bytes, four bytes per row; bits [p·bits, (p+1)·bits) of byte b of vector v are column v·32/bits + 4p
+    + b."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     columns = (data[:, None] >> shifts) & ((1 << bits) - 1)
     columns = columns.reshape(-1, TILE_ROWS, cols * bits // 32, 8 // bits, 4)  # tile, row, vector, plane, byte
@@ -138,7 +138,7 @@ def untile_codes(data: Bytes, cols: int, bits: int) -> Bytes:
 
 
 def tile_values(values: Bytes, rows: int, groups: int) -> Bytes:
-    """One value a group, (rows, groups) for whole tiles of rows → (tiles, groups, 16)."""
+    """One value per group, (rows, groups) for whole tiles of rows → (tiles, groups, 16)."""
     return values.reshape(-1, TILE_ROWS, groups, values.size // (rows * groups)).transpose(0, 2, 1, 3).ravel()
 
 

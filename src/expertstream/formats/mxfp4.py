@@ -1,4 +1,4 @@
-"""MXFP4: four-bit floating point with one power of two for each 32 values (OCP Microscaling Formats 1.0), gpt-oss's experts."""
+"""MXFP4: four-bit floating point with one power of two per 32 values (OCP Microscaling Formats 1.0), gpt-oss's experts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .numbers import F32, to_f32
 __all__ = ["E2M1", "MXFP4", "MXFP4_GROUP"]
 
 MXFP4_GROUP = 32
-# What the 16 codes stand for: a sign, two bits of exponent, one of mantissa.
+# The values of the 16 codes: a sign, two bits of exponent, one of mantissa.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 @dataclass(frozen=True)
 class MXFP4(MatrixFormat):
-    """w = E2M1[code]·2^(e − 127), a byte e for each 32 columns; two codes a byte, the lower bits first."""
+    """w = E2M1[code]·2^(e − 127), one byte e per 32 columns; two codes per byte, lower bits first."""
 
     @property
     def kernel(self) -> KernelFormat:

@@ -1,4 +1,4 @@
-"""Numbers as they are stored: bfloat16 bits, rows of int8 with a scale, powers of two in one byte; and float32, which they stand for."""
+"""Conversions between float32 and stored numbers: bfloat16 bits, rows of int8 with a scale, powers of two in one byte."""
 
 from __future__ import annotations
 

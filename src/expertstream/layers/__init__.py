@@ -1,4 +1,4 @@
-"""What models are built from, without knowledge of any of them."""
+"""The building blocks of models, independent of any particular one."""
 
 from __future__ import annotations
 

@@ -20,13 +20,13 @@ class Mixer(Protocol):
     """Lets each token see those before it."""
 
     def __call__(self, x: F32, states: Sequence[State], batch: Batch, angles: Angles) -> F32:
-        """x (T, H) → (T, H). states: each sequence's, of this layer; angles: cos and sin of the rows' positions."""
+        """x (T, H) → (T, H). states: one per sequence, of this layer; angles: cos and sin of the rows' positions."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Grouped-query attention: eps is that of the norms of queries and keys, 0 for none; plus_one as in Weights.norm(); gated: q_proj gives
-    each head's query and then its output gate; bias: of all projections; window: positions that a query sees, 0 for all."""
+    """Grouped-query attention. eps: of the query and key norms, 0 for none; plus_one: as in Weights.norm(); gated: q_proj gives each head's
+    query and then its output gate; bias: of all projections; window: positions that a query sees, 0 for all."""
 
     heads: int
     kv_heads: int
@@ -44,7 +44,7 @@ class AttentionShape:
 
 
 class Attention:
-    """Weights q_proj, k_proj, v_proj, o_proj and, where the shape has them, q_norm, k_norm and sinks under `name`."""
+    """Weights q_proj, k_proj, v_proj, o_proj and, if the shape has them, q_norm, k_norm and sinks under `name`."""
 
     def __init__(self, w: Weights, name: str, hidden: int, shape: AttentionShape) -> None:
         s, self.ops = shape, w.ops

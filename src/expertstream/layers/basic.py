@@ -1,4 +1,4 @@
-"""Building blocks without knowledge of any model: each holds its weights, which the ops have bound, and the ops to apply them."""
+"""Building blocks independent of any model: each holds its bound weights and the ops that apply them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Embedding", "Linear", "RMSNorm", "Rotary", "RotaryScaling"]
 
 
 class Linear:
-    """x (T, in) → (T, out); dense or quantized, as the weight is."""
+    """x (T, in) → (T, out); dense or quantized, depending on the weight."""
 
     def __init__(self, weight: Weight, ops: Ops) -> None:
         self.weight, self.ops = weight, ops
@@ -22,7 +22,7 @@ class Linear:
 
 
 class Embedding:
-    """Tokens (T,) → rows (T, H). Where a model ties its embeddings, as_linear() is the output projection."""
+    """Tokens (T,) → rows (T, H). If a model ties its embeddings, as_linear() is the output projection."""
 
     def __init__(self, weight: Weight, ops: Ops) -> None:
         self.weight, self.ops = weight, ops
@@ -47,7 +47,7 @@ class RMSNorm:
 @dataclass(frozen=True)
 class RotaryScaling:
     """YaRN (Peng et al., YaRN: Efficient Context Window Extension of Large Language Models, 2023): slow dimensions are interpolated by
-    `factor`, fast ones are not, and a ramp lies between; cos and sin are times `attention_factor`."""
+    `factor`, fast ones are not, with a ramp between them; cos and sin are multiplied by `attention_factor`."""
 
     factor: float
     original_context: int
@@ -58,11 +58,11 @@ class RotaryScaling:
 
     @classmethod
     def from_fields(cls, rope: Fields) -> RotaryScaling:
-        """Of config.json's rope_parameters or rope_scaling. Raises CheckpointError."""
+        """Reads config.json's rope_parameters or rope_scaling. Raises CheckpointError."""
         factor = rope.number("factor", 0.999, 1e6)
         fast, slow = rope.number("beta_fast", 0, 1e6, 32.0), rope.number("beta_slow", 0, 1e6, 1.0)
         if slow > fast:
-            raise rope.error(f"beta_slow ({slow:g}) is more than beta_fast ({fast:g})")
+            raise rope.error(f"beta_slow ({slow:g}) must be at most beta_fast ({fast:g})")
         default = 0.1 * math.log(factor) + 1.0
         return cls(
             factor=factor,
@@ -74,10 +74,10 @@ class RotaryScaling:
         )
 
     def frequencies(self, plain: list[float], dims: int, theta: float) -> list[float]:
-        """The frequencies of dims/2 pairs, of those without scaling."""
+        """The scaled frequencies of dims/2 pairs; plain: those without scaling."""
 
         def pair_with(rotations: float) -> float:
-            """The pair that turns so many times within the original context."""
+            """The pair that makes this many rotations within the original context."""
             return dims * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
         low, high = pair_with(self.beta_fast), pair_with(self.beta_slow)
@@ -90,7 +90,7 @@ class RotaryScaling:
 
 
 class Rotary:
-    """cos and sin (T, dims/2) of positions; frequencies theta^(−2i/dims) (Su et al., RoFormer, 2021), perhaps scaled."""
+    """cos and sin (T, dims/2) of positions; frequencies theta^(−2i/dims) (Su et al., RoFormer, 2021), optionally scaled."""
 
     def __init__(self, ops: Ops, dims: int, theta: float, scaling: RotaryScaling | None = None) -> None:
         plain = [theta ** (-i / dims) for i in range(0, dims, 2)]

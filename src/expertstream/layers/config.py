@@ -1,4 +1,4 @@
-"""What every model's config.json says."""
+"""The config.json fields that all models share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["DecoderConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ABC):
-    """Hugging Face's keys, from config.json; nothing is assumed that it does not say."""
+    """Hugging Face's keys, from config.json; nothing beyond them is assumed."""
 
     vocab_size: int
     hidden_size: int
@@ -66,7 +66,7 @@ class DecoderConfig(ABC):
         text.multiple("num_attention_heads", of="num_key_value_heads")
         if sizes["num_experts_per_tok"] > sizes["num_experts"]:
             raise text.error(
-                f"num_experts_per_tok ({sizes['num_experts_per_tok']}) is more than {num_experts} ({sizes['num_experts']})"
+                f"num_experts_per_tok ({sizes['num_experts_per_tok']}) must be at most {num_experts} ({sizes['num_experts']})"
             )
         return {
             **sizes,

@@ -18,14 +18,14 @@ __all__ = ["Decoder", "DecoderLayer"]
 
 
 class DecoderLayer:
-    """A token mixer and a mixture of experts, each on a normed copy of the residual stream and added to it."""
+    """A token mixer and a mixture of experts, each applied to a normed copy of the residual stream and added to it."""
 
     def __init__(self, input_norm: RMSNorm, mixer: Mixer, mlp_norm: RMSNorm, mlp: SparseMoeBlock) -> None:
         self.input_norm, self.mixer, self.mlp_norm, self.mlp = input_norm, mixer, mlp_norm, mlp
         self.following: DecoderLayer | None = None
 
     def expect(self, h: F32) -> None:
-        """Asks this layer's router about hidden states of the layer before, so that its experts may be read ahead."""
+        """Applies this layer's router to hidden states of the layer before, so that its experts can be prefetched."""
         self.mlp.experts.expect(self.mlp.layer, *self.mlp.route(self.mlp_norm(h)))
 
     def __call__(self, h: F32, states: Sequence[State], batch: Batch, angles: Angles) -> None:
@@ -37,7 +37,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Tokens → logits. Holds the dense weights; experts come through `experts`. h (T, H) is the residual stream."""
+    """Tokens → logits. Holds the dense weights; the routed experts are in `experts`. h (T, H) is the residual stream."""
 
     def __init__(
         self,
@@ -52,22 +52,22 @@ class Decoder:
         plus_one: bool = False,
         tied: bool = False,
     ) -> None:
-        """eps, plus_one: of the last norm. tied: the embedding is the output projection as well."""
+        """eps, plus_one: of the final norm. tied: the embedding is also the output projection."""
         self.ops, self.experts, self.layers, self.rotary = w.ops, experts, layers, rotary
         for layer, following in pairwise(layers):
             layer.following = following
         self.embed_tokens = w.embedding("model.embed_tokens", vocab_size, hidden_size)
         self.norm = w.norm("model.norm", hidden_size, eps, plus_one)
         self.lm_head = self.embed_tokens.as_linear if tied else w.linear("lm_head", vocab_size, hidden_size)
-        self._one_at_a_time = RLock()  # another sequence's tokens may go through between two layers of a prompt
+        self._one_at_a_time = RLock()  # another sequence's tokens may be processed between two layers of a prompt
 
     def __call__(self, tokens: I64, cache: KVCache, all_logits: bool = False, prompt: bool = False) -> F32:
-        """One sequence: tokens (T,) → logits (1, vocab) of the last one, or (T, vocab). As forward()."""
+        """forward() for one sequence: tokens (T,) → logits (1, vocab) of the last one, or (T, vocab)."""
         return self.forward(Batch(tokens, [cache], prompt), all_logits)
 
     def forward(self, batch: Batch, all_logits: bool = False) -> F32:
-        """Logits (S, vocab) of the last row of each sequence, or (T, vocab) of all rows; the sequences move on by their rows. Other
-        threads wait. Raises ReadError, CancelledError."""
+        """Logits (S, vocab) of the last row of each sequence, or (T, vocab) of all rows; advances each sequence by its rows. Other threads
+        wait. Raises ReadError, CancelledError."""
         with self._one_at_a_time:
             self.experts.adapt()
             with batch:
@@ -81,6 +81,6 @@ class Decoder:
             layer(h, batch.states(i), batch, angles)
         for segment in batch.segments:
             if segment.cache.each_logits is not None:
-                for at in range(segment.begin, segment.end, 16):  # few rows at a time: a vocabulary is long
+                for at in range(segment.begin, segment.end, 16):  # few rows at a time: the vocabulary is large
                     segment.cache.each_logits(self.lm_head(self.norm(h[at : min(at + 16, segment.end)])))
         return self.lm_head(self.norm(h if all_logits else self.ops.rows(h, batch.last_rows())))

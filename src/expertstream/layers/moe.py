@@ -1,4 +1,4 @@
-"""Sparse mixtures of experts: a router, the experts that it selects, and perhaps one that every token goes through."""
+"""Sparse mixtures of experts: a router, the experts that it selects, and optionally a shared one for every token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Experts", "SparseMoeBlock"]
 
 
 class Experts(Protocol):
-    """All that a model sees of its experts: experts.routed.RoutedExperts."""
+    """A model's interface to its experts: experts.routed.RoutedExperts."""
 
     def adapt(self) -> None: ...
     def expect(self, layer: int, weights: F32, selected: I64) -> None: ...
@@ -48,7 +48,7 @@ class SparseMoeBlock:
         """router: its name in spec.module."""
         name, hidden = spec.module, spec.hidden
         self.layer, self.top_k, self.renormalize, self.experts, self.ops = layer, top_k, renormalize, experts, w.ops
-        # Small, and what decides which experts run.
+        # Small, and it decides which experts run.
         self.gate = w.matrix(f"{name}.{router}", spec.count, hidden, router_bias, sensitive=True)
         self.shared_expert = [
             w.matrix(f"{name}.shared_expert.gate_proj", shared_inner, hidden),
@@ -62,7 +62,7 @@ class SparseMoeBlock:
         return self.ops.route(x, self.gate, self.top_k, self.renormalize)
 
     def __call__(self, x: F32, prompt: bool, ahead: Callable[[], None] | None) -> F32:
-        """x (T, H) → (T, H). ahead: asks the next layer's router meanwhile."""
+        """x (T, H) → (T, H). ahead: runs the next layer's router meanwhile."""
         weights, selected = self.route(x)
         shared = (lambda: self.ops.shared_expert(x, *self.shared_expert)) if self.shared_expert else None
         return self.experts.apply(self.layer, x, weights, selected, prompt, shared, ahead)

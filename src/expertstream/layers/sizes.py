@@ -1,4 +1,4 @@
-"""How much memory a model's activations take: it is run on shapes."""
+"""Measures the memory of a model's activations by running it on shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["activation_bytes"]
 
 
 class _Shapes(Weights):
-    """Weights that have a format, and no bytes."""
+    """Weights with a format but no bytes."""
 
     def __init__(self, ops: Any) -> None:
         self.ops = ops
@@ -55,7 +55,7 @@ class _Experts:
 
 
 class _Nothing(State):
-    """A state without memory: what states take is counted elsewhere."""
+    """A state without memory: states are counted elsewhere."""
 
     keys = values = conv_state = recurrent_state = None
     first = 0
@@ -65,8 +65,8 @@ class _Nothing(State):
 def activation_bytes(
     build: Callable[[Weights, Experts], Decoder], config: DecoderConfig, tokens: int, capacity: int, threads: int
 ) -> int:
-    """Peak of what lives while `tokens` tokens of a prompt go through a model, the last of `capacity`, and what the engine keeps between
-    passes; logits of a few rows besides."""
+    """Peak memory while the last `tokens` of `capacity` prompt tokens go through a model, plus the buffers that the engine keeps between
+    passes and the logits of a few rows."""
     meter = Meter()
     ops: Any = SizedOps(meter, threads)
     model = build(_Shapes(ops), _Experts(ops, config))

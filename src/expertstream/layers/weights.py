@@ -1,5 +1,5 @@
-"""Where a model gets its weights from. A model names each of them once, in its constructor: run over a list it says what a checkpoint must
-have, run over a checkpoint it loads them."""
+"""The source of a model's weights. A model names each of them once, in its constructor: run with a recorder, that lists what a checkpoint
+must have; run with a checkpoint, it loads them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Weights(Protocol):
     def matrices(
         self, module: str, rows: int, cols: int, parts: Sequence[Sequence[int]] | None, bias: bool, sensitive: bool
     ) -> list[Weight]:
-        """matrix(), in one piece or as the rows that each of `parts` lists."""
+        """matrix(), whole or split into the rows that each of `parts` lists."""
 
     def matrix(self, module: str, rows: int, cols: int, bias: bool = False, sensitive: bool = False) -> Weight:
-        """`module`.weight, dense or quantized, as the ops want it; bias: with `module`.bias (rows,). sensitive: the converter never
-        quantizes it. Raises CheckpointError."""
+        """`module`.weight, dense or quantized, bound by the ops; bias: with `module`.bias (rows,). sensitive: the converter never quantizes
+        it. Raises CheckpointError."""
         return self.matrices(module, rows, cols, None, bias, sensitive)[0]
 
     def split(self, module: str, cols: int, parts: Sequence[Sequence[int]], sensitive: bool = False) -> list[Weight]:
-        """Several matrices whose rows a checkpoint keeps in one: each of `parts` lists the rows of one of them. Raises CheckpointError."""
+        """Several matrices that a checkpoint stores as one: each of `parts` lists the rows of one of them. Raises CheckpointError."""
         return self.matrices(module, sum(map(len, parts)), cols, parts, False, sensitive)
 
     def vector(self, name: str, *shape: int, kind: str = "vector") -> F32:
@@ -43,7 +43,7 @@ class Weights(Protocol):
         return Embedding(self.matrix(module, rows, cols), self.ops)
 
     def norm(self, module: str, size: int, eps: float, plus_one: bool = False) -> RMSNorm:
-        """plus_one: the architecture multiplies by 1 + weight; what comes out includes the 1, however the checkpoint stores it."""
+        """plus_one: the architecture multiplies by 1 + weight; the result includes the 1, however the checkpoint stores it."""
         return RMSNorm(self.vector(f"{module}.weight", size, kind="norm" if plus_one else "vector"), eps, self.ops)
 
 
@@ -66,7 +66,7 @@ class LoadedWeights(Weights):
 
 
 class _Names(Weights):
-    """Notes what is asked for, and gives nothing: for constructors that only keep what they get."""
+    """Records the requested names and returns placeholders: for constructors that only store their weights."""
 
     def __init__(self) -> None:
         self.ops: Any = None
@@ -85,8 +85,8 @@ class _Names(Weights):
 
 
 def weight_names(build: Callable[[Weights], object]) -> dict[str, WeightSpec]:
-    """Every tensor that `build` asks for, in its order: a matrix by its module, whose tensor is `.weight` (and `.scales`, `.biases`), the
-    others by their names."""
+    """Every tensor that `build` requests, in order: matrices by module, whose tensor is `.weight` (and `.scales`, `.biases`), the others by
+    name."""
     names = _Names()
     build(names)
     return names.specs

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def supported_models() -> list[str]:
-    """The model types that can be run, as config.json names them."""
+    """The supported model types, as named in config.json."""
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
 
 
@@ -53,7 +53,7 @@ def config_of(checkpoint: Checkpoint) -> DecoderConfig:
 
 
 def build(config: DecoderConfig, w: Weights, experts: Experts, top_k: int = 0) -> Decoder:
-    """The model that a config belongs to."""
+    """Builds the model described by a config."""
     architecture: Any = sys.modules[type(config).__module__]
     model: Decoder = architecture.Model(config, w, experts, top_k)
     return model
@@ -66,10 +66,10 @@ def weight_map(config: DecoderConfig) -> dict[str, WeightSpec]:
 
 
 def expert_layouts(config: DecoderConfig, checkpoint: Checkpoint) -> list[ExpertLayout]:
-    """Where each layer's routed experts lie. Raises CheckpointError."""
+    """The location of each layer's routed experts. Raises CheckpointError."""
     return [checkpoint.experts(i, spec) for i, spec in enumerate(config.experts)]
 
 
 def scratch_bytes(config: DecoderConfig, tokens: int, capacity: int, threads: int) -> int:
-    """Activations that live at once while `tokens` tokens of a prompt go through the model, the last of `capacity`: an upper bound."""
+    """An upper bound of the activations while the last `tokens` of `capacity` prompt tokens go through the model."""
     return activation_bytes(lambda w, experts: build(config, w, experts), config, tokens, capacity, threads)

@@ -55,7 +55,7 @@ class Config(DecoderConfig):
             "intermediate_size",
         )
         if fields["head_dim"] % 2:
-            raise text.error(f"head_dim must be even, not {fields['head_dim']}")
+            raise text.error(f"head_dim must be even; got {fields['head_dim']}")
         return cls(
             **fields,
             sliding_window=text.size("sliding_window"),
@@ -101,7 +101,7 @@ class Model(Decoder):
     """Tokens → logits."""
 
     def __init__(self, config: Config, w: Weights, experts: Experts, top_k: int = 0) -> None:
-        """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy."""
+        """top_k: experts per token, 0 for the number that the model was trained with; fewer is lossy."""
         c, hidden, eps = config, config.hidden_size, config.rms_norm_eps
         top_k = top_k or c.num_experts_per_tok
         layers = [
@@ -109,7 +109,7 @@ class Model(Decoder):
                 w.norm(f"{name}.input_layernorm", hidden, eps),
                 Attention(w, f"{name}.self_attn", hidden, c.attention(i)),
                 w.norm(f"{name}.post_attention_layernorm", hidden, eps),
-                # Softmax over the selected experts alone is softmax over all, renormalized.
+                # Softmax over the selected experts alone equals softmax over all, renormalized.
                 SparseMoeBlock(w, experts, i, c.experts[i], top_k, router="router", router_bias=True),
             )
             for i, name in enumerate(f"model.layers.{i}" for i in range(c.num_hidden_layers))

@@ -54,7 +54,7 @@ class Config(DecoderConfig):
 
     @classmethod
     def linear_fields(cls, text: Fields) -> dict[str, Any]:
-        """All fields of an architecture of these layers, of one object of config.json. Raises CheckpointError."""
+        """All fields of an architecture with these layers, from one object of config.json. Raises CheckpointError."""
         text.fixed(hidden_act="silu", attention_bias=False, attn_output_gate=True, rope_scaling={})
         rope = text if text.values.get("rope_parameters") is None else text.inner("rope_parameters")
         rope.fixed(rope_type="default")
@@ -66,13 +66,13 @@ class Config(DecoderConfig):
         fields |= {name: text.size(name) for name in names}
         text.multiple("linear_num_value_heads", of="linear_num_key_heads")
         if not 2 <= fields["linear_conv_kernel_dim"] <= 8:
-            raise text.error(f"linear_conv_kernel_dim must be from 2 to 8, not {fields['linear_conv_kernel_dim']}")
-        # The architecture's default; an older place for it is beside rope_parameters.
+            raise text.error(f"linear_conv_kernel_dim must be from 2 to 8; got {fields['linear_conv_kernel_dim']}")
+        # The architecture's default; older configs have the value beside rope_parameters.
         default = text.number("partial_rotary_factor", 0, 1, 0.25)
         fields["rotary_dims"] = int(fields["head_dim"] * rope.number("partial_rotary_factor", 0, 1, default))
         if fields["rotary_dims"] == 0 or fields["rotary_dims"] % 2:
             raise text.error(
-                f"partial_rotary_factor rotates {fields['rotary_dims']} of {fields['head_dim']} dimensions; it must be an even number"
+                f"partial_rotary_factor rotates {fields['rotary_dims']} of {fields['head_dim']} dimensions; it must rotate an even number"
             )
         return fields
 
@@ -122,7 +122,7 @@ class Model(Decoder):
     """Tokens → logits."""
 
     def __init__(self, config: Config, w: Weights, experts: Experts, top_k: int = 0) -> None:
-        """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy."""
+        """top_k: experts per token, 0 for the number that the model was trained with; fewer is lossy."""
         c = config
         top_k = top_k or c.num_experts_per_tok
         super().__init__(
@@ -152,6 +152,6 @@ class Model(Decoder):
         """The gated-delta layer `name`."""
         s, hidden = c.delta, c.hidden_size
         qkv, z = w.matrix(f"{name}.in_proj_qkv", s.channels, hidden), w.matrix(f"{name}.in_proj_z", s.values, hidden)
-        # Small, and what decides how long the state remembers.
+        # Small, and they decide how long the state remembers.
         b, a = (w.matrix(f"{name}.in_proj_{part}", s.value_heads, hidden, sensitive=True) for part in ("b", "a"))
         return GatedDeltaNet(w, name, hidden, s, (qkv, z, a, b))

@@ -44,7 +44,7 @@ class Config(DecoderConfig):
         layer_types = ("full_attention",) * text.size("num_hidden_layers")
         fields = cls.common(text, rope, layer_types)
         if fields["head_dim"] % 2:
-            raise text.error(f"head_dim must be even, not {fields['head_dim']}")
+            raise text.error(f"head_dim must be even; got {fields['head_dim']}")
         return cls(
             **fields,
             norm_topk_prob=text.flag("norm_topk_prob", False),
@@ -75,7 +75,7 @@ class Model(Decoder):
     """Tokens → logits."""
 
     def __init__(self, config: Config, w: Weights, experts: Experts, top_k: int = 0) -> None:
-        """top_k: experts a token, 0 for as many as the model was trained with; fewer is lossy."""
+        """top_k: experts per token, 0 for the number that the model was trained with; fewer is lossy."""
         c, hidden, eps = config, config.hidden_size, config.rms_norm_eps
         top_k = top_k or c.num_experts_per_tok
         layers = [

@@ -42,7 +42,7 @@ class Model(qwen3_5_moe.Model):
 
 
 def rows_by_head(heads: int, *sizes: int) -> list[list[int]]:
-    """The rows of each of several matrices that are stored head by head, `sizes` rows of each at a time."""
+    """The row numbers of several matrices that are stored head by head, `sizes` rows of each per head."""
     rows: list[list[int]] = [[] for _ in sizes]
     at = 0
     for _ in range(heads):

@@ -1,4 +1,4 @@
-"""The op contract: what a model may compute, and what it computes with. `reference` is the specification, `cpu` the fast one.
+"""The op contract: the operations of a model, and their operands. `reference` is the specification, `cpu` the fast implementation.
 
 Activations are float32, C-contiguous; T is tokens, H hidden size. Ops return new arrays except where they say "in place".
 """
@@ -31,15 +31,15 @@ __all__ = [
 
 @dataclass(eq=False)
 class Weight:
-    """One matrix in memory. parts: each flat, row after row as checkpoints have them. bias (rows,): added to every product."""
+    """One matrix in memory. parts: each flat, row by row as in checkpoints. bias (rows,): added to every product."""
 
     format: MatrixFormat
     parts: tuple[Bytes, ...]
     bias: F32 | None = None
-    handle: object = field(default=None, repr=False)  # what an Ops made of it
+    handle: object = field(default=None, repr=False)  # set by Ops.bind()
 
     def rows(self, which: Sequence[int]) -> Weight:
-        """A copy of some rows, of a weight that is not bound yet."""
+        """A copy of some rows of a weight that is not bound yet."""
         chosen = np.array(which)
         parts = tuple(part.reshape(self.format.rows, -1)[chosen].reshape(-1) for part in self.parts)
         bias = None if self.bias is None else self.bias[chosen]
@@ -47,7 +47,7 @@ class Weight:
 
 
 class Arena(Protocol):
-    """Memory for experts, where a link puts them and kernels read them."""
+    """Memory for experts, written by a link and read by kernels."""
 
     @property
     def size(self) -> int:
@@ -58,8 +58,8 @@ class Arena(Protocol):
 
 
 class ExpertBlock(NamedTuple):
-    """Experts that lie in an arena: offsets (experts, P) of the parts that the format names, quantized ones in tiles (MatrixFormat.tile
-    says which byte is what), biases as float32."""
+    """Experts in an arena: offsets (experts, P) of the format's parts, quantized ones in tiles (see MatrixFormat.tile), biases as
+    float32."""
 
     format: ExpertFormat
     arena: Arena
@@ -68,10 +68,10 @@ class ExpertBlock(NamedTuple):
 
 @dataclass(eq=False)
 class AttentionWeights:
-    """Grouped-query attention beside its projections. q_norm, k_norm (head_dim,): norms of queries and keys, or None. gated: each head's
-    query is followed by an output gate. sinks (heads,): a logit beside each head's scores, which takes weight and gives nothing (Xiao
-    et al., Efficient Streaming Language Models with Attention Sinks, 2023). window: how many positions a query sees, its own included;
-    0 for all before it."""
+    """Grouped-query attention without its projections. q_norm, k_norm (head_dim,): norms of queries and keys, or None. gated: each head's
+    query is followed by an output gate. sinks (heads,): an extra logit among each head's scores that takes weight but has no value (Xiao et
+    al., Efficient Streaming Language Models with Attention Sinks, 2023). window: how many positions a query sees, including its own; 0 for
+    all before it."""
 
     heads: int
     kv_heads: int
@@ -87,7 +87,7 @@ class AttentionWeights:
 
 @dataclass(eq=False)
 class DeltaWeights:
-    """What a gated-delta layer needs beside its projections; C = 2·key_heads·key_dim + value_heads·value_dim channels."""
+    """A gated-delta layer without its projections; C = 2·key_heads·key_dim + value_heads·value_dim channels."""
 
     conv: F32  # (kernel, C)
     a_log: F32  # (value_heads,)
@@ -101,24 +101,24 @@ class DeltaWeights:
 
 
 class Ops(Protocol):
-    """The contract. An implementation keeps no state but threads and buffers; calls come one at a time."""
+    """The contract. An implementation has no state but threads and buffers; calls must not overlap."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the arithmetic: backends that say the same give the same bits."""
+        """Identifies the arithmetic: backends with equal fingerprints give the same bits."""
 
     @property
     def description(self) -> str:
-        """For a person: which instructions, which precision."""
+        """Human-readable: instruction set and precision."""
 
     def bind(self, weight: Weight) -> Weight:
-        """Prepares a weight for the other ops; returns it. Its bytes are the op's from now on, and may be rearranged."""
+        """Prepares a weight for the other ops; returns it. The ops own its bytes from then on and may rearrange them."""
 
     def tile(self, format: ExpertFormat, arena: Arena, offsets: I64) -> None:
-        """In place: one expert's quantized matrices, row after row in an arena at offsets (P,), into the tiles of ExpertBlock."""
+        """In place: one expert's quantized matrices, row by row at offsets (P,) in an arena → the tiles of ExpertBlock."""
 
     def tiled(self, format: MatrixFormat, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
-        """Copies of a matrix's parts, as MatrixFormat.tile() gives them."""
+        """Copies of a matrix's parts, as MatrixFormat.tile() returns them."""
 
     def embed(self, weight: Weight, tokens: I64) -> F32:
         """(T,) → (T, H), rows of the weight."""
@@ -128,13 +128,13 @@ class Ops(Protocol):
 
     def rotary(self, positions: I64, frequencies: Sequence[float], scale: float) -> tuple[F32, F32]:
         """cos and sin (T, dims/2) of position·frequency, times scale. The angle is rounded to float32 first, as `transformers` does: at
-        large positions that is what differs most."""
+        large positions this makes the largest difference."""
 
     def concatenate(self, parts: list[F32]) -> F32:
-        """Rows of several parts (Tᵢ, n), one after another; a single one as it is."""
+        """Rows of several parts (Tᵢ, n), one after another; a single one unchanged."""
 
     def rows(self, x: F32, which: Sequence[int]) -> F32:
-        """Some rows of x; x itself where these are all of them, in order."""
+        """Some rows of x; x itself if these are all of them, in order."""
 
     def zeros_like(self, x: F32) -> F32:
         """Zeros of the shape of x."""
@@ -155,19 +155,19 @@ class Ops(Protocol):
         position: int,
         first: int = 0,
     ) -> F32:
-        """Grouped-query attention. q (T, heads·d), or (T, heads·2·d) with gates; k, v (T, kv_heads·d). Queries and keys are normed
-        where there are norms, and rotated by halves in their first 2·half values (cos, sin (T, half)); k, v are stored as positions
-        `position` on in keys, values (kv_heads, rows, d; float32, or bfloat16 bits; or uint8 rows of d + 4, see to_int8_rows()),
-        whose row 0 is position `first`, a multiple of 64; queries attend causally, scaled by d^-½; times sigmoid(gate). Returns
-        (T, heads·d). With a window, rows from the last multiple of 64 at or before its first position must still be there."""
+        """Grouped-query attention. q (T, heads·d), or (T, heads·2·d) with gates; k, v (T, kv_heads·d). Queries and keys are normed if there
+        are norms, and their first 2·half values are rotated by halves (cos, sin (T, half)); k, v are stored from `position` on in keys,
+        values (kv_heads, rows, d; float32, or bfloat16 bits; or uint8 rows of d + 4, see to_int8_rows()), whose row 0 is position `first`,
+        a multiple of 64; queries attend causally, scaled by d^-½; the output is multiplied by sigmoid(gate). Returns (T, heads·d). With a
+        window, rows from the last multiple of 64 at or before its first position must still be present."""
 
     def delta_net(
         self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
     ) -> F32:
-        """The gated delta rule. qkv (T, C), whose memory may be used up, goes through a causal depthwise convolution and SiLU;
-        queries and keys get unit length, queries a factor d^-½; with the log decay g = −exp(a_log)·softplus(a + dt_bias) and
-        beta = sigmoid(b), a token at a time or in chunks of 64: S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; o = Sᵀq. Returns
-        rms_norm(o)·silu(z), (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
+        """The gated delta rule. qkv (T, C), which may be overwritten, goes through a causal depthwise convolution and SiLU; queries and
+        keys are scaled to unit length, queries also by d^-½; with the log decay g = −exp(a_log)·softplus(a + dt_bias) and beta =
+        sigmoid(b), a token at a time or in chunks of 64: S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; o = Sᵀq. Returns rms_norm(o)·silu(z),
+        (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
 
     def route(self, x: F32, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[F32, I64]:
         """softmax(x·wᵀ + bias) over all experts, the top_k largest, divided by their sum if `renormalize`: routing_weights,
@@ -177,7 +177,7 @@ class Ops(Protocol):
         """sigmoid(x·scaleᵀ)·down(silu(gate(x))·up(x)): (T, H) → (T, H); scale has one row."""
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
-        """(pairs, H): row p is its expert (formats.ExpertFormat) applied to x[pair_token[p]]. Expert e of the block has pairs
+        """(pairs, H): row p is the expert of pair p (formats.ExpertFormat) applied to x[pair_token[p]]. Expert e of the block has pairs
         [pair_start[e], pair_start[e+1])."""
 
     def moe(self, acc: F32, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: F32) -> None:
@@ -188,7 +188,7 @@ class Ops(Protocol):
 
 
 class HostArrays:
-    """The parts of Ops that are the same for every backend whose arrays are NumPy's."""
+    """The ops that are the same for all backends with NumPy arrays."""
 
     def rotary(self, positions: I64, frequencies: Sequence[float], scale: float) -> tuple[F32, F32]:
         angle = positions.astype(np.float32)[:, None] * np.array(frequencies, np.float64).astype(np.float32)
@@ -208,7 +208,7 @@ class HostArrays:
 
 
 def aligned_empty(size: int) -> Bytes:
-    """Memory that begins at a cache line, so that no vector of a matrix lies across two."""
+    """Memory aligned to a cache line, so that no vector of a matrix straddles two."""
     room = np.empty(size + 64, np.uint8)
     begin = -room.ctypes.data % 64
     return room[begin : begin + size]

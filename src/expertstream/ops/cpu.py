@@ -1,5 +1,5 @@
-"""The native ops: shapes here, loops in C++. Products with quantized weights round their activations to 8 or 16 bits a group and
-add up exact integers (native/kernels/kernels.h); everything else is float32."""
+"""The native ops: shapes here, loops in C++. Products with quantized weights round their activations to 8 or 16 bits per group and sum
+exact integers (native/kernels/kernels.h); everything else is float32."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def _format(m: MatrixFormat) -> _native.Format:
 
 
 class CpuOps(HostArrays):
-    """Not thread-safe: the threads are inside. `isa` caps the instruction set: the fastest this machine has up to it is taken."""
+    """Not thread-safe: it has its own threads. `isa` limits the instruction set: the fastest available one up to it is used."""
 
     def __init__(self, threads: int, isa: str = "", activation_bits: int = 8) -> None:
         known, available = _native.known_isas(), _native.available_isas()
         if isa and isa not in known:
             raise UsageError(
-                f"unknown instruction set {isa!r}; there are {', '.join(known)}, and this machine has {available[-1]}"
+                f"unknown instruction set {isa!r}; use one of {', '.join(known)}; this machine has {available[-1]}"
             )
         chosen = [name for name in available if not isa or known.index(name) <= known.index(isa)][-1]
         try:
@@ -38,7 +38,7 @@ class CpuOps(HostArrays):
             self.engine = _native.Engine(threads, chosen, activation_bits)
         except RuntimeError as error:
             raise BudgetError(f"{threads} threads cannot be started ({error}); use fewer, such as threads=1") from None
-        # By identity: hashing one costs as much as a call.
+        # By identity: hashing a format costs as much as a call.
         self._formats: dict[int, tuple[ExpertFormat, _native.ExpertFormat]] = {}
 
     @property
@@ -52,7 +52,7 @@ class CpuOps(HostArrays):
     def bind(self, weight: Weight) -> Weight:
         m = weight.format
         if m.quantized and m.part_bytes == m.tiled_bytes:
-            # In place: a large matrix is not in memory twice, not for a moment.
+            # In place: a large matrix is never in memory twice.
             self.engine.tile(_format(m), list(weight.parts), list(weight.parts))
         elif m.quantized:
             weight.parts = self.tiled(m, weight.parts)

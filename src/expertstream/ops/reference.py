@@ -22,7 +22,7 @@ def _silu(x: F32) -> F32:
     return x * _sigmoid(x)
 
 
-# How keys and values are kept, by the cache's dtype.
+# How keys and values are stored, by the cache's dtype.
 _KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "uint16": (to_bf16, from_bf16),
     "uint8": (to_int8_rows, from_int8_rows),
@@ -30,7 +30,7 @@ _KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 class ReferenceOps(HostArrays):
-    """The contract of `ops.Ops`, where every method is described."""
+    """Implements `ops.Ops`, which documents every method."""
 
     fingerprint = description = "reference"
 
@@ -149,7 +149,7 @@ class ReferenceOps(HostArrays):
 
 
 def _matrix(weight: Weight) -> F32:
-    """What bind() made of it."""
+    """The dequantized matrix, as stored by bind()."""
     return cast(F32, weight.handle)
 
 
@@ -159,7 +159,7 @@ def _linear(x: F32, weight: Weight) -> F32:
 
 
 def _by_matrix(format: ExpertFormat, offsets: I64) -> Iterator[tuple[MatrixFormat, I64]]:
-    """Each matrix of an expert and where its parts lie, a bias last."""
+    """Each matrix of an expert and the offsets of its parts, a bias last."""
     at = 0
     for m in format.matrices:
         count = len(m.parts) + bool(format.bias_dtype)
@@ -168,7 +168,7 @@ def _by_matrix(format: ExpertFormat, offsets: I64) -> Iterator[tuple[MatrixForma
 
 
 def _activate(how: Activation, gate: F32, up: F32) -> F32:
-    """formats.Activation."""
+    """Applies a formats.Activation."""
     if not how.limit:
         return _silu(gate) * up
     gate, up = np.minimum(gate, np.float32(how.limit)), np.clip(up, -how.limit, how.limit)
@@ -209,7 +209,7 @@ def gated_delta(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32, chunked: 
 
 
 def _delta_steps(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> F32:
-    """One token after another; q, k (T, H, dk), v (T, H, dv), state (H, dk, dv) in place."""
+    """One token at a time; q, k (T, H, dk), v (T, H, dv), state (H, dk, dv) in place."""
     out = np.empty_like(v)
     for t in range(q.shape[0]):
         state *= np.exp(g[t])[:, None, None]

@@ -1,4 +1,4 @@
-"""A backend of shapes: runs a model on nothing, and knows how much memory would have been taken. Its arrays have a shape and no values."""
+"""A backend of shapes: runs a model without data and counts the memory that it would take. Its arrays have a shape but no values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from . import AttentionWeights, DeltaWeights, Weight
 
 __all__ = ["Meter", "SizedArray", "SizedOps"]
 
-_GROUP = 32  # the smallest group, whose sums take the most room
+_GROUP = 32  # the smallest group, whose sums take the most memory
 _PAIRS = 1024  # as in native/ops.cpp
 _SEGMENT, _QUERY_ROWS, _KEYS, _CHUNK, _COLUMNS = 1024, 48, 64, 64, 64
 
 
 class Meter:
-    """Counts the bytes of arrays that are alive, and the largest size of each buffer that the native engine keeps."""
+    """Counts the bytes of live arrays, and the largest size of each buffer of the native engine."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -28,7 +28,7 @@ class Meter:
         self.peak = max(self.peak, self.live)
 
     def buffer(self, name: str, count: int) -> None:
-        """A buffer of the engine: it grows, and stays."""
+        """A buffer of the engine, which grows and is never freed."""
         self._buffers[name] = max(self._buffers.get(name, 0), count)
 
     @property
@@ -37,7 +37,7 @@ class Meter:
 
 
 class SizedArray:
-    """An array of float32 (or of `width` bytes a value) that takes memory while it is referred to; a slice takes none of its own."""
+    """An array of float32 (or of `width` bytes per value) that counts as long as it is referenced; slices do not count."""
 
     def __init__(self, meter: Meter, shape: Sequence[int], width: int = 4, base: SizedArray | None = None) -> None:
         self.shape, self._meter, self._base = tuple(shape), meter, base
@@ -75,7 +75,7 @@ class SizedOps:
 
     def rotary(self, positions: I64, frequencies: Sequence[float], scale: float) -> Any:
         count = positions.shape[0], len(frequencies)
-        passing = self._new(*count, width=4 + 8 + 2 * 8)  # the angle, exactly too, and both functions of it
+        passing = self._new(*count, width=4 + 8 + 2 * 8)  # the angle, also in float64, with its cos and sin
         found = self._new(*count), self._new(*count)
         del passing
         return found
@@ -140,7 +140,7 @@ class SizedOps:
         return self._new(*x.shape)
 
     def routed_experts(self, x: Any, selected: Any, inner: int) -> None:
-        """What RoutedExperts.apply() takes beside its result: the lists of pairs, and the buffers of moe()."""
+        """The memory of RoutedExperts.apply() besides its result: the lists of pairs, and the buffers of moe()."""
         (tokens, hidden), top_k = x.shape, selected.shape[1]
         lists = self._new(tokens * top_k, width=4 * 8 + 4)  # order, tokens, sorted experts and their numbers; weights
         pairs = min(max(_PAIRS, tokens), tokens * top_k)
