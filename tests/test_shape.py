@@ -39,7 +39,7 @@ ARROWS = {
     "generate": {"kv_cache", "ops", "sampling"},
     "models": {"layers", "formats", "checkpoint", "kv_cache"},
     "layers": {"batch", "checkpoint", "formats", "kv_cache", "ops"},
-    "ops": {"formats", "_native"},
+    "ops": {"batch", "formats", "kv_cache", "_native"},
     "experts": {"checkpoint", "ops", "_native"},
     "checkpoint": {"formats", "ops"},
     "sampling": {"ops"},

@@ -24,7 +24,7 @@ __all__ = ["PHASES", "Profiler"]
 
 # Op → phase; project() counts as "mix" in a layer and as "head" after the last layer.
 PHASES = {
-    "embed": "embed", "rms_norm": "norm", "project": "mix", "attention": "mix", "delta_net": "mix", "route": "router",
+    "embed": "embed", "rms_norm": "norm", "project": "mix", "attend": "mix", "gated_delta": "mix", "route": "router",
     "shared_expert": "shared", "experts": "experts", "moe": "experts", "accumulate": "combine", "tile": "arrange", "wait": "wait",
     "submit": "submit",
 }  # fmt: skip

@@ -27,8 +27,8 @@ class RoutedExperts:
     def expect(self, layer: int, weights: F32, selected: I64) -> None:
         """Prefetches experts of `layer`, the most likely first. weights, selected (T, k): what its router selects for the hidden states of
         the layer before."""
-        likeliest_first = np.argsort(-weights, axis=None, kind="stable")
-        self._cache.hint(layer, list(dict.fromkeys(selected.ravel()[likeliest_first].tolist())))
+        likeliest_first = np.argsort(-self._ops.host(weights), axis=None, kind="stable")
+        self._cache.hint(layer, list(dict.fromkeys(self._ops.host(selected).ravel()[likeliest_first].tolist())))
 
     def apply(
         self,
@@ -52,13 +52,14 @@ class RoutedExperts:
             if top_k not in self._one:
                 self._one[top_k] = np.zeros(top_k, np.int64), np.arange(top_k + 1)
             pair_token, pair_start = self._one[top_k]
-            weights, ids = weights[0], selected[0].tolist()
+            weights, ids = weights[0], ops.host(selected)[0].tolist()
             block = self._cache.resident_block(layer, ids)
             if block is not None:  # nothing to wait for or to combine
                 acc = ops.zeros_like(x) if shared is None else shared()
                 ops.moe(acc, x, block, pair_start, pair_token, weights)
                 return acc
         else:
+            selected, weights = ops.host(selected), ops.host(weights)
             order = np.argsort(selected, axis=None, kind="stable")
             pair_token, weights = order // top_k, weights.ravel()[order]
             distinct, counts = np.unique(selected, return_counts=True)

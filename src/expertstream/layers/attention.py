@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 from ..batch import Batch
-from ..kv_cache import AttentionSpec, AttentionState, DeltaSpec, DeltaState, State, StateSpec, WindowState
+from ..kv_cache import AttentionSpec, DeltaSpec, State, StateSpec
 from ..ops import F32, AttentionWeights, DeltaWeights, Weight
 from .weights import Weights
 
@@ -64,18 +64,8 @@ class Attention:
         )
 
     def __call__(self, x: F32, states: Sequence[State], batch: Batch, angles: Angles) -> F32:
-        inputs, attended = self.ops.project(x, self.in_proj), []
-        cos, sin = angles
-        mine = cast("Sequence[AttentionState | WindowState]", states)
-        for state, segment in zip(mine, batch.segments, strict=True):
-            for rows, position in segment.parts(state):
-                q, k, v = (part[rows] for part in inputs)
-                attended.append(
-                    self.ops.attention(
-                        self.weights, q, k, v, cos[rows], sin[rows], state.keys, state.values, position, state.first
-                    )
-                )
-        return self.o_proj(self.ops.concatenate(attended))
+        q, k, v = self.ops.project(x, self.in_proj)
+        return self.o_proj(self.ops.attend(self.weights, q, k, v, angles, states, batch))
 
 
 @dataclass(frozen=True)
@@ -125,14 +115,5 @@ class GatedDeltaNet:
         self.out_proj = w.linear(f"{name}.out_proj", hidden, s.values)
 
     def __call__(self, x: F32, states: Sequence[State], batch: Batch, angles: Angles) -> F32:
-        inputs, mixed = self.ops.project(x, self.in_proj), []
-        mine = cast("Sequence[DeltaState]", states)
-        for state, segment in zip(mine, batch.segments, strict=True):
-            for rows, _ in segment.parts(state):
-                qkv, z, a, b = (part[rows] for part in inputs)
-                mixed.append(
-                    self.ops.delta_net(
-                        self.weights, qkv, z, a, b, state.conv_state, state.recurrent_state, batch.prompt
-                    )
-                )
-        return self.out_proj(self.ops.concatenate(mixed))
+        qkv, z, a, b = self.ops.project(x, self.in_proj)
+        return self.out_proj(self.ops.gated_delta(self.weights, qkv, z, a, b, states, batch))

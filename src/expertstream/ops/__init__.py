@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
+from ..batch import Batch
 from ..formats import Bytes, ExpertFormat, MatrixFormat
 from ..formats.numbers import F32, I64, KeyValues
+from ..kv_cache import AttentionState, DeltaState, State, WindowState
 
 __all__ = [
     "F32",
     "I64",
     "Arena",
     "AttentionWeights",
+    "BySequence",
     "DeltaWeights",
     "ExpertBlock",
     "HostArrays",
@@ -27,6 +30,9 @@ __all__ = [
     "aligned_empty",
     "make_ops",
 ]
+
+
+Values = TypeVar("Values", F32, I64)
 
 
 @dataclass(eq=False)
@@ -130,9 +136,6 @@ class Ops(Protocol):
         """cos and sin (T, dims/2) of position·frequency, times scale. The angle is rounded to float32 first, as `transformers` does: at
         large positions this makes the largest difference."""
 
-    def concatenate(self, parts: list[F32]) -> F32:
-        """Rows of several parts (Tᵢ, n), one after another; a single one unchanged."""
-
     def rows(self, x: F32, which: Sequence[int]) -> F32:
         """Some rows of x; x itself if these are all of them, in order."""
 
@@ -142,32 +145,27 @@ class Ops(Protocol):
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         """x·rsqrt(mean(x²) + eps)·weight over the last axis; weight includes any +1."""
 
-    def attention(
+    def attend(
         self,
         w: AttentionWeights,
         q: F32,
         k: F32,
         v: F32,
-        cos: F32,
-        sin: F32,
-        keys: KeyValues,
-        values: KeyValues,
-        position: int,
-        first: int = 0,
+        angles: tuple[F32, F32],
+        states: Sequence[State],
+        batch: Batch,
     ) -> F32:
-        """Grouped-query attention. q (T, heads·d), or (T, heads·2·d) with gates; k, v (T, kv_heads·d). Queries and keys are normed if there
-        are norms, and their first 2·half values are rotated by halves (cos, sin (T, half)); k, v are stored from `position` on in keys,
-        values (kv_heads, rows, d; float32, or bfloat16 bits; or uint8 rows of d + 4, see to_int8_rows()), whose row 0 is position `first`,
-        a multiple of 64; queries attend causally, scaled by d^-½; the output is multiplied by sigmoid(gate). Returns (T, heads·d). With a
-        window, rows from the last multiple of 64 at or before its first position must still be present."""
+        """Grouped-query attention of all rows of a batch, each sequence on its own state, in which k and v are stored. Shapes as in
+        BySequence.attention(). Positions are the batch's: a backend may have them in its own memory."""
 
-    def delta_net(
-        self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
+    def gated_delta(
+        self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, states: Sequence[State], batch: Batch
     ) -> F32:
-        """The gated delta rule. qkv (T, C), which may be overwritten, goes through a causal depthwise convolution and SiLU; queries and
-        keys are scaled to unit length, queries also by d^-½; with the log decay g = −exp(a_log)·softplus(a + dt_bias) and beta =
-        sigmoid(b), a token at a time or in chunks of 64: S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; o = Sᵀq. Returns rms_norm(o)·silu(z),
-        (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
+        """The gated delta rule for all rows of a batch, each sequence on its own state, in chunked form for a prompt. Shapes as in
+        BySequence.delta_net()."""
+
+    def host(self, x: Values) -> Values:
+        """The values of an array, for Python to read: which experts a router selected, with which weights."""
 
     def route(self, x: F32, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[F32, I64]:
         """softmax(x·wᵀ + bias) over all experts, the top_k largest, divided by their sum if `renormalize`: routing_weights,
@@ -187,7 +185,71 @@ class Ops(Protocol):
         """In place, p ascending: acc[pair_token[p]] += weights[p]·y[p]."""
 
 
-class HostArrays:
+class BySequence:
+    """attend() and gated_delta() for backends that process one sequence after another, as attention() and delta_net() of its rows."""
+
+    def attention(
+        self,
+        w: AttentionWeights,
+        q: F32,
+        k: F32,
+        v: F32,
+        cos: F32,
+        sin: F32,
+        keys: KeyValues,
+        values: KeyValues,
+        position: int,
+        first: int = 0,
+    ) -> F32:
+        """Grouped-query attention of one sequence. q (T, heads·d), or (T, heads·2·d) with gates; k, v (T, kv_heads·d). Queries and keys are
+        normed if there are norms, and their first 2·half values are rotated by halves (cos, sin (T, half)); k, v are stored from `position`
+        on in keys, values (kv_heads, rows, d; float32, or bfloat16 bits; or uint8 rows of d + 4, see to_int8_rows()), whose row 0 is
+        position `first`, a multiple of 64; queries attend causally, scaled by d^-½; the output is multiplied by sigmoid(gate). Returns
+        (T, heads·d). With a window, rows from the last multiple of 64 at or before its first position must still be present."""
+        raise NotImplementedError
+
+    def delta_net(
+        self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
+    ) -> F32:
+        """The gated delta rule for one sequence. qkv (T, C), which may be overwritten, goes through a causal depthwise convolution and
+        SiLU; queries and keys are scaled to unit length, queries also by d^-½; with the log decay g = −exp(a_log)·softplus(a + dt_bias) and
+        beta = sigmoid(b), a token at a time or in chunks of 64: S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; o = Sᵀq. Returns
+        rms_norm(o)·silu(z), (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
+        raise NotImplementedError
+
+    def concatenate(self, parts: list[F32]) -> F32:
+        """Rows of several parts (Tᵢ, n), one after another; a single one unchanged."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        w: AttentionWeights,
+        q: F32,
+        k: F32,
+        v: F32,
+        angles: tuple[F32, F32],
+        states: Sequence[State],
+        batch: Batch,
+    ) -> F32:
+        (cos, sin), parts = angles, []
+        for state, segment in zip(cast("Sequence[AttentionState | WindowState]", states), batch.segments, strict=True):
+            for rows, position in segment.parts(state):
+                inputs = q[rows], k[rows], v[rows], cos[rows], sin[rows]
+                parts.append(self.attention(w, *inputs, state.keys, state.values, position, state.first))
+        return self.concatenate(parts)
+
+    def gated_delta(
+        self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, states: Sequence[State], batch: Batch
+    ) -> F32:
+        parts = []
+        for state, segment in zip(cast("Sequence[DeltaState]", states), batch.segments, strict=True):
+            for rows, _ in segment.parts(state):
+                inputs = qkv[rows], z[rows], a[rows], b[rows]
+                parts.append(self.delta_net(w, *inputs, state.conv_state, state.recurrent_state, batch.prompt))
+        return self.concatenate(parts)
+
+
+class HostArrays(BySequence):
     """The ops that are the same for all backends with NumPy arrays."""
 
     def rotary(self, positions: I64, frequencies: Sequence[float], scale: float) -> tuple[F32, F32]:
@@ -205,6 +267,9 @@ class HostArrays:
 
     def zeros_like(self, x: F32) -> F32:
         return np.zeros_like(x)
+
+    def host(self, x: Values) -> Values:
+        return x
 
 
 def aligned_empty(size: int) -> Bytes:

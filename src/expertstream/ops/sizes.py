@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..formats.numbers import I64
-from . import AttentionWeights, DeltaWeights, Weight
+from . import AttentionWeights, BySequence, DeltaWeights, Weight
 
 __all__ = ["Meter", "SizedArray", "SizedOps"]
 
@@ -55,7 +55,7 @@ class SizedArray:
         return self
 
 
-class SizedOps:
+class SizedOps(BySequence):
     """The shapes of ops.Ops, with the buffers of the native engine. Weights need only a format."""
 
     fingerprint = description = "sizes"
