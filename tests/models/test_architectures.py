@@ -15,9 +15,11 @@ from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
 from expertstream.convert import convert
 from expertstream.kv_cache import WindowState
-from expertstream.models import config_of, expert_layouts, read_config, scratch_bytes, supported_models
+from expertstream.layers.weights import LoadedWeights
+from expertstream.models import build, config_of, expert_layouts, read_config, scratch_bytes, supported_models
 
 from .. import oracle
+from ..tape import Tape
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -50,7 +52,16 @@ CASES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": False, "attention_bias": True,
         "tie_word_embeddings": True, "num_hidden_layers": 2,
     },
+    "qwen3_moe, yarn": {
+        **QWEN3, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "qwen3_next": NEXT,
+    "qwen3_next, yarn": {
+        **NEXT, "head_dim": 64, "rope_parameters": {
+            **NEXT["rope_parameters"], "rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32, "mscale": 0.7,
+            "mscale_all_dim": 1.2, "beta_fast": 16.0,
+        },
+    },
     "qwen3_next, odd": {
         **NEXT, "hidden_size": 72, "head_dim": 24, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "vocab_size": 301,
         "linear_key_head_dim": 24, "linear_value_head_dim": 40, "linear_num_key_heads": 3, "linear_num_value_heads": 6,
@@ -193,6 +204,34 @@ def test_sequences_in_a_batch_have_the_bits_of_each_alone(made: Any, name: str) 
                 assert np.array_equal(llm.model(tokens[i : i + 1], cache)[0], rows[i]), (step, i)
 
 
+@pytest.mark.parametrize("name", [*SIMPLE, "qwen3_5_moe"])
+def test_a_decode_step_can_be_recorded_once_and_replayed(made: Any, hf_folder: Path, name: str) -> None:
+    """From the model's own file, on other tokens, positions and sequences, bit for bit: neither positions nor routing pass through it."""
+    folder = hf_folder if name == "qwen3_5_moe" else made(name)[2]
+    with LLM(folder, memory="64MiB", context_length=256) as llm:
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(1, llm.model_config.vocab_size, n) for n in (3, 70, 130, 12)]
+
+        def begun() -> list[Any]:
+            caches = [llm.session().cache for _ in prompts]
+            for prompt, cache in zip(prompts, caches, strict=True):
+                llm.model(prompt, cache, prompt=True)
+            return caches
+
+        expected, replayed = begun(), begun()
+        for sequences in (1, 2):
+            tape = Tape(llm.ops, llm.model.experts)
+            recorded: Any = tape
+            model = build(llm.model_config, LoadedWeights(llm.checkpoint, recorded), recorded, llm.top_k)
+            tape.record_pass(model, Batch(prompts[0][:sequences], replayed[:sequences]))
+            for first in range(0, len(prompts), sequences):
+                which = slice(first, first + sequences)
+                for _ in range(3):
+                    tokens = rng.integers(1, llm.model_config.vocab_size, sequences)
+                    logits = llm.model.forward(Batch(tokens, expected[which]))
+                    assert np.array_equal(tape.replay(Batch(tokens, replayed[which])), logits), (sequences, first)
+
+
 @pytest.mark.parametrize("name", SIMPLE)
 def test_prefixes_and_sessions_are_resumed_bit_for_bit(made: Any, name: str, tmp_path: Path) -> None:
     config, _, folder = made(name)
@@ -298,7 +337,7 @@ def test_scratch_is_what_activations_take_at_most(made: Any, hf_folder: Path, na
     [
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]; only \[\] is supported"),
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window is True"),
-        ("qwen3_moe", {"head_dim": 31}, "head_dim must be even"),
+        ("qwen3_moe", {"head_dim": 31}, "head_dim makes 31 of 31 dimensions rotate; their number must be even"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
         ("qwen3_next", {"norm_topk_prob": False}, "norm_topk_prob is False"),
         ("gpt_oss", {"sliding_window": 0}, "sliding_window must be"),
@@ -325,3 +364,17 @@ def test_older_configs_say_the_same(made: Any) -> None:
         elif "partial_rotary_factor" in rope:
             config["partial_rotary_factor"] = rope["partial_rotary_factor"]
         assert read_config(config, "") == read_config(CASES[name], "")
+
+
+def test_yarn_extends_the_context() -> None:
+    """As model cards advise: rope_scaling is added to config.json, and nothing else is changed."""
+    config = {**QWEN3, "max_position_embeddings": 40960, "rope_theta": 1e6}
+    del config["rope_parameters"]
+    for kind in ("rope_type", "type"):
+        rope = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+        assert read_config({**config, "rope_scaling": rope}, "").max_position_embeddings == 131072
+    assert read_config({**config, "rope_scaling": None}, "").max_position_embeddings == 40960
+    with pytest.raises(CheckpointError, match="rope_parameters and rope_scaling differ"):
+        read_config({**QWEN3, "rope_scaling": rope}, "")
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.original_max_position_embeddings must be an integer"):
+        read_config({**config, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "")

@@ -174,7 +174,7 @@ def test_how_a_prompt_is_cut_never_changes_a_bit(hf_folder: Path, count: int) ->
 
 def test_the_rotary_default_is_the_architectures() -> None:
     config = config_of(rope_parameters={"rope_theta": 1e4})
-    assert Config.from_json(config, "here").rotary_dims == config["head_dim"] // 4
+    assert Config.from_json(config, "here").rotary.dims == config["head_dim"] // 4
 
 
 def test_fewer_experts_change_the_result_and_are_named(tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ _EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"
 
 def config_for_twin(c: DecoderConfig) -> Config:
     """The config of a model for which a twin can be written. Raises UsageError."""
-    if type(c) is not Config:
+    if type(c) is not Config or c.rotary.scaling is not None:
         raise UsageError(
-            "a GGUF twin requires the sizes of a Qwen3.5-MoE model; choose another geometry or omit the twin"
+            "a GGUF twin requires the sizes of a Qwen3.5-MoE model, without rope scaling; choose another geometry or omit the twin"
         )
     return c
 
@@ -108,10 +108,10 @@ class GGUFTwin:
         w.add_head_count_kv(c.num_key_value_heads)
         w.add_key_length(c.head_dim)
         w.add_value_length(c.head_dim)
-        w.add_rope_freq_base(c.rope_theta)
-        w.add_rope_dimension_count(c.rotary_dims)
+        w.add_rope_freq_base(c.rotary.theta)
+        w.add_rope_dimension_count(c.rotary.dims)
         # For text, the positions in all three sections are equal, so only the sum matters.
-        w.add_rope_dimension_sections([c.rotary_dims // 2, 0, 0, 0])
+        w.add_rope_dimension_sections([c.rotary.dims // 2, 0, 0, 0])
         w.add_layer_norm_rms_eps(c.rms_norm_eps)
         w.add_expert_count(c.num_experts)
         w.add_expert_used_count(c.num_experts_per_tok)

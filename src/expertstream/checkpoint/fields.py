@@ -36,8 +36,9 @@ class Fields:
         return value
 
     def number(self, name: str, above: float, most: float, default: float | None = None) -> float:
-        """A number greater than `above` and at most `most`."""
-        value = self.values.get(name, default)
+        """A number greater than `above` and at most `most`; null is the default if there is one."""
+        value = self.values.get(name)
+        value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= most:
             raise self.error(f"{name} must be greater than {above:g} and at most {most:g}; got {value!r}")
         return float(value)

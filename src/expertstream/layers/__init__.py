@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .attention import Attention, AttentionShape, DeltaShape, GatedDeltaNet, Mixer
-from .basic import Embedding, Linear, RMSNorm, Rotary, RotaryScaling
+from .basic import Embedding, Linear, RMSNorm
 from .config import DecoderConfig
 from .decoder import Decoder, DecoderLayer
 from .moe import Experts, SparseMoeBlock
+from .rotary import Rotary, RotaryShape
 from .sizes import activation_bytes
 from .weights import LoadedWeights, Weights, weight_names
 
@@ -25,7 +26,7 @@ __all__ = [
     "Mixer",
     "RMSNorm",
     "Rotary",
-    "RotaryScaling",
+    "RotaryShape",
     "SparseMoeBlock",
     "Weights",
     "activation_bytes",

@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoint.fields import Fields
 from ..checkpoint.format import ExpertSpec
 from ..kv_cache import StateSpec
+from .rotary import RotaryShape
 
 __all__ = ["DecoderConfig"]
 
@@ -28,7 +29,7 @@ class DecoderConfig(ABC):
     num_experts_per_tok: int
     moe_intermediate_size: int
     rms_norm_eps: float
-    rope_theta: float
+    rotary: RotaryShape
     max_position_embeddings: int
     tie_word_embeddings: bool
 
@@ -50,13 +51,13 @@ class DecoderConfig(ABC):
     @staticmethod
     def common(
         text: Fields,
-        rope: Fields,
         layer_types: tuple[str, ...],
         num_experts: str = "num_experts",
         inner: str = "moe_intermediate_size",
+        partial_rotary: float = 1.0,
     ) -> dict[str, Any]:
-        """The fields above from an object of config.json and its rope_parameters, checked. num_experts, inner: the names of these fields.
-        Raises CheckpointError."""
+        """The fields above from an object of config.json, checked. num_experts, inner: the names of these fields. partial_rotary: see
+        RotaryShape.from_fields(). Raises CheckpointError."""
         names = (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
             "num_experts_per_tok", "max_position_embeddings",
@@ -68,10 +69,13 @@ class DecoderConfig(ABC):
             raise text.error(
                 f"num_experts_per_tok ({sizes['num_experts_per_tok']}) must be at most {num_experts} ({sizes['num_experts']})"
             )
+        rotary = RotaryShape.from_fields(text, sizes["head_dim"], partial_rotary)
+        if rotary.scaling is not None:
+            sizes["max_position_embeddings"] = max(sizes["max_position_embeddings"], rotary.scaling.context)
         return {
             **sizes,
             "layer_types": layer_types,
             "rms_norm_eps": text.number("rms_norm_eps", 0, 0.999),
-            "rope_theta": rope.number("rope_theta", 1, 1e12),
+            "rotary": rotary,
             "tie_word_embeddings": text.flag("tie_word_embeddings", False),
         }

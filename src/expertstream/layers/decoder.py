@@ -10,8 +10,9 @@ from ..batch import Batch
 from ..kv_cache import KVCache, State
 from ..ops import F32, I64
 from .attention import Angles, Mixer
-from .basic import RMSNorm, Rotary
+from .basic import RMSNorm
 from .moe import Experts, SparseMoeBlock
+from .rotary import Rotary
 from .weights import Weights
 
 __all__ = ["Decoder", "DecoderLayer"]

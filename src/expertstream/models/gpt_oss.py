@@ -20,7 +20,6 @@ from ..layers import (
     DecoderLayer,
     Experts,
     Rotary,
-    RotaryScaling,
     SparseMoeBlock,
     Weights,
 )
@@ -37,31 +36,16 @@ class Config(DecoderConfig):
     sliding_window: int
     swiglu_alpha: float
     swiglu_limit: float
-    scaling: RotaryScaling | None
 
     @classmethod
     def from_json(cls, config: dict[str, Any], where: str) -> Config:
         text = Fields(config, where)
         text.fixed(hidden_act="silu", attention_bias=True)
-        rope = next((text.inner(n) for n in ("rope_parameters", "rope_scaling") if text.values.get(n)), text)
-        kind = rope.values.get("rope_type", "default")
-        if kind not in ("default", "yarn"):
-            raise rope.error(f"rope_type must be default or yarn; got {kind!r}")
-        fields = cls.common(
-            text,
-            rope if "rope_theta" in rope.values else text,
-            cls._layer_types(text),
-            "num_local_experts",
-            "intermediate_size",
-        )
-        if fields["head_dim"] % 2:
-            raise text.error(f"head_dim must be even; got {fields['head_dim']}")
         return cls(
-            **fields,
+            **cls.common(text, cls._layer_types(text), "num_local_experts", "intermediate_size"),
             sliding_window=text.size("sliding_window"),
             swiglu_alpha=text.number("swiglu_alpha", 0, 1e3, 1.702),
             swiglu_limit=text.number("swiglu_limit", 0, 1e6, 7.0),
-            scaling=RotaryScaling.from_fields(rope) if kind == "yarn" else None,
         )
 
     @staticmethod
@@ -118,7 +102,7 @@ class Model(Decoder):
             w,
             experts,
             layers,
-            Rotary(w.ops, c.head_dim, c.rope_theta, c.scaling),
+            Rotary(w.ops, c.rotary),
             vocab_size=c.vocab_size,
             hidden_size=hidden,
             eps=eps,

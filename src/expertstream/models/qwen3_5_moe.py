@@ -41,7 +41,6 @@ class Config(DecoderConfig):
     linear_value_head_dim: int
     linear_conv_kernel_dim: int
     shared_expert_intermediate_size: int
-    rotary_dims: int
 
     @classmethod
     def from_json(cls, config: dict[str, Any], where: str) -> Config:
@@ -55,10 +54,8 @@ class Config(DecoderConfig):
     @classmethod
     def linear_fields(cls, text: Fields) -> dict[str, Any]:
         """All fields of an architecture with these layers, from one object of config.json. Raises CheckpointError."""
-        text.fixed(hidden_act="silu", attention_bias=False, attn_output_gate=True, rope_scaling={})
-        rope = text if text.values.get("rope_parameters") is None else text.inner("rope_parameters")
-        rope.fixed(rope_type="default")
-        fields = cls.common(text, rope, cls._layer_types(text))
+        text.fixed(hidden_act="silu", attention_bias=False, attn_output_gate=True)
+        fields = cls.common(text, cls._layer_types(text), partial_rotary=0.25)
         names = (
             "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
             "linear_conv_kernel_dim", "shared_expert_intermediate_size",
@@ -67,13 +64,6 @@ class Config(DecoderConfig):
         text.multiple("linear_num_value_heads", of="linear_num_key_heads")
         if not 2 <= fields["linear_conv_kernel_dim"] <= 8:
             raise text.error(f"linear_conv_kernel_dim must be from 2 to 8; got {fields['linear_conv_kernel_dim']}")
-        # The architecture's default; older configs have the value beside rope_parameters.
-        default = text.number("partial_rotary_factor", 0, 1, 0.25)
-        fields["rotary_dims"] = int(fields["head_dim"] * rope.number("partial_rotary_factor", 0, 1, default))
-        if fields["rotary_dims"] == 0 or fields["rotary_dims"] % 2:
-            raise text.error(
-                f"partial_rotary_factor rotates {fields['rotary_dims']} of {fields['head_dim']} dimensions; it must rotate an even number"
-            )
         return fields
 
     @staticmethod
@@ -129,7 +119,7 @@ class Model(Decoder):
             w,
             experts,
             [self._layer(c, w, experts, i, top_k) for i in range(c.num_hidden_layers)],
-            Rotary(w.ops, c.rotary_dims, c.rope_theta),
+            Rotary(w.ops, c.rotary),
             vocab_size=c.vocab_size,
             hidden_size=c.hidden_size,
             eps=c.rms_norm_eps,

@@ -36,17 +36,9 @@ class Config(DecoderConfig):
     @classmethod
     def from_json(cls, config: dict[str, Any], where: str) -> Config:
         text = Fields(config, where)
-        text.fixed(
-            hidden_act="silu", mlp_only_layers=[], decoder_sparse_step=1, use_sliding_window=False, rope_scaling={}
-        )
-        rope = text if text.values.get("rope_parameters") is None else text.inner("rope_parameters")
-        rope.fixed(rope_type="default")
-        layer_types = ("full_attention",) * text.size("num_hidden_layers")
-        fields = cls.common(text, rope, layer_types)
-        if fields["head_dim"] % 2:
-            raise text.error(f"head_dim must be even; got {fields['head_dim']}")
+        text.fixed(hidden_act="silu", mlp_only_layers=[], decoder_sparse_step=1, use_sliding_window=False)
         return cls(
-            **fields,
+            **cls.common(text, ("full_attention",) * text.size("num_hidden_layers")),
             norm_topk_prob=text.flag("norm_topk_prob", False),
             attention_bias=text.flag("attention_bias", False),
         )
@@ -91,7 +83,7 @@ class Model(Decoder):
             w,
             experts,
             layers,
-            Rotary(w.ops, c.head_dim, c.rope_theta),
+            Rotary(w.ops, c.rotary),
             vocab_size=c.vocab_size,
             hidden_size=hidden,
             eps=eps,
