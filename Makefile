@@ -13,7 +13,7 @@ CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
 comma := ,
 PYTHON_FILES := src tests training benchmarks docs
 
-.PHONY: demo test unit-test lint format native-test neon-test fuzz client-test docs clean
+.PHONY: demo test unit-test lint format native-test neon-test fuzz clients client-test docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -91,8 +91,10 @@ fuzz: $(VENV)/test-tools $(VENV)/installed
 	else echo "atheris is not installed here: nothing is fuzzed"; fi
 
 # Other people's programs against the server, as docs/clients.md says. They live apart: none is imported by a test.
-client-test: $(VENV)/test-tools $(VENV)/installed $(CLIENTS)/node/stamp $(CLIENTS)/python/stamp $(CLIENTS)/aider/stamp
+client-test: $(VENV)/test-tools $(VENV)/installed clients
 	$(BIN)/python -m pytest tests/clients
+
+clients: $(CLIENTS)/node/stamp $(CLIENTS)/python/stamp $(CLIENTS)/aider/stamp
 
 # Without npm its clients are not tested, and the next `make` looks again.
 $(CLIENTS)/node/stamp: tests/clients/package.json
