@@ -51,6 +51,8 @@ def test_options_then_environment_then_defaults() -> None:
         ({"reader": "mmap"}, "reader must be one of"),
         ({"policy": "fifo"}, "policy must be one of"),
         ({"queue_depth": -1}, "queue_depth must be an integer from 0 to 1024"),
+        ({"context_memory_fraction": float("nan")}, "context_memory_fraction must be a number from 0 to 1; got nan"),
+        ({"context_memory_fraction": True}, "context_memory_fraction must be a number from 0 to 1; got True"),
         ({"split_bytes": 5000}, "multiple of 4096"),
         ({"threads": -1}, "threads must be an integer"),
         ({"memory": "0"}, "must be greater than 0"),

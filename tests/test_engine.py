@@ -255,7 +255,7 @@ def test_a_context_that_memory_holds(pack_folder: Path) -> None:
     """Of a server: as long as the model was trained for, if a part of the memory holds it for all of its texts."""
     lengths = []
     for memory in ("4GiB", "60MiB"):
-        with LLM(pack_folder, memory=memory, context_part=8, sequences=4) as llm:
+        with LLM(pack_folder, memory=memory, context_memory_fraction=1 / 8, sequences=4) as llm:
             lengths.append(llm.context_length)
     assert lengths[0] == 32768 > lengths[1] >= 8192
 

@@ -39,7 +39,7 @@ class EngineOptions(TypedDict, total=False):
     sequences: int | None
     prefix_cache_bytes: int | None
     context_length: int | None
-    context_part: int | None
+    context_memory_fraction: float | None
     beyond_trained_context: bool | None
     exact: bool | None
     kv_dtype: str | None
@@ -69,7 +69,7 @@ class EngineConfig:
     sequences: int = 1  # sequences that may run at the same time, each with its own context
     prefix_cache_bytes: int = 0  # part of the memory budget, for cached prompt states
     context_length: int = 0  # 0: 8,192, or the context that the model was trained for if that is shorter
-    context_part: int = 0  # n, with context_length 0: the trained context, or less if it exceeds 1/n of the memory
+    context_memory_fraction: float = 0  # with context_length 0: the trained context, in at most this part of memory
     beyond_trained_context: bool = False  # lossy: context_length may exceed what the model was trained for
     exact: bool = False  # 16-bit activations in products with quantized weights, instead of 8-bit ones
     kv_dtype: str = "bf16"
@@ -95,13 +95,15 @@ class EngineConfig:
             ("threads", 0, 1024),
             ("sequences", 1, 256),
             ("prefix_cache_bytes", 0, 1 << 50),
-            ("context_part", 0, 1024),
             ("context_length", 0, 1 << 30),
             ("prefill_chunk", 64, 65536),
             ("experts_per_token", 0, 65536),
         ):
             if type(getattr(self, name)) is not int or not least <= getattr(self, name) <= most:
                 raise UsageError(f"{name} must be an integer from {least} to {most}; got {getattr(self, name)!r}")
+        fraction = self.context_memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+            raise UsageError(f"context_memory_fraction must be a number from 0 to 1; got {fraction!r}")
         for name, unit in (("split_bytes", 4096), ("prefill_chunk", 64)):
             if getattr(self, name) % unit:
                 raise UsageError(f"{name} must be a multiple of {unit}; got {getattr(self, name)}")

@@ -123,7 +123,7 @@ class LLM:
                 self.plan.residency,
                 c.verify,
                 self.ops,
-                self.plan.ahead_slots,
+                self.plan.prefetch_slots,
                 MemoryWatch(available_bytes, self.plan.available_bytes),
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
@@ -141,9 +141,9 @@ class LLM:
     def _default_context(self) -> int:
         c, m = self.config, self.model_config
         context: int = m.max_position_embeddings
-        if not c.context_part:
+        if not c.context_memory_fraction:
             return min(DEFAULT_CONTEXT, context)
-        room = (c.memory_bytes or default_budget(available_bytes())) // c.context_part
+        room = int((c.memory_bytes or default_budget(available_bytes())) * c.context_memory_fraction)
         while context > DEFAULT_CONTEXT and c.sequences * state_bytes(m.states, context, c.kv_dtype) > room:
             context = max(DEFAULT_CONTEXT, context // 2)
         return context

@@ -24,7 +24,7 @@ class MemoryPlan:
     slot_bytes: int
     slots: int
     ring_slots: int
-    ahead_slots: int  # ring slots for prefetched experts
+    prefetch_slots: int  # ring slots for prefetched experts
     total_experts: int
     residency: str  # slots or os
 
@@ -62,10 +62,10 @@ def default_budget(available_bytes: int) -> int:
     return max(0, available_bytes - max(available_bytes // 12, 48 << 20))
 
 
-def for_conversations(memory_bytes: int | None, available_bytes: int) -> dict[str, int]:
+def for_conversations(memory_bytes: int | None, available_bytes: int) -> dict[str, Any]:
     """Engine options for conversations: an eighth of the budget for contexts, and an eighth, at most 4 GiB, for the prefix cache."""
     budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
-    return {"context_part": 8, "prefix_cache_bytes": min(budget // 8, 4 << 30)}
+    return {"context_memory_fraction": 1 / 8, "prefix_cache_bytes": min(budget // 8, 4 << 30)}
 
 
 def plan_memory(

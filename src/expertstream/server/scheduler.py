@@ -297,7 +297,7 @@ class Job:
                 if isinstance(step, Forward):
                     self.forward = step
                     return
-                self._tell(step)
+                self._emit(step)
             self.end(None)
         except BaseException as error:  # reported to the client, whatever it is
             self.end(error)
@@ -312,8 +312,8 @@ class Job:
         except BaseException:  # the job ends anyway
             _log.exception("a sequence did not close cleanly")
         finally:
-            self._tell(None if isinstance(error, CancelledError) else error)
+            self._emit(None if isinstance(error, CancelledError) else error)
 
-    def _tell(self, item: GenerationResponse | BaseException | None) -> None:
+    def _emit(self, item: GenerationResponse | BaseException | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop may be closed already
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
