@@ -60,3 +60,10 @@ class Fields:
         """Checks that one size is a multiple of another."""
         if self.size(name) % self.size(of):
             raise self.error(f"{name} ({self.size(name)}) must be a multiple of {of} ({self.size(of)})")
+
+    def layer_types(self, *known: str) -> tuple[str, ...]:
+        """The list layer_types, which has one of the known names for each layer."""
+        layers, kinds = self.size("num_hidden_layers"), self.values.get("layer_types")
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+            raise self.error(f"layer_types must name {' or '.join(known)} for each of {layers} layers")
+        return tuple(kinds)

@@ -50,13 +50,9 @@ class Config(DecoderConfig):
 
     @staticmethod
     def _layer_types(text: Fields) -> tuple[str, ...]:
-        layers = text.size("num_hidden_layers")
-        kinds = text.values.get("layer_types")
-        if kinds is None:
-            kinds = [FULL if i % 2 else SLIDING for i in range(layers)]
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (SLIDING, FULL) for kind in kinds):
-            raise text.error(f"layer_types must name {SLIDING} or {FULL} for each of {layers} layers")
-        return tuple(kinds)
+        if text.values.get("layer_types") is None:
+            return tuple(FULL if i % 2 else SLIDING for i in range(text.size("num_hidden_layers")))
+        return text.layer_types(SLIDING, FULL)
 
     def attention(self, layer: int) -> AttentionShape:
         return AttentionShape(

@@ -68,13 +68,10 @@ class Config(DecoderConfig):
 
     @staticmethod
     def _layer_types(text: Fields) -> tuple[str, ...]:
-        layers, kinds = text.size("num_hidden_layers"), text.values.get("layer_types")
-        if kinds is None:
+        if text.values.get("layer_types") is None:
             interval = text.size("full_attention_interval")
-            kinds = [FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers)]
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (LINEAR, FULL) for kind in kinds):
-            raise text.error(f"layer_types must name {LINEAR} or {FULL} for each of {layers} layers")
-        return tuple(kinds)
+            return tuple(LINEAR if (i + 1) % interval else FULL for i in range(text.size("num_hidden_layers")))
+        return text.layer_types(LINEAR, FULL)
 
     @property
     def attention(self) -> AttentionShape:

@@ -5,6 +5,7 @@ Activations are float32, C-contiguous; T is tokens, H hidden size. Ops return ne
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, TypeVar, cast
@@ -185,9 +186,10 @@ class Ops(Protocol):
         """In place, p ascending: acc[pair_token[p]] += weights[p]·y[p]."""
 
 
-class BySequence:
+class BySequence(ABC):
     """attend() and gated_delta() for backends that process one sequence after another, as attention() and delta_net() of its rows."""
 
+    @abstractmethod
     def attention(
         self,
         w: AttentionWeights,
@@ -206,8 +208,8 @@ class BySequence:
         on in keys, values (kv_heads, rows, d; float32, or bfloat16 bits; or uint8 rows of d + 4, see to_int8_rows()), whose row 0 is
         position `first`, a multiple of 64; queries attend causally, scaled by d^-½; the output is multiplied by sigmoid(gate). Returns
         (T, heads·d). With a window, rows from the last multiple of 64 at or before its first position must still be present."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta_net(
         self, w: DeltaWeights, qkv: F32, z: F32, a: F32, b: F32, conv_state: F32, state: F32, chunked: bool
     ) -> F32:
@@ -215,11 +217,10 @@ class BySequence:
         SiLU; queries and keys are scaled to unit length, queries also by d^-½; with the log decay g = −exp(a_log)·softplus(a + dt_bias) and
         beta = sigmoid(b), a token at a time or in chunks of 64: S ← e^g S; d = (v − Sᵀk)·beta; S ← S + k dᵀ; o = Sᵀq. Returns
         rms_norm(o)·silu(z), (T, Hv·dv). conv_state (kernel − 1, C) and state (Hv, dk, dv) are updated in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def concatenate(self, parts: list[F32]) -> F32:
         """Rows of several parts (Tᵢ, n), one after another; a single one unchanged."""
-        raise NotImplementedError
 
     def attend(
         self,
