@@ -31,10 +31,6 @@ class ExpertPart(NamedTuple):
     row_bytes: int
     nbytes: int
 
-    @property
-    def stored_bytes(self) -> int:
-        return self.rows * self.row_bytes
-
 
 @dataclass(frozen=True)
 class ExpertFormat:
