@@ -1,5 +1,6 @@
 # make demo   set up, and let the embedded model write with its experts read from disk
 # make test   set up, and run every check and test
+# make gpu-test   run the tests of everything that a GPU computes, on one
 # make client-test   install the clients of docs/clients.md, and let each finish a task against the server
 # The rest is what these two are made of.
 
@@ -13,7 +14,7 @@ CXX_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
 comma := ,
 PYTHON_FILES := src tests training benchmarks docs
 
-.PHONY: demo test unit-test lint format native-test neon-test fuzz clients client-test docs clean
+.PHONY: demo test unit-test lint format native-test neon-test fuzz clients client-test gpu-test docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -108,6 +109,10 @@ $(CLIENTS)/python/stamp $(CLIENTS)/aider/stamp:
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip --disable-pip-version-check install --quiet --only-binary=:all: --no-compile --requirement $<
 	touch $@
+
+# On a machine with a GPU: the tests of its ops, models, states and faults on the card instead of in the emulator.
+gpu-test: $(VENV)/test-tools $(VENV)/installed
+	EXPERTSTREAM_GPU_TESTS=1 $(BIN)/python -m pytest tests/cuda
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate_cli.py > docs/cli.md

@@ -16,6 +16,7 @@ __all__ = ["Tape"]
 
 _RESULTS = {
     "embed": 1, "rotary": 2, "rows": 1, "zeros_like": 1, "rms_norm": 1, "attend": 1, "gated_delta": 1, "route": 2, "shared_expert": 1,
+    "host": 1,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "float64.h"
 #include "kernels.h"
 
 namespace {
@@ -123,11 +124,7 @@ void softmax(float* x, int64_t n) {
 }
 
 void decay(const float* a, const float* a_log, const float* dt_bias, int64_t n, float* g) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = static_cast<double>(a[i]) + static_cast<double>(dt_bias[i]);
-    const double softplus = x > 20.0 ? x : ::log1p(::exp(x));
-    g[i] = static_cast<float>(-::exp(static_cast<double>(a_log[i])) * softplus);
-  }
+  for (int64_t i = 0; i < n; ++i) g[i] = log_decay(a[i], a_log[i], dt_bias[i]);
 }
 
 void rotary(float* x, const float* cos, const float* sin, int64_t half) {

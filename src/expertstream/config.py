@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -36,6 +37,9 @@ class EngineOptions(TypedDict, total=False):
     threads: int | None
     isa: str | None
     ops: str | None
+    device: str | None
+    vram: str | int | None
+    vram_bytes: int | None
     sequences: int | None
     prefix_cache_bytes: int | None
     context_length: int | None
@@ -66,6 +70,10 @@ class EngineConfig:
     threads: int = 0  # 0: as many as this process may use
     isa: str = ""  # "": the fastest that this machine supports
     ops: str = "cpu"
+    device: str = "auto"  # cpu, cuda, cuda:N; auto: the first GPU if there is one and the extra is installed
+    vram_bytes: int | None = (
+        None  # of the GPU's memory, for trunk, context and experts; None: what is free, less a margin
+    )
     sequences: int = 1  # sequences that may run at the same time, each with its own context
     prefix_cache_bytes: int = 0  # part of the memory budget, for cached prompt states
     context_length: int = 0  # 0: 8,192, or the context that the model was trained for if that is shorter
@@ -110,19 +118,28 @@ class EngineConfig:
         for name in ("exact", "beyond_trained_context"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        if self.memory_bytes is not None and self.memory_bytes <= 0:
-            raise UsageError(f"memory must be greater than 0; got {self.memory_bytes}")
+        for name in ("memory", "vram"):
+            size = getattr(self, f"{name}_bytes")
+            if size is not None and size <= 0:
+                raise UsageError(f"{name} must be greater than 0; got {size}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device):
+            raise UsageError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}")
+        if self.device.startswith("cuda") and self.ops != "cpu":
+            raise UsageError(f"ops must be cpu where device is {self.device}; got {self.ops!r}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> EngineConfig:
-        """A config from a caller's options; those missing or None come from EXPERTSTREAM_ISA and EXPERTSTREAM_THREADS, then
-        the defaults. `memory` may be a string such as "8GiB"."""
+        """A config from a caller's options; those missing or None come from EXPERTSTREAM_DEVICE, EXPERTSTREAM_ISA and
+        EXPERTSTREAM_THREADS, then the defaults. `memory` and `vram` may be strings such as "8GiB"."""
         environ = os.environ if environ is None else environ
         values = {k: v for k, v in options.items() if v is not None}
-        if "memory" in values and "memory_bytes" in values:
-            raise UsageError("give either memory or memory_bytes, not both")
-        if "memory" in values:
-            values["memory_bytes"] = parse_bytes(values.pop("memory"))
+        for name in ("memory", "vram"):
+            if name in values and f"{name}_bytes" in values:
+                raise UsageError(f"give either {name} or {name}_bytes, not both")
+            if name in values:
+                values[f"{name}_bytes"] = parse_bytes(values.pop(name))
+        if "device" not in values and environ.get("EXPERTSTREAM_DEVICE"):
+            values["device"] = environ["EXPERTSTREAM_DEVICE"]
         if "isa" not in values and environ.get("EXPERTSTREAM_ISA"):
             values["isa"] = environ["EXPERTSTREAM_ISA"]
         if "threads" not in values and environ.get("EXPERTSTREAM_THREADS"):
@@ -133,7 +150,7 @@ class EngineConfig:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise UsageError(
-                f"unknown option {unknown[0]!r}; the options are {', '.join(cls.__dataclass_fields__)} and memory"
+                f"unknown option {unknown[0]!r}; the options are {', '.join(cls.__dataclass_fields__)}, memory and vram"
             )
         return cls(**values)
 

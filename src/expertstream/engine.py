@@ -16,17 +16,19 @@ import numpy as np
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, EngineOptions
+from .cuda.driver import device_count
 from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
-from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_with_chunk
+from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_memory, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.routed import RoutedExperts
 from .experts.store import ExpertStore
+from .experts.vram import Vram
 from .files import read_json
 from .kv_cache import state_bytes
 from .layers import LoadedWeights
 from .machine import available_bytes, usable_processors
 from .models import build, config_of, expert_layouts, scratch_bytes, weight_map
-from .ops import I64, Ops, make_ops
+from .ops import I64, GpuOps, Ops, make_ops
 from .prefix_cache import PrefixCache
 from .responses import GenerationResponse
 from .sampling import SamplingOptions, SamplingParams
@@ -37,6 +39,8 @@ from .text.tokenizer import Tokenizer
 from .units import format_bytes
 from .user_files import IoSettings
 
+_GPU_SCRATCH = 32 << 20  # bytes of a GPU's memory for what scratch_bytes() does not know
+_HOST_SCRATCH = 16 << 20  # bytes of host memory for logits and lists, where a GPU does the rest
 # Incremented when a change makes stored states unusable: another layout, other arithmetic.
 STATE_VERSION = 2
 
@@ -91,6 +95,7 @@ class LLM:
                 c.thread_count,
                 usable_processors(),
             )
+        self.ops = self._make_ops()
         lossy = [f"{self.top_k} of {trained} experts per token"] if self.top_k < trained else []
         lossy += ["8-bit keys and values"] if c.kv_dtype == "int8" else []
         self.context_length, longest = (
@@ -108,12 +113,12 @@ class LLM:
         layouts = expert_layouts(self.model_config, self.checkpoint)
         store = ExpertStore(layouts, direct=c.residency != "os")
         try:
+            self.vram_plan, self.prefill_chunk = self._plan_vram(store)
             self.plan, self.prefill_chunk = self._plan(store)
             if self.plan.residency == "os" and c.residency == "auto":
                 store.close()
                 store = ExpertStore(layouts, direct=False)
             self.reader_name, reader = _make_reader(c, self.path)
-            self.ops = make_ops(c.ops, c.thread_count, c.isa, c.activation_bits)
             self.experts = ExpertCache(
                 store,
                 self.plan.slots,
@@ -125,10 +130,12 @@ class LLM:
                 self.ops,
                 self.plan.prefetch_slots,
                 MemoryWatch(available_bytes, self.plan.available_bytes),
+                None if self.vram_plan is None else (self.vram_plan.slots, self.vram_plan.ring_slots),
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
             weights, experts = LoadedWeights(self.checkpoint, ops), RoutedExperts(self.experts, ops)
             self.model = build(self.model_config, weights, experts, self.top_k)
+            self.experts.fill()
             self.prefixes: PrefixCache | None = None
             if c.prefix_cache_bytes:
                 self.keep_prefixes()
@@ -143,30 +150,79 @@ class LLM:
         context: int = m.max_position_embeddings
         if not c.context_memory_fraction:
             return min(DEFAULT_CONTEXT, context)
-        room = int((c.memory_bytes or default_budget(available_bytes())) * c.context_memory_fraction)
+        budget = c.memory_bytes or default_budget(available_bytes())
+        if isinstance(self.ops, GpuOps):
+            budget = c.vram_bytes or default_budget(self.ops.free_bytes())
+        room = int(budget * c.context_memory_fraction)
         while context > DEFAULT_CONTEXT and c.sequences * state_bytes(m.states, context, c.kv_dtype) > room:
             context = max(DEFAULT_CONTEXT, context // 2)
         return context
 
+    def _make_ops(self) -> Ops:
+        """The ops of the device that is asked for; with "auto", the first GPU if there is one. Raises DeviceError."""
+        c = self.config
+        gpu = int(c.device.partition(":")[2] or 0) if c.device.startswith("cuda") else None
+        if c.device == "auto" and c.ops == "cpu" and device_count():
+            gpu = 0
+        return make_ops(c.ops, c.thread_count, c.isa, c.activation_bits, gpu)
+
+    def _plan_vram(self, store: ExpertStore) -> tuple[MemoryPlan | None, int]:
+        """With a GPU, the plan of its memory, and the chunk size of prompts in tokens. With "auto", the CPU takes over if the GPU's memory
+        is too small. Raises BudgetError."""
+        c, m = self.config, self.model_config
+        if not isinstance(self.ops, GpuOps):
+            return None, 0
+        try:
+            return plan_with_chunk(
+                lambda tokens: 2 * scratch_bytes(m, tokens, self.context_length, 1) + _GPU_SCRATCH,
+                min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
+                LEAST_CHUNK,
+                memory_bytes=c.vram_bytes,
+                available_bytes=self.ops.free_bytes(),
+                trunk_bytes=self.checkpoint.trunk_bytes(weight_map(m)),
+                state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype),
+                slot_bytes=Vram.slot_bytes(store.layouts),
+                layers=m.num_hidden_layers,
+                num_experts=m.num_experts,
+                top_k=self.top_k,
+                residency="slots",
+                direct=True,
+                name="vram",
+            )
+        except BudgetError as error:
+            if c.device != "auto":
+                raise
+            _log.warning("the GPU is not used: %s", error)
+            self.ops = make_ops(c.ops, c.thread_count, c.isa, c.activation_bits)
+            return None, 0
+
     def _plan(self, store: ExpertStore) -> tuple[MemoryPlan, int]:
         """The memory plan, and the chunk size of prompts in tokens."""
         c, m = self.config, self.model_config
+        sizes: dict[str, Any] = {
+            "memory_bytes": c.memory_bytes,
+            "available_bytes": available_bytes(),
+            "slot_bytes": store.slot_bytes,
+            "layers": m.num_hidden_layers,
+            "num_experts": m.num_experts,
+            "top_k": self.top_k,
+            "residency": c.residency,
+            "direct": store.direct,
+            "prefetch": c.prefetch,
+        }
+        if self.vram_plan is not None:  # trunk, contexts and scratch are the GPU's; logits and lists pass through here
+            kept = c.prefix_cache_bytes
+            return plan_memory(
+                trunk_bytes=0, state_bytes=kept, scratch_bytes=_HOST_SCRATCH, **sizes
+            ), self.prefill_chunk
         return plan_with_chunk(
             lambda tokens: scratch_bytes(m, tokens, self.context_length, c.thread_count),
             # No larger than the context, rounded up to whole chunks of the gated-delta form.
             min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
             LEAST_CHUNK,
-            memory_bytes=c.memory_bytes,
-            available_bytes=available_bytes(),
             trunk_bytes=self.checkpoint.trunk_bytes(weight_map(m)),
             state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype) + c.prefix_cache_bytes,
-            slot_bytes=store.slot_bytes,
-            layers=m.num_hidden_layers,
-            num_experts=m.num_experts,
-            top_k=self.top_k,
-            residency=c.residency,
-            direct=store.direct,
-            prefetch=c.prefetch,
+            **sizes,
         )
 
     def describe(self) -> str:
@@ -178,6 +234,14 @@ class LLM:
             if p.residency == "slots"
             else "experts in the page cache"
         )
+        if self.vram_plan is not None:
+            v, near = self.vram_plan, self.vram_plan.slots - self.vram_plan.ring_slots
+            return (
+                f"{self.ops.description}, vram {format_bytes(v.budget_bytes)}: trunk {format_bytes(v.trunk_bytes)}, "
+                f"context {format_bytes(v.state_bytes)} ({self.context_length} tokens), slots {format_bytes(v.slots_bytes)} "
+                f"({min(near, v.total_experts)} of {v.total_experts} experts); memory {format_bytes(p.budget_bytes)}: "
+                f"slots {format_bytes(p.slots_bytes)} ({experts}); {self.reader_name}, {file_kind}"
+            )
         return (
             f"memory {format_bytes(p.budget_bytes)}: trunk {format_bytes(p.trunk_bytes)}, {self._state()}, "
             f"scratch {format_bytes(p.scratch_bytes)}, slots {format_bytes(p.slots_bytes)} ({experts}); "
@@ -292,6 +356,7 @@ class LLM:
         if self.prefixes is not None:
             self.prefixes.close()
         self.experts.close()
+        self.ops.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -2,7 +2,8 @@
 command line replaces keywords by its options (options.as_options). Each class has an exit code.
 
 Exit codes of the command line: 0 success, 1 output could not be written, 2 invalid arguments, 3 unusable checkpoint, 4 read error,
-5 not enough memory, 6 invalid prompt or request, 7 conversion failed, 130 interrupted (Ctrl-C), 141 the output was closed by its reader.
+5 not enough memory, 6 invalid prompt or request, 7 conversion failed, 8 GPU failed or unusable, 130 interrupted (Ctrl-C), 141 the output
+was closed by its reader.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ContextLengthError",
     "ConvertError",
+    "DeviceError",
     "ExpertStreamError",
     "ReadError",
     "RequestError",
@@ -68,3 +70,9 @@ class ConvertError(ExpertStreamError):
     """A conversion that failed: no disk space, or settings that differ from those it was started with."""
 
     exit_code = 7
+
+
+class DeviceError(ExpertStreamError):
+    """A GPU that cannot be used, or that failed."""
+
+    exit_code = 8

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 ArrayShape = tuple[str, tuple[int, ...]]  # dtype's name, shape
+Zeros = Callable[[tuple[int, ...], str], KeyValues]  # shape, dtype's name
 _BLOCK = 64  # positions; rows are dropped in whole blocks, the unit of the attention kernels
 _SPARE = 1024  # rows of a window beyond those it needs, so that rows are moved to the front only now and then
 
@@ -236,11 +237,11 @@ class AttentionSpec:
         row = {"bf16": 2 * self.head_dim, "f32": 4 * self.head_dim, "int8": self.head_dim + 4}[dtype]
         return 2 * self.kv_heads * row * self._rows(capacity)
 
-    def make(self, capacity: int, dtype: str) -> State:
+    def make(self, capacity: int, dtype: str, zeros: Zeros = np.zeros) -> State:
         # Pages are touched only as the sequence grows.
-        kind = {"bf16": np.uint16, "f32": np.float32, "int8": np.uint8}[dtype]
+        kind = {"bf16": "uint16", "f32": "float32", "int8": "uint8"}[dtype]
         shape = (self.kv_heads, self._rows(capacity), self.head_dim + (4 if dtype == "int8" else 0))
-        keys, values = np.zeros(shape, kind), np.zeros(shape, kind)
+        keys, values = zeros(shape, kind), zeros(shape, kind)
         return WindowState(keys, values, self.window) if self.window else AttentionState(keys, values)
 
 
@@ -254,16 +255,17 @@ class DeltaSpec:
     def nbytes(self, capacity: int, dtype: str) -> int:
         return 4 * (math.prod(self.conv) + math.prod(self.recurrent))
 
-    def make(self, capacity: int, dtype: str) -> DeltaState:
-        return DeltaState(np.zeros(self.conv, np.float32), np.zeros(self.recurrent, np.float32))
+    def make(self, capacity: int, dtype: str, zeros: Zeros = np.zeros) -> DeltaState:
+        return DeltaState(zeros(self.conv, "float32"), zeros(self.recurrent, "float32"))
 
 
 StateSpec = AttentionSpec | DeltaSpec
 
 
-def make_cache(specs: Sequence[StateSpec], capacity: int, dtype: str) -> KVCache:
-    """An empty cache for a sequence of up to `capacity` tokens. dtype: of keys and values, one of config.KV_DTYPES."""
-    return KVCache([spec.make(capacity, dtype) for spec in specs], capacity)
+def make_cache(specs: Sequence[StateSpec], capacity: int, dtype: str, zeros: Zeros = np.zeros) -> KVCache:
+    """An empty cache for a sequence of up to `capacity` tokens. dtype: of keys and values, one of config.KV_DTYPES. zeros: allocates,
+    such as Ops.state()."""
+    return KVCache([spec.make(capacity, dtype, zeros) for spec in specs], capacity)
 
 
 def state_bytes(specs: Sequence[StateSpec], capacity: int, dtype: str) -> int:

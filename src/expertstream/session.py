@@ -33,7 +33,7 @@ class Session:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._unread: list[int] = []  # the last token of an answer: written, but not yet in the cache
-        self.cache = make_cache(llm.model_config.states, llm.context_length, llm.config.kv_dtype)
+        self.cache = make_cache(llm.model_config.states, llm.context_length, llm.config.kv_dtype, llm.ops.state)
 
     def generate(
         self,

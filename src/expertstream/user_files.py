@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import UsageError
 from .files import read_text
 
-__all__ = ["API_KEY", "IoSettings", "api_key", "config_folder", "data_folder"]
+__all__ = ["API_KEY", "IoSettings", "api_key", "cache_folder", "config_folder", "data_folder"]
 
 API_KEY = "EXPERTSTREAM_API_KEY"  # the variable with the key that clients must send
 
@@ -25,7 +25,7 @@ class IoSettings:
 
     @staticmethod
     def _file() -> Path:
-        return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "expertstream" / "io.json"
+        return cache_folder() / "io.json"
 
     @classmethod
     def load(cls, path: Path) -> IoSettings:
@@ -52,6 +52,11 @@ class IoSettings:
             file.write_text(json.dumps(known, indent=1))
         except OSError as error:
             raise UsageError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def cache_folder() -> Path:
+    """The folder of what can be made again. Raises UsageError if there is no home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "expertstream"
 
 
 def config_folder() -> Path:

@@ -32,8 +32,8 @@ LEAST_ADDRESS_SPACE = 192 << 20
 EXIT_CODES = """\
 exit codes:
   0 success   1 output could not be written   2 invalid arguments   3 unusable checkpoint   4 read error
-  5 not enough memory   6 invalid prompt or request   7 conversion failed   130 interrupted (Ctrl-C)
-  141 the output was closed by its reader"""
+  5 not enough memory   6 invalid prompt or request   7 conversion failed   8 GPU failed or unusable
+  130 interrupted (Ctrl-C)   141 the output was closed by its reader"""
 
 
 class _Parser(argparse.ArgumentParser):

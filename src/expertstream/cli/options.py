@@ -11,8 +11,8 @@ __all__ = ["ENGINE_OPTIONS", "SAMPLING_OPTIONS", "add_engine_options", "as_optio
 
 # As argparse names them; EngineConfig.from_options() takes them.
 ENGINE_OPTIONS = (
-    "memory", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa", "context_length", "verify", "exact", "kv_dtype",
-    "experts_per_token", "beyond_trained_context",
+    "memory", "device", "vram", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa", "context_length", "verify",
+    "exact", "kv_dtype", "experts_per_token", "beyond_trained_context",
 )  # fmt: skip
 
 
@@ -45,6 +45,16 @@ def add_engine_options(parser: Any) -> None:
         "--memory",
         metavar="SIZE",
         help="budget for trunk, context and experts, such as 8GiB, without the interpreter (available memory less a reserve)",
+    )
+    memory.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (the first NVIDIA GPU if there is one, else the CPU); same output",
+    )
+    memory.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="budget of the GPU's memory for trunk, context and experts (what is free, less a reserve)",
     )
     memory.add_argument(
         "--residency", choices=RESIDENCIES, help="cache experts in the engine's own slots or in the page cache (auto)"

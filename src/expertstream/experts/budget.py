@@ -82,20 +82,21 @@ def plan_memory(
     residency: str,
     direct: bool,
     prefetch: int = 0,
+    name: str = "memory",
 ) -> MemoryPlan:
     """Divides memory_bytes, or default_budget(available_bytes) if that is None. Raises BudgetError, with a value that works, for a budget
-    below the floor (everything but the slots, plus one layer's top-k) or above what is available."""
+    below the floor (everything but the slots, plus one layer's top-k) or above what is available. name: of the budget's option."""
     budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
     fixed = trunk_bytes + state_bytes + scratch_bytes
     floor = fixed + top_k * slot_bytes
     if budget < floor:
         if memory_bytes is not None:
-            said = f"memory is {format_bytes(budget)}"
+            said = f"{name} is {format_bytes(budget)}"
         else:
             kept = format_bytes(available_bytes - budget)
             said = f"{format_bytes(available_bytes)} are available, of which {kept} are reserved"
         raise BudgetError(
-            f"{said}, but this model needs at least memory={_whole_mib(floor, up=True)}: trunk {format_bytes(trunk_bytes)}, "
+            f"{said}, but this model needs at least {name}={_whole_mib(floor, up=True)}: trunk {format_bytes(trunk_bytes)}, "
             f"context {format_bytes(state_bytes)}, scratch {format_bytes(scratch_bytes)}, "
             f"{top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
         )
@@ -124,9 +125,9 @@ def plan_memory(
     )
     if plan.used_bytes > available_bytes:
         raise BudgetError(
-            f"memory of {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "
+            f"{name} of {format_bytes(budget)} would take {format_bytes(plan.used_bytes)}, "
             f"but only {format_bytes(available_bytes)} is available; "
-            f"set memory={_whole_mib(available_bytes - (1 << 20), up=False)} or less, or free some memory"
+            f"set {name}={_whole_mib(available_bytes - (1 << 20), up=False)} or less, or free some memory"
         )
     return plan
 

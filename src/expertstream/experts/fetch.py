@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Fetch", "Load", "Part"]
 
-_TOGETHER = 32  # experts of a long prompt that are computed at once: their outputs stay in the processor's cache
-
 
 @dataclass(frozen=True)
 class Part:
@@ -56,7 +54,8 @@ class Fetch:
 
     def __post_init__(self) -> None:
         # All at once if the ring can hold them all; otherwise in order, through the available slots.
-        self.ordered = len(self.experts) > self.cache.tier.ring - self.cache.prefetcher.most
+        together = min(self.cache.tier.ring - self.cache.prefetcher.most, self.cache.most_together)
+        self.ordered = len(self.experts) > together
         self._issue()
         self.cache.drop_predictions(self.layer)
 
@@ -104,7 +103,8 @@ class Fetch:
         self.cache.link.start(self.layer, loads)
 
     def _part(self, positions: list[int]) -> Part:
-        return Part(positions, self.cache.link.block(self.layer, [self._slots[p] for p in positions]))
+        slots = {self.experts[p]: self._slots[p] for p in positions}
+        return Part(positions, self.cache.block(self.layer, slots, self.experts, self.prompt))
 
     def _wait(self) -> None:
         for load in self.cache.wait(self.layer, 1):
@@ -124,7 +124,7 @@ class Fetch:
         position = 0
         while position < len(self.experts):
             ready: list[int] = []
-            while position in self._slots and len(ready) < _TOGETHER:
+            while position in self._slots and len(ready) < self.cache.most_together:
                 ready.append(position)
                 position += 1
             if not ready:
@@ -133,6 +133,8 @@ class Fetch:
             yield self._part(ready)
             finished = [load for load in self._loads if load.position < position]
             self._loads = [load for load in self._loads if load.position >= position]
+            if finished:
+                self.cache.link.settle()
             self._release(finished)
             self._issue()
 

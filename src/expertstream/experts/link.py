@@ -12,6 +12,7 @@ import xxhash
 from .. import _native
 from ..checkpoint.format import ExpertLayout, make_record, record_pieces
 from ..errors import ReadError
+from ..formats import Bytes
 from ..ops import ExpertBlock, Ops
 from .fetch import Load
 from .stats import ExpertStats
@@ -36,6 +37,7 @@ class DiskLink:
         """residency "os": experts that came entirely from the page cache count as hits."""
         self.store, self.reader, self.arena = store, reader, _native.Arena(slots * store.slot_bytes)
         reader.register_memory(self.arena)
+        ops.attach(self.arena)
         self._ops, self._stats, self._os, self._verify = ops, stats, residency == "os", verify
         self._parts = [len(layout.format.parts) for layout in store.layouts]
         self._offsets = np.zeros((slots, max(self._parts)), np.int64)
@@ -47,6 +49,11 @@ class DiskLink:
     def pending(self) -> int:
         """Reads in flight."""
         return self.reader.pending
+
+    def offsets(self, layer: int, slot: int) -> list[int]:
+        """Where the parts of the expert in a slot begin in the arena."""
+        found: list[int] = self._offsets[slot, : self._parts[layer]].tolist()
+        return found
 
     def block(self, layer: int, slots: Sequence[int]) -> ExpertBlock:
         """The experts in these slots, for the ops."""
@@ -124,8 +131,26 @@ class DiskLink:
         """Registers the arena with the kernel, or unregisters it while parts of it are released."""
         if not whole:
             self.reader.unregister_memory()
-        elif not self.reader.registered_buffers:
+            self._ops.detach(self.arena)
+            return
+        if not self.reader.registered_buffers:
             self.reader.register_memory(self.arena)
+        self._ops.attach(self.arena)
+
+    def put(self, layer: int, slot: int, parts: Sequence[Bytes]) -> None:
+        """Stores an expert's parts, as kernels read them, in a slot."""
+        begin, memory = slot * self.store.slot_bytes, self.arena.view()
+        for i, (at, part) in enumerate(zip(record_pieces(self.store.layouts[layer].format)[0], parts, strict=True)):
+            memory[begin + at : begin + at + part.shape[0]] = part
+            self._offsets[slot, i] = begin + at
+
+    def settle(self) -> None:
+        """Waits until the backend has read what it was given: slots may then be written again."""
+        self._ops.wait()
+
+    def close(self) -> None:
+        """Ends the backend's access to the arena."""
+        self._ops.detach(self.arena)
 
     def _arrange(self, layout: ExpertLayout, slot: int) -> None:
         """Converts an expert's parts to the kernels' layout: in place if possible, otherwise as a pack's record."""

@@ -24,6 +24,15 @@ class RoutedExperts:
         """Releases memory under pressure, or takes it back. Call between passes."""
         self._cache.adapt()
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a backend finds every expert by itself, so that a pass may be recorded."""
+        return self._cache.complete
+
+    def selected(self, experts: I64) -> None:
+        """Counts what the layers' routers selected (layers, T, top_k) in a recorded pass."""
+        self._cache.count(experts)
+
     def expect(self, layer: int, weights: F32, selected: I64) -> None:
         """Prefetches experts of `layer`, the most likely first. weights, selected (T, k): what its router selects for the hidden states of
         the layer before."""
@@ -46,6 +55,12 @@ class RoutedExperts:
         prompt: the rows belong to one sequence and touch nearly every expert once. shared and ahead, which may call expect() for the next
         layer, run while missing experts are read. Raises ReadError."""
         ops = self._ops
+        if ops.recording is not None or self._cache.all_near:
+            acc = ops.zeros_like(x) if shared is None else shared()
+            self._cache.table_routed(ops, layer, acc, x, weights, selected)
+            if ops.recording is None:
+                self._cache.count_near(layer, selected.shape[0] * selected.shape[1])
+            return acc
         top_k = selected.shape[1]
         # Pairs of (token, expert), grouped by expert.
         if x.shape[0] == 1:
@@ -70,7 +85,7 @@ class RoutedExperts:
                 ahead()
             acc = ops.zeros_like(x) if shared is None else shared()
             # In order, each part is summed at once; otherwise outputs are kept until all have arrived.
-            y = None if fetch.ordered else np.empty((pair_token.shape[0], x.shape[1]), np.float32)
+            y = None if fetch.ordered else ops.empty_rows(pair_token.shape[0], x)
             for part in fetch:
                 starts = pair_start[part.positions]
                 lengths = pair_start[np.array(part.positions) + 1] - starts
@@ -80,7 +95,7 @@ class RoutedExperts:
                     ops.moe(acc, x, part.block, part_start, pair_token[run], weights[run])
                 else:
                     pairs = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
-                    y[pairs] = ops.experts(x, part.block, part_start, pair_token[pairs])
+                    ops.put_rows(y, pairs, ops.experts(x, part.block, part_start, pair_token[pairs]))
             if y is not None:
                 ops.accumulate(acc, y, pair_token, weights)
         return acc

@@ -72,7 +72,21 @@ class Decoder:
         with self._one_at_a_time:
             self.experts.adapt()
             with batch:
-                return self._forward(batch, all_logits)
+                logits = None if all_logits else self._recorded(batch)
+                return self._forward(batch, all_logits) if logits is None else logits
+
+    def _recorded(self, batch: Batch) -> F32 | None:
+        """The pass of single tokens as a backend has recorded it, if it does and every expert can be found by a table."""
+        single = not batch.prompt and batch.tokens.shape[0] == len(batch.segments)
+        if not single or not self.experts.recordable or any(s.cache.each_logits for s in batch.segments):
+            return None
+        batch.between_layers()
+        found = self.ops.recorded(batch, lambda recorded: self._forward(recorded, False))
+        if found is None:
+            return None
+        logits, selected = found
+        self.experts.selected(selected)
+        return logits
 
     def _forward(self, batch: Batch, all_logits: bool) -> F32:
         h = self.embed_tokens(batch.tokens)
@@ -83,5 +97,6 @@ class Decoder:
         for segment in batch.segments:
             if segment.cache.each_logits is not None:
                 for at in range(segment.begin, segment.end, 16):  # few rows at a time: the vocabulary is large
-                    segment.cache.each_logits(self.lm_head(self.norm(h[at : min(at + 16, segment.end)])))
-        return self.lm_head(self.norm(h if all_logits else self.ops.rows(h, batch.last_rows())))
+                    logits = self.lm_head(self.norm(h[at : min(at + 16, segment.end)]))
+                    segment.cache.each_logits(self.ops.host(logits))
+        return self.ops.host(self.lm_head(self.norm(h if all_logits else self.ops.rows(h, batch.last_rows()))))

@@ -40,7 +40,12 @@ class _Experts:
     def __init__(self, ops: SizedOps, config: DecoderConfig) -> None:
         self._ops, self._config = ops, config
 
+    recordable = False
+
     def adapt(self) -> None:
+        pass
+
+    def selected(self, experts: Any) -> None:
         pass
 
     def expect(self, layer: int, weights: Any, selected: Any) -> None:

@@ -6,9 +6,9 @@ Activations are float32, C-contiguous; T is tokens, H hidden size. Ops return ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ __all__ = [
     "BySequence",
     "DeltaWeights",
     "ExpertBlock",
+    "GpuOps",
     "HostArrays",
     "Ops",
     "Weight",
@@ -66,11 +67,12 @@ class Arena(Protocol):
 
 class ExpertBlock(NamedTuple):
     """Experts in an arena: offsets (experts, P) of the format's parts, quantized ones in tiles (see MatrixFormat.tile), biases as
-    float32."""
+    float32. on_device: they are on the card instead, and offsets are addresses there."""
 
     format: ExpertFormat
     arena: Arena
     offsets: I64
+    on_device: bool = False
 
 
 @dataclass(eq=False)
@@ -127,6 +129,15 @@ class Ops(Protocol):
     def tiled(self, format: MatrixFormat, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
         """Copies of a matrix's parts, as MatrixFormat.tile() returns them."""
 
+    def attach(self, arena: Arena) -> None:
+        """Announces an arena whose experts will be computed."""
+
+    def detach(self, arena: Arena) -> None:
+        """Undoes attach(): afterwards parts of the arena may be released."""
+
+    def state(self, shape: Sequence[int], dtype: str) -> KeyValues:
+        """Zeros, for the state of a sequence: in this backend's memory, to be indexed as kv_cache.State does."""
+
     def embed(self, weight: Weight, tokens: I64) -> F32:
         """(T,) → (T, H), rows of the weight."""
 
@@ -142,6 +153,12 @@ class Ops(Protocol):
 
     def zeros_like(self, x: F32) -> F32:
         """Zeros of the shape of x."""
+
+    def empty_rows(self, count: int, like: F32) -> F32:
+        """(count, H), to be filled by put_rows()."""
+
+    def put_rows(self, to: F32, which: I64, rows: F32) -> None:
+        """In place: to[which] ← rows."""
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
         """x·rsqrt(mean(x²) + eps)·weight over the last axis; weight includes any +1."""
@@ -184,6 +201,46 @@ class Ops(Protocol):
 
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         """In place, p ascending: acc[pair_token[p]] += weights[p]·y[p]."""
+
+    recording: object | None
+    """Not None while a pass is being recorded."""
+
+    def recorded(self, batch: Batch, run: Callable[[Batch], F32]) -> tuple[F32, I64] | None:
+        """A batch of single tokens by a recording of run(batch): logits, and the experts selected in each layer (layers, T, top_k). None
+        if this backend has no recording of it; then the pass is to be run."""
+
+    def wait(self) -> None:
+        """Waits for everything that was launched: afterwards the memory that it read may be written."""
+
+    def close(self) -> None:
+        """Gives back what the backend holds besides what callers do."""
+
+
+@runtime_checkable
+class GpuOps(Protocol):
+    """What the ops of a GPU offer besides Ops. Arrays are on the card, and opaque."""
+
+    def free_bytes(self) -> int:
+        """Free memory of the card."""
+
+    def memory(self, size: int) -> Any:
+        """Memory of the card, with its `address`."""
+
+    def copy_in(self, to: int, source: Bytes) -> None:
+        """Copies host memory to the card, in order with the other work."""
+
+    def copy_out(self, address: int, size: int) -> Bytes:
+        """The card's memory, copied to the host."""
+
+    def readable(self, arena: Arena) -> int | None:
+        """The address at which kernels read an arena; None if they cannot."""
+
+    def send(self, values: Any) -> Any:
+        """A NumPy array, copied to the card."""
+
+    def routed(self, format: ExpertFormat, table: Any, acc: Any, x: Any, weights: Any, selected: Any) -> None:
+        """In place: acc (T, H) += Σ weights·expert(x), with the experts (T, top_k) that the card selected and finds in a table (experts, P)
+        of the addresses of their parts."""
 
 
 class BySequence(ABC):
@@ -272,6 +329,32 @@ class HostArrays(BySequence):
     def host(self, x: Values) -> Values:
         return x
 
+    def attach(self, arena: Arena) -> None:
+        return
+
+    def detach(self, arena: Arena) -> None:
+        return
+
+    def state(self, shape: Sequence[int], dtype: str) -> KeyValues:
+        return np.zeros(shape, dtype)
+
+    def empty_rows(self, count: int, like: F32) -> F32:
+        return np.empty((count, like.shape[1]), np.float32)
+
+    def put_rows(self, to: F32, which: I64, rows: F32) -> None:
+        to[which] = rows
+
+    def wait(self) -> None:
+        return
+
+    recording: object | None = None
+
+    def recorded(self, batch: Batch, run: Callable[[Batch], F32]) -> tuple[F32, I64] | None:
+        return None
+
+    def close(self) -> None:
+        return
+
 
 def aligned_empty(size: int) -> Bytes:
     """Memory aligned to a cache line, so that no vector of a matrix straddles two."""
@@ -280,12 +363,18 @@ def aligned_empty(size: int) -> Bytes:
     return room[begin : begin + size]
 
 
-def make_ops(name: str, threads: int, isa: str, activation_bits: int = 8) -> Ops:
-    """ "cpu" or "reference". Raises UsageError for an instruction set that this machine does not have."""
+def make_ops(name: str, threads: int, isa: str, activation_bits: int = 8, gpu: int | None = None) -> Ops:
+    """ "cpu" or "reference"; gpu: the number of a card, on which the ops then run. Raises UsageError for an instruction set that this
+    machine does not have, and DeviceError."""
     if name == "reference":
         from .reference import ReferenceOps
 
         return ReferenceOps()
+    if gpu is not None:
+        from ..cuda.driver import open_driver
+        from .cuda import CudaOps
+
+        return cast(Ops, CudaOps(open_driver(gpu), threads, isa, activation_bits))
     from .cpu import CpuOps
 
     return CpuOps(threads, isa, activation_bits)

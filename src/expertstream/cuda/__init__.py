@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: kernels in CUDA C++, compiled when they are first needed, and the driver behind a small interface."""

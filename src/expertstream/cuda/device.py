@@ -1,0 +1,273 @@
+"""One GPU: its memory, its kernels, and arrays that live there."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BudgetError
+from .compiler import kernel_parameters
+from .driver import Driver
+
+__all__ = ["Device", "DeviceArray", "Kernel", "StateArray"]
+
+_ALIGNMENT = 512
+_PAGE = 4096
+Pool = dict[int, list[int]]  # free memory by size
+
+
+class Block:
+    """Memory of the card, which returns to its device's free list when nothing refers to it. Work that still uses it comes before any work
+    of its next user, since there is one stream."""
+
+    __slots__ = ("_pool", "_room", "address")
+
+    def __init__(self, device: Device, size: int) -> None:
+        self._room = _room(size)
+        self.address, self._pool = device.take(self._room)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool"):
+            self._pool.setdefault(self._room, []).append(self.address)
+
+
+def _room(size: int) -> int:
+    """Sizes are rounded up, to an eighth of a power of two, so that freed memory fits what comes next."""
+    if size <= _ALIGNMENT:
+        return _ALIGNMENT
+    step = max(_ALIGNMENT, 1 << (size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+class DeviceArray:
+    """A C-contiguous array on the card. Rows can be sliced, and another array added in place; values are read by Device.host()."""
+
+    __slots__ = ("_block", "address", "device", "dtype", "shape")
+
+    def __init__(self, device: Device, shape: Sequence[int], dtype: Any, block: Block, address: int) -> None:
+        self.device, self.shape, self.dtype, self._block, self.address = (
+            device,
+            tuple(shape),
+            np.dtype(dtype),
+            block,
+            address,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+    def __getitem__(self, rows: slice | int) -> DeviceArray:
+        """Rows, not copied; with an integer, one of them without its axis."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if isinstance(rows, slice):
+            begin, end, _ = rows.indices(self.shape[0])
+            return DeviceArray(
+                self.device, (end - begin, *self.shape[1:]), self.dtype, self._block, self.address + begin * row
+            )
+        return DeviceArray(self.device, self.shape[1:], self.dtype, self._block, self.address + rows * row)
+
+    def __iadd__(self, other: DeviceArray) -> DeviceArray:
+        self.device.add(self, other)
+        return self
+
+
+class Kernel:
+    """A compiled kernel and the format of its parameters."""
+
+    __slots__ = ("_addresses", "_buffer", "_driver", "_function", "_pack", "parameters")
+
+    def __init__(self, driver: Driver, function: Any, format: str) -> None:
+        self._driver, self._function = driver, function
+        packed = struct.Struct(format)
+        self._buffer = bytearray(packed.size)
+        self._pack = packed.pack_into
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        count = packed.size // 8
+        self._addresses = (ctypes.c_void_p * count)(*(base + 8 * i for i in range(count)))
+        self.parameters = ctypes.addressof(self._addresses)
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, shared: int, *parameters: float) -> None:
+        """Launches it. parameters: addresses and numbers, as the kernel declares them."""
+        self._pack(self._buffer, 0, *parameters)
+        self._driver.launch(self._function, grid, threads, shared, self.parameters, len(parameters))
+
+
+class Device:
+    """A card, through its driver. Not thread-safe, as the ops that use it."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._free: Pool = {}
+        self._kernels: dict[tuple[str, tuple[tuple[str, int], ...]], dict[str, Kernel]] = {}
+        self._registered: dict[int, tuple[int, int]] = {}  # host address → device address, size
+        self._pinned: list[NDArray[np.uint8]] = []
+        self.used_bytes = 0
+        self._add = self.kernels("rows.cu")["add"]
+
+    # Memory.
+
+    def take(self, room: int) -> tuple[int, Pool]:
+        """Memory, from the free list if possible, and the free list that it returns to. Raises BudgetError."""
+        free = self._free.get(room)
+        if free:
+            return free.pop(), self._free
+        try:
+            address = self.driver.allocate(room)
+        except BudgetError:
+            if not any(self._free.values()):
+                raise
+            self.trim()
+            address = self.driver.allocate(room)
+        self.used_bytes += room
+        return address, self._free
+
+    @contextmanager
+    def private_memory(self) -> Iterator[Pool]:
+        """What is allocated inside returns to a free list of its own, and so to no one else: the memory of a graph."""
+        before, self._free = self._free, {}
+        try:
+            yield self._free
+        finally:
+            self._free = before
+
+    def trim(self) -> None:
+        """Returns the memory of the free list to the card."""
+        self.driver.synchronize()
+        for room, addresses in self._free.items():
+            while addresses:
+                self.driver.free(addresses.pop())
+                self.used_bytes -= room
+
+    def register(self, memory: NDArray[np.uint8]) -> None:
+        """Lets kernels read host memory, until unregister()."""
+        address = memory.ctypes.data
+        if address in self._registered:
+            return
+        self._registered[address] = self.driver.register(address, memory.nbytes), memory.nbytes
+
+    def close(self) -> None:
+        """Waits, and ends the access to host memory."""
+        self.trim()
+        for address in list(self._registered):
+            self.driver.unregister(address)
+        self._registered.clear()
+
+    def unregister(self, memory: NDArray[np.uint8]) -> None:
+        if self._registered.pop(memory.ctypes.data, None) is not None:
+            self.driver.unregister(memory.ctypes.data)
+
+    def registered(self, memory: NDArray[np.uint8]) -> int:
+        """The address that kernels use for registered host memory."""
+        return self._registered[memory.ctypes.data][0]
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        """Host memory that the card copies at full speed, zeros. It stays registered as long as the device."""
+        room = np.zeros(size + 2 * _PAGE, np.uint8)
+        begin = -room.ctypes.data % _PAGE
+        memory = room[begin : begin + -(-size // _PAGE) * _PAGE]
+        self.register(memory)
+        self._pinned.append(memory)
+        return memory[:size]
+
+    # Arrays.
+
+    def empty(self, shape: Sequence[int], dtype: Any = np.float32) -> DeviceArray:
+        block = Block(self, math.prod(shape) * np.dtype(dtype).itemsize)
+        return DeviceArray(self, shape, dtype, block, block.address)
+
+    def zeros(self, shape: Sequence[int], dtype: Any = np.float32) -> DeviceArray:
+        array = self.empty(shape, dtype)
+        self.driver.fill(array.address, array.nbytes)
+        return array
+
+    def send(self, values: NDArray[Any]) -> DeviceArray:
+        """A copy of a NumPy array on the card."""
+        values = np.ascontiguousarray(values)
+        array = self.empty(values.shape, values.dtype)
+        if values.nbytes:
+            self.driver.upload(array.address, values.ctypes.data, values.nbytes)
+        return array
+
+    def host(self, array: DeviceArray) -> NDArray[Any]:
+        """The values of an array, copied to the host; waits for the work before."""
+        values = np.empty(array.shape, array.dtype)
+        if values.nbytes:
+            self.driver.download(values.ctypes.data, array.address, values.nbytes)
+        return values
+
+    def add(self, y: DeviceArray, x: DeviceArray) -> None:
+        """In place: y += x, float32."""
+        count = math.prod(y.shape)
+        self._add((-(-count // 256), 1, 1), 256, 0, y.address, x.address, count)
+
+    # Kernels.
+
+    def kernels(self, name: str, **macros: int) -> dict[str, Kernel]:
+        """The kernels of a file in kernels/, compiled with these macros."""
+        key = name, tuple(macros.items())
+        found = self._kernels.get(key)
+        if found is None:
+            formats = kernel_parameters(name)
+            functions = self.driver.load(name, macros, list(formats))
+            found = {kernel: Kernel(self.driver, functions[kernel], format) for kernel, format in formats.items()}
+            self._kernels[key] = found
+        return found
+
+
+class StateArray:
+    """A sequence's state on the card: (rows, columns, …) or flat. Indexing copies to the host, assignment copies from it, as NumPy arrays
+    behave for the states that copy themselves."""
+
+    def __init__(self, device: Device, shape: Sequence[int], dtype: Any) -> None:
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self._array = device.zeros(shape, dtype)
+        self._device = weakref.proxy(device)
+
+    @property
+    def address(self) -> int:
+        return self._array.address
+
+    @property
+    def nbytes(self) -> int:
+        return self._array.nbytes
+
+    def _columns(self, key: Any) -> tuple[int, int]:
+        """The columns [begin, end) of all rows that [:] or [:, begin:end] selects."""
+        if key == slice(None):
+            return 0, self.shape[1]
+        rows, columns = key
+        assert rows == slice(None), "whole rows of states are copied"
+        begin, end, _ = columns.indices(self.shape[1])
+        return begin, max(begin, end)
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        begin, end = self._columns(key)
+        values = np.empty((self.shape[0], end - begin, *self.shape[2:]), self.dtype)
+        size = math.prod(self.shape[2:]) * self.dtype.itemsize
+        for row in range(self.shape[0] if end > begin else 0):
+            source = self.address + (row * self.shape[1] + begin) * size
+            self._device.driver.download(values[row].ctypes.data, source, (end - begin) * size)
+        return values
+
+    def __setitem__(self, key: Any, given: Any) -> None:
+        begin, end = self._columns(key)
+        values = np.empty((self.shape[0], end - begin, *self.shape[2:]), self.dtype)
+        values[:] = given
+        size = math.prod(self.shape[2:]) * self.dtype.itemsize
+        for row in range(self.shape[0] if end > begin else 0):
+            to = self.address + (row * self.shape[1] + begin) * size
+            self._device.driver.upload(to, values[row].ctypes.data, (end - begin) * size)
+
+    def copy(self) -> NDArray[Any]:
+        """All values, on the host."""
+        return self[:]

@@ -1,0 +1,241 @@
+"""What the engine needs of a GPU's driver, and NVIDIA's, through cuda-bindings. Everything runs in one stream, in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..errors import BudgetError, DeviceError
+from .compiler import compile_kernels
+
+__all__ = ["Driver", "NvidiaDriver", "device_count", "open_driver"]
+
+
+class Driver(Protocol):
+    """Addresses are integers; sizes are bytes. Work is done in the order of the calls; download() and synchronize() wait for all of it.
+    Raises BudgetError if the card's memory is used up, and DeviceError."""
+
+    name: str
+    total_bytes: int
+    shared_bytes: int  # the most that a block may have
+
+    def free_bytes(self) -> int:
+        """Free memory of the card."""
+
+    def allocate(self, size: int) -> int:
+        """Memory of the card."""
+
+    def free(self, address: int) -> None:
+        """Returns what allocate() gave."""
+
+    def upload(self, to: int, source: int, size: int) -> None:
+        """Host memory to the card. The source may be reused at once."""
+
+    def download(self, to: int, source: int, size: int) -> None:
+        """The card's memory to the host's, complete on return."""
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Within the card."""
+
+    def fill(self, to: int, size: int) -> None:
+        """Zeros."""
+
+    def register(self, address: int, size: int) -> int:
+        """Lets kernels read host memory; the address that they use."""
+
+    def unregister(self, address: int) -> None:
+        """Undoes register()."""
+
+    def load(self, name: str, macros: Mapping[str, int], kernels: list[str]) -> dict[str, Any]:
+        """The kernels of a source file, compiled."""
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: int, count: int
+    ) -> None:
+        """parameters: the address of an array with the addresses of `count` parameters, of 8 bytes one after another."""
+
+    def begin_capture(self) -> None:
+        """From here on launches, fill(), copy() and bring() are recorded instead of done."""
+
+    def end_capture(self) -> Any:
+        """The graph of what was recorded."""
+
+    def replay(self, graph: Any) -> None:
+        """Does what was recorded."""
+
+    def bring(self, to: int, source: int, size: int) -> None:
+        """The card's memory to registered host memory, complete after synchronize()."""
+
+    def upload_pinned(self, to: int, source: int, size: int) -> None:
+        """Registered host memory to the card; it must not be written before the next synchronize()."""
+
+    def synchronize(self) -> None:
+        """Waits for everything."""
+
+    def close(self) -> None:
+        """Gives the card back."""
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise DeviceError("CUDA needs its Python packages: pip install 'expertstream[cuda]'") from None
+    try:
+        (status,) = driver.cuInit(0)
+    except RuntimeError:
+        raise DeviceError("no NVIDIA driver is installed (libcuda.so.1 was not found); use device=cpu") from None
+    if int(status) != 0:
+        raise DeviceError(f"the NVIDIA driver cannot be used: {_text(driver, status)}; use device=cpu")
+    return driver
+
+
+def _text(driver: Any, status: Any) -> str:
+    _, text = driver.cuGetErrorString(status)
+    return text.decode() if text else f"error {int(status)}"
+
+
+def device_count() -> int:
+    """How many GPUs can be used; 0 also if CUDA's packages or the driver are missing."""
+    try:
+        driver = _bindings()
+    except DeviceError:
+        return 0
+    status, count = driver.cuDeviceGetCount()
+    return int(count) if int(status) == 0 else 0
+
+
+def open_driver(number: int) -> Driver:
+    """The driver of a card. Raises DeviceError."""
+    return NvidiaDriver(number)
+
+
+class NvidiaDriver:
+    """One card, by its number. Raises DeviceError."""
+
+    def __init__(self, number: int = 0) -> None:
+        self._cu = cu = _bindings()
+        count = self._do(cu.cuDeviceGetCount())
+        if number >= count:
+            cards = (
+                "there is no GPU" if count == 0 else "the only GPU is cuda:0" if count == 1 else f"there are {count}"
+            )
+            raise DeviceError(f"cuda:{number} does not exist: {cards}")
+        self._device = self._do(cu.cuDeviceGet(number))
+        self.name = self._do(cu.cuDeviceGetName(256, self._device)).split(b"\0")[0].decode()
+        attribute, names = cu.cuDeviceGetAttribute, cu.CUdevice_attribute
+        major, minor, self.multiprocessors, self.shared_bytes = (
+            self._do(attribute(getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}"), self._device))
+            for name in (
+                "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT", "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+            )
+        )  # fmt: skip
+        self.capability = 10 * major + minor
+        self._context = self._do(cu.cuDevicePrimaryCtxRetain(self._device))
+        self._threads = threading.local()
+        self._enter()
+        self.total_bytes = self._do(cu.cuMemGetInfo())[1]
+        self._stream = self._do(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def _do(self, result: tuple[Any, ...]) -> Any:
+        status = int(result[0])
+        if status:
+            if status == 2:
+                raise BudgetError("the GPU is out of memory; other programs may use it, or set a smaller vram")
+            raise DeviceError(f"the GPU failed: {_text(self._cu, result[0])}; load the model again")
+        return result[1] if len(result) == 2 else result[1:]
+
+    def _enter(self) -> None:
+        """The context is current for a thread, not for a process."""
+        if not hasattr(self._threads, "entered"):
+            self._do(self._cu.cuCtxSetCurrent(self._context))
+            self._threads.entered = True
+
+    def free_bytes(self) -> int:
+        self._enter()
+        return int(self._do(self._cu.cuMemGetInfo())[0])
+
+    def allocate(self, size: int) -> int:
+        self._enter()
+        return int(self._do(self._cu.cuMemAlloc(size)))
+
+    def free(self, address: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemFree(address))
+
+    def upload(self, to: int, source: int, size: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemcpyHtoDAsync(to, source, size, self._stream))
+
+    def download(self, to: int, source: int, size: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemcpyDtoHAsync(to, source, size, self._stream))
+        self._do(self._cu.cuStreamSynchronize(self._stream))
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemcpyDtoDAsync(to, source, size, self._stream))
+
+    def fill(self, to: int, size: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemsetD8Async(to, 0, size, self._stream))
+
+    def register(self, address: int, size: int) -> int:
+        self._enter()
+        flags = self._cu.CU_MEMHOSTREGISTER_DEVICEMAP | self._cu.CU_MEMHOSTREGISTER_PORTABLE
+        self._do(self._cu.cuMemHostRegister(address, size, flags))
+        return int(self._do(self._cu.cuMemHostGetDevicePointer(address, 0)))
+
+    def unregister(self, address: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemHostUnregister(address))
+
+    def load(self, name: str, macros: Mapping[str, int], kernels: list[str]) -> dict[str, Any]:
+        self._enter()
+        code = compile_kernels(name, macros, self.capability)
+        module = self._do(self._cu.cuModuleLoadData(code))
+        found = {kernel: self._do(self._cu.cuModuleGetFunction(module, kernel.encode())) for kernel in kernels}
+        for function in found.values():
+            most = self._cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            static = self._cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+            fixed = int(self._do(self._cu.cuFuncGetAttribute(static, function)))
+            self._do(self._cu.cuFuncSetAttribute(function, most, self.shared_bytes - fixed))
+        return found
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: int, count: int
+    ) -> None:
+        self._enter()
+        (status,) = self._cu.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, self._stream, parameters, 0)
+        if int(status):
+            self._do((status,))
+
+    def begin_capture(self) -> None:
+        self._enter()
+        mode = self._cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._do(self._cu.cuStreamBeginCapture(self._stream, mode))
+
+    def end_capture(self) -> Any:
+        graph = self._do(self._cu.cuStreamEndCapture(self._stream))
+        ready = self._do(self._cu.cuGraphInstantiate(graph, 0))
+        self._do(self._cu.cuGraphDestroy(graph))
+        return ready
+
+    def replay(self, graph: Any) -> None:
+        self._enter()
+        self._do(self._cu.cuGraphLaunch(graph, self._stream))
+
+    def bring(self, to: int, source: int, size: int) -> None:
+        self._enter()
+        self._do(self._cu.cuMemcpyDtoHAsync(to, source, size, self._stream))
+
+    def upload_pinned(self, to: int, source: int, size: int) -> None:
+        self.upload(to, source, size)
+
+    def synchronize(self) -> None:
+        self._enter()
+        self._do(self._cu.cuStreamSynchronize(self._stream))
+
+    def close(self) -> None:
+        self._cu.cuDevicePrimaryCtxRelease(self._device)

@@ -1,0 +1,246 @@
+// Norms, routing, embedding, dense products: everything between the products with quantized weights. As native/kernels/rows.h.
+#include "common.cuh"
+
+extern "C" __global__ void add(float* y, const float* x, i64 n) {
+  const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = y[i] + x[i];
+}
+
+// y (rows, n) ← rms_norm of each row; a block a row.
+extern "C" __global__ void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+  DYNAMIC_SHARED(memory);
+  __shared__ float factor;
+  float* row = reinterpret_cast<float*>(memory);
+  const float* from = x + static_cast<i64>(blockIdx.x) * n;
+  for (int c = threadIdx.x; c < n; c += blockDim.x) row[c] = from[c];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const float squares = sum_of_squares(row, n, threadIdx.x & 15);
+    if (threadIdx.x == 0) factor = 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < n; c += blockDim.x) y[static_cast<i64>(blockIdx.x) * n + c] = row[c] * factor * weight[c];
+}
+
+// y (count, n) ← rows `which` of x.
+extern "C" __global__ void gather_rows(const float* x, const i64* which, int n, float* y) {
+  for (int c = threadIdx.x; c < n; c += blockDim.x) y[static_cast<i64>(blockIdx.x) * n + c] = x[which[blockIdx.x] * n + c];
+}
+
+// Rows `which` of y ← x (count, n).
+extern "C" __global__ void scatter_rows(const float* x, const i64* which, int n, float* y) {
+  for (int c = threadIdx.x; c < n; c += blockDim.x) y[which[blockIdx.x] * n + c] = x[static_cast<i64>(blockIdx.x) * n + c];
+}
+
+// y (tokens, cols) ← rows of a matrix as float32; a block a token. Quantized: fma(q, scale, bias).
+extern "C" __global__ void embed(const u8* data, const u8* scales, const u8* biases, int cols, int bits, int group, int dtype, int codes,
+                                 const i64* tokens, float* y) {
+  const i64 row = tokens[blockIdx.x];
+  float* to = y + static_cast<i64>(blockIdx.x) * cols;
+  if (bits >= 16) {
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) to[c] = load_value(data, row * cols + c, dtype);
+    return;
+  }
+  const int groups = cols / group, per_vector = 32 / bits;
+  const i64 tile = row / 16, lane = row % 16;
+  const u8* own = data + tile * (cols / per_vector) * 64 + lane * 4;
+  const int zero = codes == kSymmetric ? 1 << (bits - 1) : codes == kE2M1 ? 12 : 0;
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+    const i64 at = (tile * groups + c / group) * 16 + lane;
+    const int within = c % per_vector;
+    const int code = (own[static_cast<i64>(c / per_vector) * 64 + within % 4] >> (within / 4 * bits)) & ((1 << bits) - 1);
+    const int magnitude = code & 7, doubled = magnitude < 5 ? magnitude : magnitude == 5 ? 6 : magnitude == 6 ? 8 : 12;
+    const float scale = codes == kE2M1 ? 0.5f * load_value(scales, at, kE8M0) : load_value(scales, at, dtype);
+    const float bias = codes == kAffine ? load_value(biases, at, dtype) : -static_cast<float>(zero) * scale;
+    const int q = codes != kE2M1 ? code : code & 8 ? 12 - doubled : 12 + doubled;
+    to[c] = fmaf(static_cast<float>(q), scale, bias);
+  }
+}
+
+// y (tokens, rows) ← x (tokens, cols)·wᵀ for a dense matrix: 16 lanes a row, as f_sum adds them. A half-warp a row, grid (rows, tokens).
+// With `parts`, as multiply_pairs in products.cu: the matrix of pair_expert[p] for each pair p, and x of its pair_token.
+extern "C" __global__ void multiply_dense(const u64* parts, int stride, int first, int biased, const i64* pair_expert, const int* pair_token,
+                                          const u8* data, const float* row_bias, int dtype, int rows, int cols, const float* x, float* y) {
+  const int lane = threadIdx.x & 15, row = (blockIdx.x * blockDim.x + threadIdx.x) >> 4, pair = blockIdx.y;
+  const i64 token = pair_token ? pair_token[pair] : pair;
+  if (parts) {
+    const u64* at = parts + pair_expert[pair] * stride + first;
+    data = reinterpret_cast<const u8*>(at[0]);
+    row_bias = biased ? reinterpret_cast<const float*>(at[1]) : nullptr;
+  }
+  const float* xs = x + token * cols;
+  const i64 begin = static_cast<i64>(row < rows ? row : 0) * cols;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int c = lane; c < cols; c += 16) sum = fmaf(load_value(data, begin + c, dtype), xs[c], sum);
+  sum = lane_sum(sum);
+  if (lane != 0 || row >= rows) return;
+  if (row_bias) sum = fmaf(1.0f, row_bias[row], sum);
+  y[static_cast<i64>(pair) * rows + row] = sum;
+}
+
+// gate ← act(gate, up), n values.
+extern "C" __global__ void activate_dense(float* gate, const float* up, i64 n, float alpha, float limit) {
+  const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) gate[i] = activate(gate[i], up[i], alpha, limit);
+}
+
+// y (tokens, n) ← sigmoid(factor of the token)·y; a block a token.
+extern "C" __global__ void scale_by_sigmoid(float* y, const float* factor, int n) {
+  const float by = sigmoid(factor[blockIdx.x]);
+  for (int c = threadIdx.x; c < n; c += blockDim.x) {
+    const i64 at = static_cast<i64>(blockIdx.x) * n + c;
+    y[at] = by * y[at];
+  }
+}
+
+// acc (tokens, n) += Σ weights[p]·y[p] over each token's pairs, ascending: pairs of token t are `pairs`[start[t]] to `pairs`[start[t + 1] − 1].
+// by_place: weights are in the order of `pairs` instead.
+extern "C" __global__ void accumulate(float* acc, const float* y, const int* start, const int* pairs, const float* weights, int by_place,
+                                      int n) {
+  const int token = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= n) return;
+  float total = acc[static_cast<i64>(token) * n + c];
+  for (int i = start[token]; i < start[token + 1]; ++i) {
+    const int p = pairs[i];
+    total = fmaf(weights[by_place ? i : p], y[static_cast<i64>(p) * n + c], total);
+  }
+  acc[static_cast<i64>(token) * n + c] = total;
+}
+
+// Groups pairs by expert, each expert's in order, in three steps. selected (pairs): experts. A block an expert, 256 threads, each with a run
+// of pairs.
+__device__ __forceinline__ i64 run_of(i64 pairs, int thread) { return pairs * thread / 256; }
+
+// counts[e] ← pairs of expert e.
+extern "C" __global__ void count_pairs(const i64* selected, i64 pairs, int* counts) {
+  __shared__ int of_warp[8];
+  int own = 0;
+  for (i64 p = run_of(pairs, threadIdx.x); p < run_of(pairs, threadIdx.x + 1); ++p) own += selected[p] == blockIdx.x ? 1 : 0;
+  own = warp_sum(own);
+  if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x >> 5] = own;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int sum = 0;
+  for (int w = 0; w < 8; ++w) sum += of_warp[w];
+  counts[blockIdx.x] = sum;
+}
+
+// starts (experts + 1): each expert's first pair. tasks (capacity, 3): (expert, first pair, pairs) of blocks of at most `block` pairs; those
+// that are not needed have no pairs. One block, one thread an expert or more.
+extern "C" __global__ void plan_pairs(const int* counts, int experts, int block, int capacity, int* starts, int* tasks) {
+  DYNAMIC_SHARED(memory);
+  int* first = reinterpret_cast<int*>(memory);  // (experts + 1): pairs
+  int* task = first + experts + 1;              // (experts + 1): tasks
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) first[e + 1] = counts[e];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int pairs = 0, blocks = 0;
+    for (int e = 0; e < experts; ++e) {
+      const int own = first[e + 1];
+      first[e] = pairs;
+      task[e] = blocks;
+      pairs += own;
+      blocks += (own + block - 1) / block;
+    }
+    first[experts] = pairs;
+    task[experts] = blocks;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) starts[e] = first[e];
+  for (int e = threadIdx.x; e < experts; e += blockDim.x)
+    for (int t = task[e]; t < task[e + 1]; ++t) {
+      const int begin = first[e] + (t - task[e]) * block, left = first[e + 1] - begin;
+      tasks[3 * t] = e;
+      tasks[3 * t + 1] = begin;
+      tasks[3 * t + 2] = left < block ? left : block;
+    }
+  for (int t = task[experts] + threadIdx.x; t < capacity; t += blockDim.x) tasks[3 * t] = tasks[3 * t + 1] = tasks[3 * t + 2] = 0;
+}
+
+// place[p] ← where pair p stands among the grouped ones; token and expert of that place.
+extern "C" __global__ void place_pairs(const i64* selected, i64 pairs, int top_k, const int* starts, int* place, int* token, i64* expert) {
+  __shared__ int before[256];
+  int own = 0;
+  for (i64 p = run_of(pairs, threadIdx.x); p < run_of(pairs, threadIdx.x + 1); ++p) own += selected[p] == blockIdx.x ? 1 : 0;
+  before[threadIdx.x] = own;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int sum = starts[blockIdx.x];
+    for (int t = 0; t < 256; ++t) {
+      const int here = before[t];
+      before[t] = sum;
+      sum += here;
+    }
+  }
+  __syncthreads();
+  int at = before[threadIdx.x];
+  for (i64 p = run_of(pairs, threadIdx.x); p < run_of(pairs, threadIdx.x + 1); ++p)
+    if (selected[p] == blockIdx.x) {
+      place[p] = at;
+      expert[at] = blockIdx.x;
+      token[at++] = static_cast<int>(p / top_k);
+    }
+}
+
+// The softmax of each token's logits (experts), the top_k largest, experts ascending; a block a token. Shared: `experts` floats, and
+// 2·top_k words. An expert's rank is the number of those that come before it.
+extern "C" __global__ void route(const float* logits, int experts, int top_k, int renormalize, float* weights, i64* selected) {
+  DYNAMIC_SHARED(memory);
+  __shared__ float most[32];
+  __shared__ float whole;
+  float* probs = reinterpret_cast<float*>(memory);
+  float* ranked = probs + experts;
+  int* found = reinterpret_cast<int*>(ranked + top_k);
+  const float* own = logits + static_cast<i64>(blockIdx.x) * experts;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  float largest = own[0];
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    probs[e] = own[e];
+    largest = larger(own[e], largest);
+  }
+  largest = warp_max(largest);
+  if (lane == 0) most[warp] = largest;
+  for (int i = threadIdx.x; i < top_k; i += blockDim.x) {
+    found[i] = i;
+    ranked[i] = 0.0f;
+  }
+  __syncthreads();
+  largest = most[0];
+  for (int w = 1; w < warps; ++w) largest = larger(most[w], largest);
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) probs[e] = exp_f32(probs[e] - largest);
+  __syncthreads();
+  if (warp == 0) {
+    float sum = 0.0f;
+    for (int e = lane & 15; e < experts; e += 16) sum = sum + probs[e];
+    sum = lane_sum(sum);
+    if (lane == 0) whole = sum;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) probs[e] = probs[e] / whole;
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    const float p = probs[e];
+    int rank = 0;
+#pragma unroll 8
+    for (int other = 0; other < experts; ++other) {
+      const float o = probs[other];
+      rank += o > p || (o == p && other < e) ? 1 : 0;
+    }
+    if (rank < top_k) {
+      ranked[rank] = p;
+      found[rank] = e;
+    }
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < top_k) {
+    float sum = 0.0f;
+    for (int i = 0; i < top_k; ++i) sum = sum + ranked[i];
+    if (!renormalize) sum = 1.0f;
+    int place = 0;
+    for (int i = 0; i < top_k; ++i) place += found[i] < found[threadIdx.x] ? 1 : 0;
+    const i64 at = static_cast<i64>(blockIdx.x) * top_k + place;
+    weights[at] = ranked[threadIdx.x] / sum;
+    selected[at] = found[threadIdx.x];
+  }
+}

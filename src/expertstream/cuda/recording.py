@@ -1,0 +1,163 @@
+"""A decode step that is recorded once and replayed: one CUDA graph for so many sequences.
+
+What differs between steps lies in one block of inputs, which is uploaded before each replay: tokens, the angles of their positions, and
+where each sequence's states are. Which experts run is decided on the card, by a table of addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..batch import Batch
+from ..formats.numbers import F32, I64
+from ..kv_cache import KVCache, State, WindowState
+from .device import Device, DeviceArray
+
+__all__ = ["LayerStates", "RecordedBatch", "Recording"]
+
+_INPUT_BYTES = 4 << 20
+SEGMENT = 1024  # positions; of kernels/attention.cu
+
+Angles = Callable[[I64, Sequence[float], float], tuple[F32, F32]]
+
+
+class LayerStates(list[State]):
+    """The states of one layer, of the sequences at the time of recording."""
+
+    def __init__(self, layer: int, states: Sequence[State]) -> None:
+        super().__init__(states)
+        self.layer = layer
+
+
+class RecordedBatch(Batch):
+    """A batch whose tokens are on the card and whose states are found in the inputs."""
+
+    def __init__(self, like: Batch, tokens: DeviceArray) -> None:
+        super().__init__(like.tokens, like.caches, like.prompt)
+        self.segments = like.segments
+        self.tokens = tokens  # type: ignore[assignment]
+
+    def states(self, layer: int) -> list[State]:
+        return LayerStates(layer, super().states(layer))
+
+    def between_layers(self) -> None:
+        return
+
+
+class Recording:
+    """One graph. ids: which experts each layer's router selected in the last replay, (layers, sequences, top_k)."""
+
+    def __init__(self, device: Device, sequences: int, segments: int, angles: Angles) -> None:
+        """segments: of attention, at most, that a sequence has while this recording is used."""
+        self.device, self.sequences, self.segments, self._angles = device, sequences, segments, angles
+        self._host = device.pinned(_INPUT_BYTES)
+        self._card = device.empty((_INPUT_BYTES,), np.uint8)
+        self._used = 0
+        self._tokens, self.tokens = self._reserve((sequences,), np.int64)
+        self._rotations: list[tuple[Sequence[float], float, NDArray[Any], NDArray[Any]]] = []
+        self._attention: list[tuple[int, NDArray[Any]]] = []  # layer, its table (sequences, 7)
+        self._delta: list[tuple[int, NDArray[Any]]] = []  # layer, its table (sequences, 4)
+        self._selected: list[DeviceArray] = []
+        self._kept: list[Any] = []
+        self._caches: tuple[int, ...] = ()
+        self.ids: NDArray[np.int64] = np.empty((0, sequences, 0), np.int64)
+
+    def _reserve(self, shape: Sequence[int], dtype: Any) -> tuple[NDArray[Any], DeviceArray]:
+        """Room in the inputs: the host's view and the card's."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        begin, self._used = self._used, self._used + -(-size // 16) * 16
+        assert self._used <= _INPUT_BYTES, "the inputs of a step are larger than expected"
+        view = self._host[begin : begin + size].view(dtype).reshape(shape)
+        return view, DeviceArray(self.device, shape, dtype, self._card._block, self._card.address + begin)
+
+    def record(self, batch: Batch, run: Callable[[Batch], Any]) -> None:
+        """Records run(batch), which returns the logits as an array on the card. Nothing is computed."""
+        with self.device.private_memory() as pool:
+            self._pool = pool
+            self.device.driver.begin_capture()
+            try:
+                logits: DeviceArray = run(RecordedBatch(batch, self.tokens))
+                self._logits = self._bring(logits)
+                if self._selected:
+                    found = [self._bring(selected) for selected in self._selected]
+                    self._ids = found
+            finally:
+                self._graph = self.device.driver.end_capture()
+
+    def _bring(self, array: DeviceArray) -> NDArray[Any]:
+        """Pinned memory that receives an array's values at the end of each replay."""
+        to: NDArray[Any] = self.device.pinned(max(array.nbytes, 1)).view(array.dtype).reshape(array.shape)
+        self.device.driver.bring(to.ctypes.data, array.address, array.nbytes)
+        self._kept.append(array)
+        return to
+
+    # What the ops ask for while they are recorded.
+
+    def rotary(self, frequencies: Sequence[float], scale: float) -> tuple[DeviceArray, DeviceArray]:
+        """The angles of the sequences' positions."""
+        shape = (self.sequences, len(frequencies))
+        (cos, on_card), (sin, other) = self._reserve(shape, np.float32), self._reserve(shape, np.float32)
+        self._rotations.append((frequencies, scale, cos, sin))
+        return on_card, other
+
+    def attention_table(self, states: Sequence[State]) -> DeviceArray:
+        """The sequences as attention.cu's Sequence."""
+        assert isinstance(states, LayerStates)
+        view, table = self._reserve((self.sequences, 7), np.int64)
+        self._attention.append((states.layer, view))
+        return table
+
+    def delta_table(self, states: Sequence[State]) -> DeviceArray:
+        """The sequences as delta.cu's Sequence."""
+        assert isinstance(states, LayerStates)
+        view, table = self._reserve((self.sequences, 4), np.int64)
+        self._delta.append((states.layer, view))
+        return table
+
+    def selects(self, selected: DeviceArray) -> None:
+        """Announces a router's selection; its values are in `ids` after each replay."""
+        self._selected.append(selected)
+
+    def keep(self, *arrays: Any) -> None:
+        """Keeps arrays as long as the graph, which uses their memory."""
+        self._kept += arrays
+
+    # Replays.
+
+    def launch(self, batch: Batch) -> None:
+        """Starts a replay on the tokens and states of a batch."""
+        self._tokens[:] = batch.tokens
+        positions = batch.positions()
+        for frequencies, scale, cos, sin in self._rotations:
+            cos[:], sin[:] = self._angles(positions, frequencies, scale)
+        self._place([segment.cache for segment in batch.segments], positions)
+        self.device.driver.upload_pinned(self._card.address, self._host.ctypes.data, self._used)
+        self.device.driver.replay(self._graph)
+
+    def _place(self, caches: Sequence[KVCache], positions: I64) -> None:
+        """Fills the tables."""
+        same = tuple(map(id, caches)) == self._caches
+        for layer, table in self._attention:
+            states: Any = [cache.layers[layer] for cache in caches]
+            if not same or isinstance(states[0], WindowState):
+                for s, state in enumerate(states):
+                    state.reserve(int(positions[s]), 1)
+                    table[s] = state.keys.address, state.values.address, state.keys.shape[1], state.first, 0, s, 1
+            table[:, 4] = positions
+        for layer, table in () if same else self._delta:
+            for s, cache in enumerate(caches):
+                own: Any = cache.layers[layer]
+                table[s] = own.conv_state.address, own.recurrent_state.address, s, 1
+        self._caches = tuple(map(id, caches))
+        self._alive = list(caches)  # so that no other cache takes over an identity
+
+    def finish(self) -> F32:
+        """Waits for the replay; its logits."""
+        self.device.driver.synchronize()
+        if self._selected:
+            self.ids = np.stack(self._ids)
+        return np.array(self._logits)

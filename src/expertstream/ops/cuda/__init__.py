@@ -1,0 +1,106 @@
+"""The ops on an NVIDIA GPU: launches here, loops in cuda/kernels. Every value has the bits that the CPU's ops give it; cuda/kernels say in
+which order sums run. Arrays are on the card, and so is the trunk; experts are read where they lie, there or in registered host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...batch import Batch
+from ...cuda.device import DeviceArray, StateArray
+from ...cuda.recording import SEGMENT, Recording
+from ...formats import Bytes, ExpertFormat, MatrixFormat
+from ...formats.numbers import F32, I64
+from .. import Arena, Weight
+from .mixers import Mixers
+from .products import Products
+from .rows import MOST_RECORDED, BoundMatrix, cdiv
+
+__all__ = ["CudaOps"]
+
+
+class CudaOps(Products, Mixers):
+    """Implements `ops.Ops`, which documents every method, with DeviceArrays in place of NumPy's. Not thread-safe."""
+
+    def close(self) -> None:
+        self._recordings.clear()
+        self.device.close()
+
+    def bind(self, weight: Weight) -> Weight:
+        parts = self.cpu.tiled(weight.format, weight.parts)
+        kept = [self.device.send(np.ascontiguousarray(part).view(np.uint8)) for part in parts]
+        bias = None if weight.bias is None else self.device.send(weight.bias)
+        if bias is not None:
+            kept.append(bias)
+        addresses = [part.address for part in kept]
+        table = self.device.send(np.array([addresses], np.uint64))
+        weight.handle = BoundMatrix(weight.format, addresses, 0 if bias is None else bias.address, table, kept)
+        weight.parts = ()  # the card has them
+        return weight
+
+    def tile(self, format: ExpertFormat, arena: Arena, offsets: I64) -> None:
+        self.cpu.tile(format, arena, offsets)
+
+    def tiled(self, format: MatrixFormat, parts: Sequence[Bytes]) -> tuple[Bytes, ...]:
+        return self.cpu.tiled(format, parts)
+
+    def attach(self, arena: Arena) -> None:
+        self.device.register(arena.view())
+
+    def detach(self, arena: Arena) -> None:
+        self.device.driver.synchronize()
+        self.device.unregister(arena.view())
+
+    def free_bytes(self) -> int:
+        return self.device.driver.free_bytes()
+
+    def memory(self, size: int) -> DeviceArray:
+        return self.device.empty((size,), np.uint8)
+
+    def copy_in(self, to: int, source: Bytes) -> None:
+        self.device.driver.upload(to, source.ctypes.data, source.nbytes)
+
+    def copy_out(self, address: int, size: int) -> Bytes:
+        values = np.empty(size, np.uint8)
+        self.device.driver.download(values.ctypes.data, address, size)
+        return values
+
+    def readable(self, arena: Arena) -> int | None:
+        try:
+            return self.device.registered(arena.view())
+        except KeyError:
+            return None
+
+    def send(self, values: NDArray[Any]) -> DeviceArray:
+        return self.device.send(values)
+
+    def state(self, shape: Sequence[int], dtype: Any) -> Any:
+        return StateArray(self.device, shape, dtype)
+
+    def recorded(self, batch: Batch, run: Callable[[Batch], Any]) -> tuple[F32, I64] | None:
+        """Logits and selected experts of a batch of single tokens, by a recording of run(batch) made at its second use; None at the
+        first, which loads what a recording must not."""
+        longest = max(segment.position for segment in batch.segments) + 1
+        if len(batch.segments) > MOST_RECORDED:
+            return None
+        key = len(batch.segments), 1 << max(0, (cdiv(longest, SEGMENT) - 1).bit_length())
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        found = self._recordings.get(key)
+        if found is None:
+            self._constant("blocks", key[0], 1)
+            found = Recording(self.device, *key, self.cpu.rotary)
+            self.recording = found
+            try:
+                found.record(batch, run)
+            finally:
+                self.recording = None
+            self._recordings[key] = found
+        found.launch(batch)
+        logits = found.finish()
+        return logits, found.ids
