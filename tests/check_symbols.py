@@ -46,6 +46,7 @@ def main() -> int:
                 "-O3",
                 "-ffp-contract=off",
                 "-fPIC",
+                "-Isrc/expertstream/cuda/kernels",
                 *flags.get(source, []),
                 "-c",
                 source,

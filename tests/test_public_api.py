@@ -29,7 +29,7 @@ def text_of(pieces: Iterator[GenerationResponse]) -> str:
 
 
 def test_options_are_the_fields_that_are_checked() -> None:
-    assert {f.name for f in fields(EngineConfig)} | {"memory"} == set(EngineOptions.__annotations__)
+    assert {f.name for f in fields(EngineConfig)} | {"memory", "vram"} == set(EngineOptions.__annotations__)
     assert {f.name for f in fields(SamplingParams)} == set(SamplingOptions.__annotations__)
 
 

@@ -119,18 +119,18 @@ class EmulatedDriver:
         return found
 
     def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: int, count: int
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: tuple[int, int, int]
     ) -> None:
         assert shared <= self.shared_bytes and threads <= 1024 and max(grid[1:]) <= 65535 and min(grid) > 0
+        addresses, count, size = parameters
         if self._captured is not None:
-            values = ctypes.create_string_buffer(
-                ctypes.string_at(ctypes.c_void_p.from_address(parameters).value, 8 * count)
-            )
+            old = (ctypes.c_void_p * count).from_address(addresses)
+            values = ctypes.create_string_buffer(ctypes.string_at(old[0], size), size)
             base = ctypes.addressof(values)
-            own = (ctypes.c_void_p * count)(*(base + 8 * i for i in range(count)))
+            own = (ctypes.c_void_p * count)(*(base + at - old[0] for at in old))
             self._captured.append(lambda: self._launch(kernel, grid, threads, shared, ctypes.addressof(own), values))
             return
-        self._launch(kernel, grid, threads, shared, parameters)
+        self._launch(kernel, grid, threads, shared, addresses)
 
     def _launch(self, kernel: Any, grid: Any, threads: int, shared: int, parameters: int, *_: Any) -> None:
         self.launches += 1

@@ -190,6 +190,7 @@ struct alignas(16) float4 {
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+inline void after_previous() {}
 inline void __syncthreads() { emulator::wait_for_block(); }
 inline void __syncwarp() { emulator::wait_for_warp(); }
 

@@ -26,6 +26,8 @@ _OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(([^)]*)\)')
 
+_CODES = {"int": "i4x", "float": "f4x", "i64": "q", "const Places": "28Q"}  # Places: in common.cuh
+
 
 @cache
 def source_of(name: str) -> str:
@@ -42,15 +44,15 @@ def source_of(name: str) -> str:
 
 
 @cache
-def kernel_parameters(name: str) -> dict[str, str]:
-    """The kernels of a file and the format of their parameters for struct.pack, each in 8 bytes: Q an address, q, i or f a number."""
+def kernel_parameters(name: str) -> dict[str, tuple[str, ...]]:
+    """The kernels of a file and the formats of their parameters for struct.pack, each in whole 8 bytes: Q an address, q, i, f a number."""
     found = {}
     for kernel, parameters in _KERNEL.findall(source_of(name)):
         codes = []
         for parameter in parameters.split(","):
             kind = parameter.strip().rsplit(" ", 1)[0]
-            codes.append("Q" if "*" in parameter else {"int": "i4x", "float": "f4x", "i64": "q"}[kind])
-        found[kernel] = "<" + "".join(codes)
+            codes.append("Q" if "*" in parameter else _CODES[kind])
+        found[kernel] = tuple(codes)
     return found
 
 

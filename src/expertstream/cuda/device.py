@@ -50,16 +50,12 @@ def _room(size: int) -> int:
 class DeviceArray:
     """A C-contiguous array on the card. Rows can be sliced, and another array added in place; values are read by Device.host()."""
 
-    __slots__ = ("_block", "address", "device", "dtype", "shape")
+    __slots__ = ("_block", "address", "changes", "device", "dtype", "shape")
 
     def __init__(self, device: Device, shape: Sequence[int], dtype: Any, block: Block, address: int) -> None:
-        self.device, self.shape, self.dtype, self._block, self.address = (
-            device,
-            tuple(shape),
-            np.dtype(dtype),
-            block,
-            address,
-        )
+        self.device, self.shape, self.dtype = device, tuple(shape), np.dtype(dtype)
+        self._block, self.address = block, address
+        self.changes = 0  # how often its values were changed in place
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +72,13 @@ class DeviceArray:
             )
         return DeviceArray(self.device, self.shape[1:], self.dtype, self._block, self.address + rows * row)
 
+    def part(self, first: int, shape: Sequence[int]) -> DeviceArray:
+        """Values of a flat array from `first` on, not copied."""
+        return DeviceArray(self.device, shape, self.dtype, self._block, self.address + first * self.dtype.itemsize)
+
     def __iadd__(self, other: DeviceArray) -> DeviceArray:
         self.device.add(self, other)
+        self.changes += 1
         return self
 
 
@@ -86,20 +87,20 @@ class Kernel:
 
     __slots__ = ("_addresses", "_buffer", "_driver", "_function", "_pack", "parameters")
 
-    def __init__(self, driver: Driver, function: Any, format: str) -> None:
+    def __init__(self, driver: Driver, function: Any, formats: Sequence[str]) -> None:
         self._driver, self._function = driver, function
-        packed = struct.Struct(format)
+        packed = struct.Struct("<" + "".join(formats))
         self._buffer = bytearray(packed.size)
         self._pack = packed.pack_into
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
-        count = packed.size // 8
-        self._addresses = (ctypes.c_void_p * count)(*(base + 8 * i for i in range(count)))
-        self.parameters = ctypes.addressof(self._addresses)
+        base, count = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer)), len(formats)
+        starts = (struct.calcsize("<" + "".join(formats[:i])) for i in range(count))
+        self._addresses = (ctypes.c_void_p * count)(*(base + start for start in starts))
+        self.parameters = ctypes.addressof(self._addresses), count, packed.size
 
     def __call__(self, grid: tuple[int, int, int], threads: int, shared: int, *parameters: float) -> None:
         """Launches it. parameters: addresses and numbers, as the kernel declares them."""
         self._pack(self._buffer, 0, *parameters)
-        self._driver.launch(self._function, grid, threads, shared, self.parameters, len(parameters))
+        self._driver.launch(self._function, grid, threads, shared, self.parameters)
 
 
 class Device:

@@ -51,9 +51,9 @@ class Driver(Protocol):
         """The kernels of a source file, compiled."""
 
     def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: int, count: int
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: tuple[int, int, int]
     ) -> None:
-        """parameters: the address of an array with the addresses of `count` parameters, of 8 bytes one after another."""
+        """parameters: the address of an array with their addresses, their number, and the bytes that they take one after another."""
 
     def begin_capture(self) -> None:
         """From here on launches, fill(), copy() and bring() are recorded instead of done."""
@@ -136,6 +136,7 @@ class NvidiaDriver:
         self._threads = threading.local()
         self._enter()
         self.total_bytes = self._do(cu.cuMemGetInfo())[1]
+        self._overlapping: Any = None
         self._stream = self._do(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def _do(self, result: tuple[Any, ...]) -> Any:
@@ -204,19 +205,38 @@ class NvidiaDriver:
         return found
 
     def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: int, count: int
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, parameters: tuple[int, int, int]
     ) -> None:
         self._enter()
-        (status,) = self._cu.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, self._stream, parameters, 0)
+        if self._overlapping is not None:  # in a graph: the next kernel starts while this one ends
+            config = self._overlapping
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.sharedMemBytes = threads, shared
+            (status,) = self._cu.cuLaunchKernelEx(config, kernel, parameters[0], 0)
+        else:
+            (status,) = self._cu.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, self._stream, parameters[0], 0)
         if int(status):
             self._do((status,))
+
+    def _overlap(self) -> Any:
+        """A launch configuration with programmatic dependent launch, for cards that have it."""
+        if self.capability < 90:
+            return None
+        attribute, config = self._cu.CUlaunchAttribute(), self._cu.CUlaunchConfig()
+        attribute.id = self._cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.blockDimY = config.blockDimZ = config.numAttrs = 1
+        config.hStream, config.attrs = self._stream, [attribute]
+        return config
 
     def begin_capture(self) -> None:
         self._enter()
         mode = self._cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._do(self._cu.cuStreamBeginCapture(self._stream, mode))
+        self._overlapping = self._overlap()
 
     def end_capture(self) -> Any:
+        self._overlapping = None
         graph = self._do(self._cu.cuStreamEndCapture(self._stream))
         ready = self._do(self._cu.cuGraphInstantiate(graph, 0))
         self._do(self._cu.cuGraphDestroy(graph))

@@ -25,7 +25,7 @@ from .vram import Vram
 __all__ = ["ExpertCache"]
 
 _TOGETHER = 32
-_EXCHANGES = 2  # experts that change places with the GPU's after a recorded pass, at most
+_EXCHANGES = 8  # experts that change places with the GPU's after a recorded pass, at most
 
 
 class ExpertCache:
@@ -177,7 +177,7 @@ class ExpertCache:
         if victim is None or not free:
             return False
         slot = free.pop()
-        self.link.put(layer, slot, vram.read(layer, vram.tier.resident[layer][victim]))
+        vram.give_back(layer, victim, slot)
         old = self.tier.replace(layer, expert, victim, slot)
         vram.exchange(layer, expert, victim, old, slot)
         free.append(old)

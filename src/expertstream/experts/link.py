@@ -137,12 +137,12 @@ class DiskLink:
             self.reader.register_memory(self.arena)
         self._ops.attach(self.arena)
 
-    def put(self, layer: int, slot: int, parts: Sequence[Bytes]) -> None:
-        """Stores an expert's parts, as kernels read them, in a slot."""
+    def room(self, layer: int, slot: int, sizes: Sequence[int]) -> list[Bytes]:
+        """The memory of a slot for an expert's parts, as kernels read them."""
         begin, memory = slot * self.store.slot_bytes, self.arena.view()
-        for i, (at, part) in enumerate(zip(record_pieces(self.store.layouts[layer].format)[0], parts, strict=True)):
-            memory[begin + at : begin + at + part.shape[0]] = part
-            self._offsets[slot, i] = begin + at
+        places = [begin + at for at in record_pieces(self.store.layouts[layer].format)[0]]
+        self._offsets[slot, : len(places)] = places
+        return [memory[at : at + size] for at, size in zip(places, sizes, strict=True)]
 
     def settle(self) -> None:
         """Waits until the backend has read what it was given: slots may then be written again."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.format import ExpertLayout
-from ..formats import Bytes
 from ..formats.numbers import I64
 from ..ops import ExpertBlock, GpuOps
 from .link import DiskLink
@@ -137,10 +136,12 @@ class Vram:
             self._ops.copy_in(table.address + expert * row.nbytes, row.view(np.uint8))
         self._changed.clear()
 
-    def read(self, layer: int, slot: int) -> list[Bytes]:
-        """The parts of the expert in a slot, copied to the host."""
+    def give_back(self, layer: int, expert: int, slot: int) -> None:
+        """Copies an expert that is on the card to a slot of the arena, in order with the other work."""
         sizes = [part.nbytes for part in self._link.store.layouts[layer].format.parts]
-        return [self._ops.copy_out(int(a), n) for a, n in zip(self.addresses[slot], sizes, strict=False)]
+        addresses = self.addresses[self.tier.resident[layer][expert]]
+        for address, part in zip(addresses, self._link.room(layer, slot, sizes), strict=False):
+            self._ops.copy_out(int(address), part)
 
     def block(self, layer: int, slots: Sequence[int]) -> ExpertBlock:
         """The experts in these slots, for the ops."""

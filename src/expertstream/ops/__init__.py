@@ -229,8 +229,8 @@ class GpuOps(Protocol):
     def copy_in(self, to: int, source: Bytes) -> None:
         """Copies host memory to the card, in order with the other work."""
 
-    def copy_out(self, address: int, size: int) -> Bytes:
-        """The card's memory, copied to the host."""
+    def copy_out(self, address: int, to: Bytes) -> None:
+        """Copies the card's memory to registered host memory, in order with the other work."""
 
     def readable(self, arena: Arena) -> int | None:
         """The address at which kernels read an arena; None if they cannot."""

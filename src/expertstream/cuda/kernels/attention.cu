@@ -41,6 +41,7 @@ __device__ __forceinline__ float row_scale(const u8* row) {
 extern "C" __global__ void prepare_heads(const float* q_in, const float* k_in, const float* v_in, const float* cos, const float* sin,
                                          int half, const float* q_norm, const float* k_norm, float eps, float scale, int heads, int kv_heads,
                                          int gated, const Sequence* sequences, int count, i64 first_row, float* q) {
+  after_previous();
   __shared__ float x[kDim];
   const i64 row = first_row + blockIdx.x;
   const int lane = threadIdx.x, head = blockIdx.y;
@@ -170,12 +171,44 @@ __device__ __forceinline__ void score_keys(const float* q, const Sequence* seque
       }
   }
 }
+// The same for few rows: a block has 16 rows and 16 keys, a thread one of each; grid (blocks, kv heads, sixteens of keys).
 extern "C" __global__ void __launch_bounds__(256) scores_few(const float* q, const Sequence* sequences, const int* blocks, int heads,
                                                              int kv_heads, int window, i64 first_row, i64 width, float* scores) {
-  score_keys<16>(q, sequences, blocks, heads, kv_heads, window, first_row, width, scores);
+  after_previous();
+  constexpr int kWide = kDim < 256 ? (kDim + 3) / 4 * 4 : 256, kStride = kWide + 4;  // of the dimensions, in shared memory at a time
+  __shared__ __align__(16) float qs[16][kStride];
+  __shared__ __align__(16) float ks[16][kStride];
+  const RowBlock<16> b(sequences, blocks, heads, kv_heads, window);
+  const i64 p0 = b.base + static_cast<i64>(blockIdx.z) * 16;
+  if (p0 >= b.end || p0 + 16 <= b.first(window)) return;
+  const int n = static_cast<int>(b.end - p0 < 16 ? b.end - p0 : 16), thread = threadIdx.x, r = thread / 16, p = thread % 16;
+  const u8* keys = b.own.keys + (b.kv_head * b.own.capacity - b.own.first + p0) * kRowBytes;
+  float sum = 0.0f;
+  for (int c0 = 0; c0 < kDim; c0 += kWide) {
+    const int wide = kDim - c0 < kWide ? kDim - c0 : kWide;
+    __syncthreads();
+    for (int c = thread; c < wide; c += 256)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        qs[i][c] = i < b.rows ? q[b.row(i) * kDim + c0 + c] : 0.0f;
+        ks[i][c] = i < n ? load_value(keys + static_cast<i64>(i) * kRowBytes, c0 + c, KV_DTYPE) : 0.0f;
+      }
+    __syncthreads();
+    int c = 0;
+#pragma unroll 8
+    for (; c + 4 <= wide; c += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(&qs[r][c]), k = *reinterpret_cast<const float4*>(&ks[p][c]);
+      sum = fmaf(x.w, k.w, fmaf(x.z, k.z, fmaf(x.y, k.y, fmaf(x.x, k.x, sum))));
+    }
+    for (; c < wide; ++c) sum = fmaf(qs[r][c], ks[p][c], sum);
+  }
+  if (p >= n || r >= b.rows) return;
+  if (KV_DTYPE == kI8) sum = sum * row_scale(keys + static_cast<i64>(p) * kRowBytes);
+  scores[(b.row(r) - first_row * heads) * width + (p0 - b.base) + p] = sum;
 }
 extern "C" __global__ void __launch_bounds__(256) scores_many(const float* q, const Sequence* sequences, const int* blocks, int heads,
                                                               int kv_heads, int window, i64 first_row, i64 width, float* scores) {
+  after_previous();
   score_keys<64>(q, sequences, blocks, heads, kv_heads, window, first_row, width, scores);
 }
 
@@ -184,6 +217,7 @@ extern "C" __global__ void __launch_bounds__(256) scores_many(const float* q, co
 // (rows, segments, …): eight warps have 16 rows of heads. together: tokens of a block of rows in `weigh`, whose last key blocks are needed.
 extern "C" __global__ void soften(const Sequence* sequences, int count, int heads, int kv_heads, int window, i64 first_row, i64 rows,
                                   int together, i64 width, int segments, float* scores, float* keep, float* ends) {
+  after_previous();
   const i64 at = static_cast<i64>(blockIdx.x) * (blockDim.x / 16) + threadIdx.x / 16;  // row·heads + head, in the slab
   const int lane = threadIdx.x & 15, segment = blockIdx.y;
   const bool works = at < rows * heads;
@@ -196,7 +230,15 @@ extern "C" __global__ void soften(const Sequence* sequences, int count, int head
   const i64 oldest = window && own.position + 1 > window ? own.position + 1 - window : 0, base = oldest / kSegment * kSegment;
   const i64 last = token / together * together + together, end = own.position + (last < own.count ? last : own.count);
   const i64 start = base + static_cast<i64>(segment) * kSegment;
-  float largest = -1e30f, sum = 0.0f;
+  float largest = -1e30f, sum = 0.0f, ahead[4];
+  auto load_ahead = [&](i64 p0) {  // the next scores, on their way while the present ones are processed
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const i64 p = p0 + lane + 16 * j;
+      ahead[j] = works && p < visible && p < end ? scores[at * width + (p - base)] : -1e30f;
+    }
+  };
+  load_ahead(start);
   for (int b = 0; b < kSegment / kKeys; ++b) {
     const i64 p0 = start + b * kKeys;
     if (__all_sync(kWarp, p0 >= end)) break;  // both halves of a warp go on together
@@ -208,12 +250,17 @@ extern "C" __global__ void soften(const Sequence* sequences, int count, int head
     float* own_scores = scores + (works ? at : 0) * width + (p0 - base);
     float v[4];
     float most = largest;
+    if (unseen == 0) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int p = unseen + lane + 16 * j;
-      v[j] = inside && p < seen ? own_scores[p] : -1e30f;
-      if (inside && p < seen) most = larger(v[j], most);
+      for (int j = 0; j < 4; ++j) v[j] = ahead[j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[j] = inside && unseen + lane + 16 * j < seen ? own_scores[unseen + lane + 16 * j] : -1e30f;
     }
+    if (b + 1 < kSegment / kKeys) load_ahead(p0 + kKeys);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (inside && unseen + lane + 16 * j < seen) most = larger(v[j], most);
 #pragma unroll
     for (int step = 8; step; step /= 2) most = larger(most, __shfl_xor_sync(kWarp, most, step));
     float total = 0.0f;
@@ -249,80 +296,117 @@ extern "C" __global__ void soften(const Sequence* sequences, int count, int head
   }
 }
 
-// sums[row][segment] (kDim) ← the weighted values of one segment, keys in ascending order; grid (blocks, kv heads · columns / 64, segments).
-template <int kRows>
+// sums[row][segment] (kDim) ← the weighted values of one segment, keys in ascending order; grid (blocks, kv heads,
+// segments · columns).
+template <int kRows, int kColumns>
 __device__ __forceinline__ void weigh(const Sequence* sequences, const int* blocks, int heads, int kv_heads, int window, i64 first_row,
                                       i64 width, int segments, const float* scores, const float* keep, float* sums) {
-  constexpr int kOwn = kRows / 16, kColumns = 64;
+  constexpr int kOwn = kRows / 16, kThreads = 4 * kColumns;  // a thread has kOwn rows and 4 columns
+  constexpr int kValues = kKeys * kColumns / kThreads, kWeights = kRows * kKeys / kThreads;
   __shared__ __align__(16) float vs[kKeys][kColumns];
   __shared__ __align__(16) float ws[kRows][kKeys + 4];
   __shared__ float kept[kRows];
+  __shared__ i64 score_row[kRows];
   const int column0 = blockIdx.z / segments * kColumns, segment = blockIdx.z % segments;
   const RowBlock<kRows> b(sequences, blocks, heads, kv_heads, window);
   const i64 start = b.base + static_cast<i64>(segment) * kSegment, first = b.first(window);
   const i64 end = start + kSegment < b.end ? start + kSegment : b.end;
-  const int thread = threadIdx.x, r0 = thread / 16 * kOwn, c0 = thread % 16 * 4;
+  const int thread = threadIdx.x, r0 = thread / (kColumns / 4) * kOwn, c0 = thread % (kColumns / 4) * 4;
   const u8* values = b.own.values + (b.kv_head * b.own.capacity - b.own.first) * kRowBytes;
+  if (thread < kRows) score_row[thread] = thread < b.rows ? b.row(thread) - first_row * heads : -1;
+  __syncthreads();
+  float v[kValues], w[kWeights], k = 1.0f;  // of the next 64 keys, on their way while the present ones are weighed
+  auto fetch = [&](i64 p0) {
+    const int n = static_cast<int>(end - p0 < kKeys ? end - p0 : kKeys);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const int at = i * kThreads + thread, p = at / kColumns, c = column0 + at % kColumns;
+      v[i] = p < n && c < kDim ? load_value(values + (p0 + p) * kRowBytes, c, KV_DTYPE) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kWeights; ++i) {
+      const int at = i * kThreads + thread, p = at % kKeys;
+      const i64 row = score_row[at / kKeys];
+      w[i] = row >= 0 && p < n ? scores[row * width + (p0 - b.base) + p] : 0.0f;
+    }
+    if (thread < kRows && score_row[thread] >= 0) k = keep[score_row[thread] * (width / kKeys) + (p0 - b.base) / kKeys];
+  };
   float out[kOwn][4];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[i][j] = 0.0f;
-  for (i64 p0 = start > first ? start : first; p0 < end; p0 += kKeys) {
+  i64 p0 = start > first ? start : first;
+  if (p0 < end) fetch(p0);
+  for (; p0 < end; p0 += kKeys) {
     const int n = static_cast<int>(end - p0 < kKeys ? end - p0 : kKeys);
     __syncthreads();
 #pragma unroll
-    for (int i = thread; i < kKeys * kColumns; i += 256) {
-      const int p = i / kColumns, c = column0 + i % kColumns;
-      vs[p][i % kColumns] = p < n && c < kDim ? load_value(values + (p0 + p) * kRowBytes, c, KV_DTYPE) : 0.0f;
+    for (int i = 0; i < kValues; ++i) {
+      const int at = i * kThreads + thread;
+      vs[at / kColumns][at % kColumns] = v[i];
     }
 #pragma unroll
-    for (int i = thread; i < kRows * kKeys; i += 256) {
-      const int r = i / kKeys, p = i % kKeys;
-      ws[r][p] = r < b.rows && p < n ? scores[(b.row(r) - first_row * heads) * width + (p0 - b.base) + p] : 0.0f;
+    for (int i = 0; i < kWeights; ++i) {
+      const int at = i * kThreads + thread;
+      ws[at / kKeys][at % kKeys] = w[i];
     }
-    if (thread < kRows)
-      kept[thread] = thread < b.rows ? keep[(b.row(thread) - first_row * heads) * (width / kKeys) + (p0 - b.base) / kKeys] : 1.0f;
+    if (thread < kRows) kept[thread] = k;
     __syncthreads();
+    if (p0 + kKeys < end) fetch(p0 + kKeys);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) out[i][j] = kept[r0 + i] * out[i][j];
-#pragma unroll 4
-    for (int p = 0; p < n; ++p) {
-      const float4 v = *reinterpret_cast<const float4*>(&vs[p][c0]);
+    int p = 0;
+    for (; p + 4 <= n; p += 4) {
+      float4 weight[kOwn];
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float w = ws[r0 + i][p];
-        out[i][0] = fmaf(w, v.x, out[i][0]);
-        out[i][1] = fmaf(w, v.y, out[i][1]);
-        out[i][2] = fmaf(w, v.z, out[i][2]);
-        out[i][3] = fmaf(w, v.w, out[i][3]);
+      for (int i = 0; i < kOwn; ++i) weight[i] = *reinterpret_cast<const float4*>(&ws[r0 + i][p]);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const float4 x = *reinterpret_cast<const float4*>(&vs[p + s][c0]);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const float by = s == 0 ? weight[i].x : s == 1 ? weight[i].y : s == 2 ? weight[i].z : weight[i].w;
+          out[i][0] = fmaf(by, x.x, out[i][0]);
+          out[i][1] = fmaf(by, x.y, out[i][1]);
+          out[i][2] = fmaf(by, x.z, out[i][2]);
+          out[i][3] = fmaf(by, x.w, out[i][3]);
+        }
       }
     }
+    for (; p < n; ++p)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[i][j] = fmaf(ws[r0 + i][p], vs[p][c0 + j], out[i][j]);
   }
 #pragma unroll
   for (int i = 0; i < kOwn; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int c = column0 + c0 + j;
-      if (r0 + i < b.rows && c < kDim) sums[((b.row(r0 + i) - first_row * heads) * segments + segment) * kDim + c] = out[i][j];
+      if (r0 + i < b.rows && c < kDim) sums[(score_row[r0 + i] * segments + segment) * kDim + c] = out[i][j];
     }
 }
-extern "C" __global__ void __launch_bounds__(256) weigh_few(const Sequence* sequences, const int* blocks, int heads, int kv_heads, int window,
+extern "C" __global__ void __launch_bounds__(64) weigh_few(const Sequence* sequences, const int* blocks, int heads, int kv_heads, int window,
                                                             i64 first_row, i64 width, int segments, const float* scores,
                                                             const float* keep, float* sums) {
-  weigh<16>(sequences, blocks, heads, kv_heads, window, first_row, width, segments, scores, keep, sums);
+  after_previous();
+  weigh<16, 16>(sequences, blocks, heads, kv_heads, window, first_row, width, segments, scores, keep, sums);
 }
 extern "C" __global__ void __launch_bounds__(256) weigh_many(const Sequence* sequences, const int* blocks, int heads, int kv_heads, int window,
                                                              i64 first_row, i64 width, int segments, const float* scores,
                                                              const float* keep, float* sums) {
-  weigh<64>(sequences, blocks, heads, kv_heads, window, first_row, width, segments, scores, keep, sums);
+  after_previous();
+  weigh<64, 64>(sequences, blocks, heads, kv_heads, window, first_row, width, segments, scores, keep, sums);
 }
 
 // Merges the segments of each row, in order, then the sink; divides by the sum and applies the gate. Grid (rows, heads).
 extern "C" __global__ void merge_heads(const float* ends, const float* sums, int segments, const float* sinks, const float* q_in, int gated,
                                        int heads, i64 first_row, float* out) {
+  after_previous();
   const i64 row = first_row + blockIdx.x;
   const int head = blockIdx.y;
   const i64 own = (static_cast<i64>(blockIdx.x) * heads + head) * segments;

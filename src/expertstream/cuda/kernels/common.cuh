@@ -14,6 +14,15 @@ typedef long long i64;
 // Memory whose size is chosen at launch, as an array of bytes aligned to 16.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
 
+// Programmatic dependent launch: a kernel may start while the one before it runs. What comes before after_previous() reads constants only; then
+// the results of all earlier kernels are there, and the next kernel may start.
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // acc + Σ over four bytes of w (unsigned) · x (signed).
 __device__ __forceinline__ int dot4(u32 w, int x, int acc) {
   int d;
@@ -126,8 +135,13 @@ __device__ __forceinline__ float lane_sum(float v) {
 // Σx² of n values in the order of native/kernels/rows.h; called by a half-warp with its lane.
 __device__ __forceinline__ float sum_of_squares(const float* x, int n, int lane) {
   float sum = 0.0f;
-#pragma unroll 8
-  for (int c = lane; c < n; c += 16) sum = fmaf(x[c], x[c], sum);
+  for (int c0 = lane; c0 < n; c0 += 512) {
+    float v[32];  // on their way at once
+#pragma unroll
+    for (int i = 0; i < 32; ++i) v[i] = c0 + 16 * i < n ? x[c0 + 16 * i] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum = fmaf(v[i], v[i], sum);
+  }
   return lane_sum(sum);
 }
 
@@ -141,3 +155,25 @@ __device__ __forceinline__ int warp_sum(int v) {
   for (int step = 16; step; step /= 2) v += __shfl_xor_sync(kWarp, v, step);
   return v;
 }
+
+// Where a matrix lies, and in a list of matrices with one input: the first of its tiles and of its rows among all of them.
+struct Place {
+  const u8* data;
+  const u8* scales;
+  const u8* biases;
+  const float* row_bias;
+  i64 rows, first_tile, first_row;
+};
+// Up to four matrices, a kernel's parameter.
+struct Places {
+  Place at[4];
+
+  // The matrix that has a tile, of `count`.
+  __device__ __forceinline__ Place of_tile(i64 tile, int count) const {
+    Place found = at[0];
+#pragma unroll
+    for (int m = 1; m < 4; ++m)
+      if (m < count && tile >= at[m].first_tile) found = at[m];
+    return found;
+  }
+};

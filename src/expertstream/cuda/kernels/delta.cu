@@ -19,6 +19,7 @@ __device__ __forceinline__ float conv_input(const float* x, const Sequence& own,
 
 // y ← silu(causal depthwise convolution of x); grid (channels / blockDim.x, blocks of 32 tokens, sequences).
 extern "C" __global__ void convolve(const float* x, const float* weight, const Sequence* sequences, int channels, int kernel, float* y) {
+  after_previous();
   const Sequence own = sequences[blockIdx.z];
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= channels) return;
@@ -32,6 +33,7 @@ extern "C" __global__ void convolve(const float* x, const float* weight, const S
 
 // Keeps each sequence's last inputs; grid (channels / blockDim.x, sequences).
 extern "C" __global__ void keep_inputs(const float* x, const Sequence* sequences, int channels, int kernel) {
+  after_previous();
   const Sequence own = sequences[blockIdx.y];
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= channels) return;
@@ -40,10 +42,31 @@ extern "C" __global__ void keep_inputs(const float* x, const Sequence* sequences
   for (int i = 0; i + 1 < kernel; ++i) own.conv_state[static_cast<i64>(i) * channels + c] = last[i];
 }
 
+// Both for one token of each sequence; grid (channels / blockDim.x, sequences).
+extern "C" __global__ void convolve_step(const float* x, const float* weight, const Sequence* sequences, int channels, int kernel, float* y) {
+  after_previous();
+  const Sequence own = sequences[blockIdx.y];
+  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= channels) return;
+  float window[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < kernel) window[i] = conv_input(x, own, 0, kernel - 1 - i, channels, c, kernel);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < kernel) sum = fmaf(weight[i * channels + c], window[i], sum);
+  y[own.begin * channels + c] = silu(sum);
+#pragma unroll
+  for (int i = 0; i < 7; ++i)
+    if (i + 1 < kernel) own.conv_state[static_cast<i64>(i) * channels + c] = window[i + 1];
+}
+
 // Scales queries and keys to unit length, queries also by `scale`, in place; a warp a head, grid (rows, 2·key_heads + 1). The last block of
 // a row computes its heads' log decays and betas.
 extern "C" __global__ void prepare_delta(float* mixed, int channels, int key_heads, float scale, const float* a, const float* b,
                                          const float* a_log, const float* dt_bias, int value_heads, i64 first_row, float* g, float* beta) {
+  after_previous();
   const i64 row = first_row + blockIdx.x;
   const int head = blockIdx.y;
   if (head < 2 * key_heads) {
@@ -70,11 +93,13 @@ __device__ __forceinline__ void finish_row(const float* x, const float* z, const
   for (int c = threadIdx.x; c < kValue; c += blockDim.x) to[c] = x[c] * *factor * norm[c] * silu(z[c]);
 }
 
-// Token by token; a thread a column of the state, grid (value_heads, sequences).
-extern "C" __global__ void delta_step(const float* mixed, const float* z, const float* g, const float* beta, const Sequence* sequences,
-                                      int channels, int key_heads, int value_heads, const float* norm, float eps, float* out) {
+// Token by token; a thread a column of the state, grid (value_heads, sequences). Includes prepare_delta, for one head.
+extern "C" __global__ void delta_step(const float* mixed, const float* z, const float* a, const float* b, const float* a_log,
+                                      const float* dt_bias, const Sequence* sequences, int channels, int key_heads, int value_heads,
+                                      float query_scale, const float* norm, float eps, float* out) {
+  after_previous();
   __shared__ float q[kKey], k[kKey], row[kValue];
-  __shared__ float factor;
+  __shared__ float factor, decay, rate;
   const Sequence own = sequences[blockIdx.y];
   const int head = blockIdx.x, key_head = head / (value_heads / key_heads), c = threadIdx.x;
   const bool works = c < kValue;
@@ -84,13 +109,23 @@ extern "C" __global__ void delta_step(const float* mixed, const float* z, const 
   for (int i = 0; i < kKey; ++i) s[i] = state[i * kValue];
   for (i64 t = own.begin; t < own.begin + own.count; ++t) {
     const float* from = mixed + t * channels + key_head * kKey;
-    for (int i = c; i < kKey; i += blockDim.x) {
-      q[i] = from[i];
-      k[i] = from[key_heads * kKey + i];
+    const i64 at = t * value_heads + head;
+    const int warp = c >> 5, warps = blockDim.x >> 5, lane = c & 31;
+    if (warp == 0) {
+      const float by = query_scale / sqrtf(sum_of_squares(from, kKey, lane & 15) + 1e-6f);
+      for (int i = lane; i < kKey; i += 32) q[i] = from[i] * by;
+    }
+    if (warp == 1 % warps) {
+      const float* key = from + key_heads * kKey;
+      const float by = 1.0f / sqrtf(sum_of_squares(key, kKey, lane & 15) + 1e-6f);
+      for (int i = lane; i < kKey; i += 32) k[i] = key[i] * by;
+    }
+    if (warp == 2 % warps && lane == 0) {
+      decay = expertstream::log_decay(a[at], a_log[head], dt_bias[head]);
+      rate = sigmoid(b[at]);
     }
     __syncthreads();
-    const i64 at = t * value_heads + head;
-    const float keep = exp_f32(g[at]);
+    const float keep = exp_f32(decay);
     float seen = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKey; ++i) {
@@ -98,7 +133,7 @@ extern "C" __global__ void delta_step(const float* mixed, const float* z, const 
       seen = fmaf(k[i], s[i], seen);
     }
     const float v = works ? mixed[t * channels + 2 * key_heads * kKey + head * kValue + c] : 0.0f;
-    const float delta = (v - seen) * beta[at];
+    const float delta = (v - seen) * rate;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKey; ++i) {
@@ -122,6 +157,7 @@ constexpr int kStride = kPart + 4;
 // −β_i e^{γ_i−γ_j}(k_i·k_j), and e^{γ_i−γ_j}(q_i·k_j) for j ≤ i, else 0. ends: (chunks, value_heads, 2, 64): e^{γ_i}, e^{γ_last−γ_i}.
 extern "C" __global__ void __launch_bounds__(256) delta_pairs(const float* mixed, const float* g, const float* beta, i64 begin, i64 count,
                                                               int channels, int key_heads, int value_heads, float* pairs, float* ends) {
+  after_previous();
   __shared__ __align__(16) float ks[kChunk][kStride];
   __shared__ __align__(16) float qs[kChunk][kStride];
   __shared__ float gamma[kChunk], rate[kChunk];
@@ -189,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_pairs(const float* mixed
 extern "C" __global__ void __launch_bounds__(256) delta_chunks(const float* mixed, const float* beta, float* states, i64 begin, i64 count,
                                                                int channels, int key_heads, int value_heads, const float* pairs,
                                                                const float* ends, float* out) {
+  after_previous();
   DYNAMIC_SHARED(memory);
   float* s = reinterpret_cast<float*>(memory);           // (kKey, 32): the state
   float* among = s + kKey * 32;                          // (64, 64), then the scores
@@ -306,6 +343,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_chunks(const float* mixe
 
 // out ← rms_norm(out)·silu(z) of each row and head; grid (rows·value_heads).
 extern "C" __global__ void finish_delta(float* out, const float* z, const float* norm, float eps) {
+  after_previous();
   __shared__ float row[kValue];
   __shared__ float factor;
   const i64 at = static_cast<i64>(blockIdx.x) * kValue;

@@ -71,6 +71,7 @@ __device__ __forceinline__ void quantize_group(const float* v, int lane, signed 
 
 // x (tokens, cols) → activations; a warp a group.
 extern "C" __global__ void quantize_rows(const float* x, int tokens, int cols, signed char* q, float* scale, float* sum, int* codes) {
+  after_previous();
   const int groups = cols / GROUP, lane = threadIdx.x & 31;
   const i64 unit = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) >> 5;
   if (unit >= static_cast<i64>(tokens) * groups) return;
@@ -83,9 +84,42 @@ extern "C" __global__ void quantize_rows(const float* x, int tokens, int cols, s
   quantize_group(v, lane, q + token * PLANES * cols + g * GROUP, cols, scale + unit, sum + unit, codes + token * PLANES * groups + g, groups);
 }
 
+// y (tokens, cols) ← rms_norm of each row, and its activations; a block a row. Shared: 2·cols floats.
+extern "C" __global__ void norm_rows(const float* x, const float* weight, int cols, float eps, float* y, signed char* q, float* scale,
+                                     float* sum, int* codes) {
+  DYNAMIC_SHARED(memory);
+  __shared__ float factor;
+  float* row = reinterpret_cast<float*>(memory);
+  float* weights = row + cols;
+  const i64 token = blockIdx.x;
+  const int groups = cols / GROUP, lane = threadIdx.x & 31;
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) weights[c] = weight[c];
+  after_previous();
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) row[c] = x[token * cols + c];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const float squares = sum_of_squares(row, cols, threadIdx.x & 15);
+    if (threadIdx.x == 0) factor = 1.0f / sqrtf(squares / static_cast<float>(cols) + eps);
+  }
+  __syncthreads();
+  constexpr int kOwn = GROUP / 32;
+  for (int g = threadIdx.x >> 5; g < groups; g += blockDim.x >> 5) {
+    float v[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int c = g * GROUP + lane * kOwn + i;
+      v[i] = row[c] * factor * weights[c];
+      y[token * cols + c] = v[i];
+    }
+    const i64 unit = token * groups + g;
+    quantize_group(v, lane, q + token * PLANES * cols + g * GROUP, cols, scale + unit, sum + unit, codes + token * PLANES * groups + g, groups);
+  }
+}
+
 // act(gate, up) (pairs, inner) → activations, a warp a group.
 extern "C" __global__ void activate_rows(const float* gate, const float* up, int pairs, int inner, float alpha, float limit, signed char* q,
                                          float* scale, float* sum, int* codes) {
+  after_previous();
   const int groups = inner / GROUP, lane = threadIdx.x & 31;
   const i64 unit = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) >> 5;
   if (unit >= static_cast<i64>(pairs) * groups) return;
@@ -161,25 +195,34 @@ __device__ __forceinline__ void add_lanes(int* v, int lane) {
   }
 }
 
-// Dot products of one tile with some tokens, by `warps` warps, this one being `warp`: dots[(t·groups + g)·16 + row] ← scale of the
-// activations · Σ w·q, as floats in shared memory. xs: the tokens' integers in shared memory, (tokens, PLANES, cols/4) words.
-__device__ __forceinline__ void tile_dots(const u8* data, int cols, const int* xs, int tokens, const float* scale, const int* codes, int warp,
-                                          int warps, int lane, float* dots) {
-  const int vectors = cols * BITS / 32, units = (vectors + kUnit - 1) / kUnit, groups = cols / GROUP, words = cols / 4;
-  const int quad = lane >> 2;
-  for (int u0 = warp; u0 < units; u0 += warps * kAhead) {
-    uint4 w[kAhead][kLoads];
+// A warp's part of a tile on its way: units warp, warp + warps, …
+struct Units {
+  uint4 w[kAhead][kLoads];
+
+  __device__ __forceinline__ void load(const u8* data, int vectors, int first, int warps, int lane) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a)
 #pragma unroll
       for (int c = 0; c < kLoads; ++c) {
-        const int v = (u0 + a * warps) * kUnit + c * 8 + quad;
+        const int v = (first + a * warps) * kUnit + c * 8 + (lane >> 2);
         w[a][c] = v < vectors ? load_once(data + static_cast<i64>(v) * 64 + (lane & 3) * 16) : make_uint4(0u, 0u, 0u, 0u);
       }
+  }
+};
+
+// Dot products of one tile with some tokens, by `warps` warps, this one being `warp`, whose first units are in `units`: dots[(t·groups + g)·16
+// + row] ← scale of the activations · Σ w·q, as floats in shared memory. xs: the tokens' integers in shared memory, (tokens, PLANES, cols/4)
+// words.
+__device__ __forceinline__ void tile_dots(Units& units, const u8* data, int cols, const int* xs, int tokens, const float* scale,
+                                          const int* codes, int warp, int warps, int lane, float* dots) {
+  const int vectors = cols * BITS / 32, count = (vectors + kUnit - 1) / kUnit, groups = cols / GROUP, words = cols / 4;
+  const int quad = lane >> 2;
+  for (int u0 = warp; u0 < count; u0 += warps * kAhead) {
+    if (u0 != warp) units.load(data, vectors, u0, warps, lane);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int u = u0 + a * warps;
-      if (u >= units) break;
+      if (u >= count) break;
       for (int t = 0; t < tokens; ++t) {
         int joined[4];
 #pragma unroll
@@ -189,7 +232,7 @@ __device__ __forceinline__ void tile_dots(const u8* data, int cols, const int* x
           for (int c = 0; c < kLoads; ++c) {
             const int v = u * kUnit + c * 8 + quad;
             if (v < vectors) {
-              const u32 own[4] = {w[a][c].x, w[a][c].y, w[a][c].z, w[a][c].w};
+              const u32 own[4] = {units.w[a][c].x, units.w[a][c].y, units.w[a][c].z, units.w[a][c].w};
               const int* x = xs + (t * PLANES + p) * words + v * kPerByte;
 #pragma unroll
               for (int b = 0; b < kPerByte; ++b) {
@@ -220,51 +263,60 @@ __device__ __forceinline__ void tile_dots(const u8* data, int cols, const int* x
   }
 }
 
-// The chain over the groups for one row of a tile and one token. dots, scales and biases: of this row, 16 values a group; sums: of the token.
-__device__ __forceinline__ float chain(const float* dots, const u8* scales, const u8* biases, i64 first, const float* sums, int groups) {
-  float total = 0.0f;
-#pragma unroll 8
-  for (int g = 0; g < groups; ++g) {
-    total = fmaf(dots[g * 16], scale_value(scales, first + g * 16), total);
-    if (CODES == kAffine) total = fmaf(load_value(biases, first + g * 16, DTYPE), sums[g], total);
-  }
-  return total;
+__device__ __forceinline__ void copy_words(int* to, const void* from, int words) {
+  for (int i = threadIdx.x; i < words; i += blockDim.x) to[i] = static_cast<const int*>(from)[i];
 }
 
-__device__ __forceinline__ void copy_words(int* to, const signed char* from, int words) {
-  for (int i = threadIdx.x; i < words; i += blockDim.x) to[i] = reinterpret_cast<const int*>(from)[i];
-}
-
-// y (tokens, rows) ← x·wᵀ + row_bias for at most 16 · blockDim.x / 256 tokens; a block a tile. Shared: the tokens' integers, and dots.
-extern "C" __global__ void multiply_few(const u8* data, const u8* scales, const u8* biases, const float* row_bias, int rows, int cols,
-                                        const signed char* q, const float* scale, const float* sum, const int* codes, int tokens, float* y) {
-  DYNAMIC_SHARED(memory);
-  const int words = tokens * PLANES * cols / 4, groups = cols / GROUP, tile = blockIdx.x;
+// One tile by some tokens, by a block: y[t·rows + row] ← … + row_bias. kWait: the matrix is a constant, so it is read before the kernels before
+// are done. memory: shared, for the tokens' integers, dots, scales, biases and sums.
+template <bool kWait>
+__device__ __forceinline__ void multiply_tile(const Place& w, int tile, int cols, const signed char* q, const float* scale, const float* sum,
+                                              const int* codes, int tokens, u8* memory, float* y) {
+  constexpr int kValueBytes = CODES == kE2M1 || DTYPE == kE8M0 ? 1 : DTYPE == kF32 ? 4 : 2;
+  const int words = tokens * PLANES * cols / 4, groups = cols / GROUP, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
+  const u8* data = w.data + static_cast<i64>(tile) * cols * BITS * 2;
+  Units units;
+  units.load(data, cols * BITS / 32, warp, warps, lane);
   int* xs = reinterpret_cast<int*>(memory);
-  float* dots = reinterpret_cast<float*>(memory) + words;
+  float* dots = reinterpret_cast<float*>(xs + words);
+  float* sums = dots + tokens * groups * 16;
+  int* scales = reinterpret_cast<int*>(sums + tokens * groups);
+  int* biases = scales + groups * 4 * kValueBytes;
+  copy_words(scales, w.scales + static_cast<i64>(tile) * groups * 16 * kValueBytes, groups * 4 * kValueBytes);
+  if (CODES == kAffine) copy_words(biases, w.biases + static_cast<i64>(tile) * groups * 16 * kValueBytes, groups * 4 * kValueBytes);
+  if (kWait) after_previous();
   copy_words(xs, q, words);
+  if (CODES == kAffine) copy_words(reinterpret_cast<int*>(sums), sum, tokens * groups);
   __syncthreads();
-  tile_dots(data + static_cast<i64>(tile) * cols * BITS * 2, cols, xs, tokens, scale, codes, threadIdx.x >> 5, blockDim.x >> 5,
-            threadIdx.x & 31, dots);
+  tile_dots(units, data, cols, xs, tokens, scale, codes, warp, warps, lane, dots);
   __syncthreads();
+  const u8* own_scales = reinterpret_cast<const u8*>(scales);
+  const u8* own_biases = reinterpret_cast<const u8*>(biases);
   for (int i = threadIdx.x; i < 16 * tokens; i += blockDim.x) {
     const int t = i >> 4, r = i & 15, row = tile * 16 + r;
-    if (row >= rows) continue;
-    float total = chain(dots + t * groups * 16 + r, scales, biases, static_cast<i64>(tile) * groups * 16 + r, sum + t * groups, groups);
-    if (row_bias) total = fmaf(1.0f, row_bias[row], total);
-    y[static_cast<i64>(t) * rows + row] = total;
+    if (row >= w.rows) continue;
+    float total = 0.0f;
+#pragma unroll 8
+    for (int g = 0; g < groups; ++g) {
+      total = fmaf(dots[(t * groups + g) * 16 + r], scale_value(own_scales, g * 16 + r), total);
+      if (CODES == kAffine) total = fmaf(load_value(own_biases, g * 16 + r, DTYPE), sums[t * groups + g], total);
+    }
+    if (w.row_bias) total = fmaf(1.0f, w.row_bias[row], total);
+    y[static_cast<i64>(t) * w.rows + row] = total;
   }
+}
+
+// Some matrices by few tokens; a block a tile, of the matrix that has it. y: the results one after another, each (tokens, rows).
+extern "C" __global__ void multiply_few(const Places matrices, int count, int cols, const signed char* q, const float* scale, const float* sum,
+                                        const int* codes, int tokens, float* y) {
+  DYNAMIC_SHARED(memory);
+  const Place w = matrices.of_tile(blockIdx.x, count);
+  multiply_tile<true>(w, blockIdx.x - static_cast<int>(w.first_tile), cols, q, scale, sum, codes, tokens, memory, y + w.first_row * tokens);
 }
 
 // Experts: `parts` gives each one's addresses, `stride` of them per expert, from `first` on: values, scales, biases if the codes have them,
 // and the row bias if `biased`.
-struct Place {
-  const u8* data;
-  const u8* scales;
-  const u8* biases;
-  const float* row_bias;
-};
-__device__ __forceinline__ Place place_of(const u64* parts, i64 expert, int stride, int first, int biased) {
+__device__ __forceinline__ Place place_of(const u64* parts, i64 expert, int stride, int first, int biased, int rows) {
   const u64* at = parts + expert * stride + first;
   constexpr int kParts = CODES == kAffine ? 3 : 2;
   Place p;
@@ -272,30 +324,23 @@ __device__ __forceinline__ Place place_of(const u64* parts, i64 expert, int stri
   p.scales = reinterpret_cast<const u8*>(at[1]);
   p.biases = CODES == kAffine ? reinterpret_cast<const u8*>(at[2]) : nullptr;
   p.row_bias = biased ? reinterpret_cast<const float*>(at[kParts]) : nullptr;
+  p.rows = rows;
+  p.first_tile = p.first_row = 0;
   return p;
 }
 
-// y (pairs, rows) ← the matrix of each pair's expert · that pair's activations; grid (tiles, pairs). pair_token: whose activations, or null:
-// the pair's own. This is gate and up, of few pairs.
-extern "C" __global__ void multiply_pairs(const u64* parts, int stride, int first, int biased, const i64* pair_expert, const int* pair_token,
-                                          int rows, int cols, const signed char* q, const float* scale, const float* sum, const int* codes,
-                                          float* y) {
+// y (z, pairs, rows) ← matrix z of each pair's expert · that pair's activations; grid (tiles, pairs, matrices): gate and up, or down. The
+// parts of matrix z begin at first + z·step. pair_token: whose activations, or null: the pair's own.
+extern "C" __global__ void multiply_pairs(const u64* parts, int stride, int first, int step, int biased, const i64* pair_expert,
+                                          const int* pair_token, int rows, int cols, const signed char* q, const float* scale, const float* sum,
+                                          const int* codes, float* y) {
   DYNAMIC_SHARED(memory);
-  const int pair = blockIdx.y, tile = blockIdx.x, groups = cols / GROUP, words = PLANES * cols / 4;
+  after_previous();
+  const int pair = blockIdx.y, groups = cols / GROUP;
   const i64 token = pair_token ? pair_token[pair] : pair;
-  const Place w = place_of(parts, pair_expert[pair], stride, first, biased);
-  int* xs = reinterpret_cast<int*>(memory);
-  float* dots = reinterpret_cast<float*>(memory) + words;
-  copy_words(xs, q + token * PLANES * cols, words);
-  __syncthreads();
-  tile_dots(w.data + static_cast<i64>(tile) * cols * BITS * 2, cols, xs, 1, scale + token * groups, codes + token * PLANES * groups,
-            threadIdx.x >> 5, blockDim.x >> 5, threadIdx.x & 31, dots);
-  __syncthreads();
-  const int row = tile * 16 + threadIdx.x;
-  if (threadIdx.x >= 16 || row >= rows) return;
-  float total = chain(dots + threadIdx.x, w.scales, w.biases, static_cast<i64>(tile) * groups * 16 + threadIdx.x, sum + token * groups, groups);
-  if (w.row_bias) total = fmaf(1.0f, w.row_bias[row], total);
-  y[static_cast<i64>(pair) * rows + row] = total;
+  const Place w = place_of(parts, pair_expert[pair], stride, first + static_cast<int>(blockIdx.z) * step, biased, rows);
+  multiply_tile<false>(w, blockIdx.x, cols, q + token * PLANES * cols, scale + token * groups, sum + token * groups, codes + token * PLANES * groups, 1,
+                memory, y + (static_cast<i64>(blockIdx.z) * gridDim.y + pair) * rows);
 }
 
 // Many tokens, on tensor cores. A warp has one tile of 16 rows and 8·kColumns tokens; a block has blockDim.x/32 tiles and the same tokens.
@@ -336,6 +381,7 @@ __device__ __forceinline__ void weights_of(const u8* group, int step, int gid, i
 extern "C" __global__ void __launch_bounds__(256) multiply_many(const u64* parts, int stride, int first, int biased, const int* tasks,
                                                                 const int* pair_token, int rows, int cols, const signed char* q,
                                                                 const float* scale, const float* sum, const int* codes, float* y) {
+  after_previous();
   __shared__ __align__(16) u8 xs[2][PLANES * kTokens * kRow];
   __shared__ float sc[2][kTokens], su[2][kTokens];
   __shared__ int zs[2][kTokens];
@@ -343,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(256) multiply_many(const u64* parts
   const int* task = tasks + 3 * blockIdx.y;
   const int first_pair = task[1], count = task[2], groups = cols / GROUP;
   if (count == 0) return;
-  const Place w = place_of(parts, task[0], stride, first, biased);
+  const Place w = place_of(parts, task[0], stride, first, biased, rows);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, gid = lane >> 2, quad = lane & 3;
   const int tiles = (rows + 15) / 16, tile = blockIdx.x * (blockDim.x >> 5) + warp;
   const bool works = tile < tiles;

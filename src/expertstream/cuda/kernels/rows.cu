@@ -2,39 +2,48 @@
 #include "common.cuh"
 
 extern "C" __global__ void add(float* y, const float* x, i64 n) {
+  after_previous();
   const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < n) y[i] = y[i] + x[i];
 }
 
-// y (rows, n) ← rms_norm of each row; a block a row.
+// y (rows, n) ← rms_norm of each row; a block a row. Shared: 2·n floats.
 extern "C" __global__ void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+  after_previous();
   DYNAMIC_SHARED(memory);
   __shared__ float factor;
   float* row = reinterpret_cast<float*>(memory);
   const float* from = x + static_cast<i64>(blockIdx.x) * n;
-  for (int c = threadIdx.x; c < n; c += blockDim.x) row[c] = from[c];
+  float* weights = row + n;
+  for (int c = threadIdx.x; c < n; c += blockDim.x) {
+    row[c] = from[c];
+    weights[c] = weight[c];
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     const float squares = sum_of_squares(row, n, threadIdx.x & 15);
     if (threadIdx.x == 0) factor = 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < n; c += blockDim.x) y[static_cast<i64>(blockIdx.x) * n + c] = row[c] * factor * weight[c];
+  for (int c = threadIdx.x; c < n; c += blockDim.x) y[static_cast<i64>(blockIdx.x) * n + c] = row[c] * factor * weights[c];
 }
 
 // y (count, n) ← rows `which` of x.
 extern "C" __global__ void gather_rows(const float* x, const i64* which, int n, float* y) {
+  after_previous();
   for (int c = threadIdx.x; c < n; c += blockDim.x) y[static_cast<i64>(blockIdx.x) * n + c] = x[which[blockIdx.x] * n + c];
 }
 
 // Rows `which` of y ← x (count, n).
 extern "C" __global__ void scatter_rows(const float* x, const i64* which, int n, float* y) {
+  after_previous();
   for (int c = threadIdx.x; c < n; c += blockDim.x) y[which[blockIdx.x] * n + c] = x[static_cast<i64>(blockIdx.x) * n + c];
 }
 
 // y (tokens, cols) ← rows of a matrix as float32; a block a token. Quantized: fma(q, scale, bias).
 extern "C" __global__ void embed(const u8* data, const u8* scales, const u8* biases, int cols, int bits, int group, int dtype, int codes,
                                  const i64* tokens, float* y) {
+  after_previous();
   const i64 row = tokens[blockIdx.x];
   float* to = y + static_cast<i64>(blockIdx.x) * cols;
   if (bits >= 16) {
@@ -57,36 +66,113 @@ extern "C" __global__ void embed(const u8* data, const u8* scales, const u8* bia
   }
 }
 
-// y (tokens, rows) ← x (tokens, cols)·wᵀ for a dense matrix: 16 lanes a row, as f_sum adds them. A half-warp a row, grid (rows, tokens).
-// With `parts`, as multiply_pairs in products.cu: the matrix of pair_expert[p] for each pair p, and x of its pair_token.
-extern "C" __global__ void multiply_dense(const u64* parts, int stride, int first, int biased, const i64* pair_expert, const int* pair_token,
-                                          const u8* data, const float* row_bias, int dtype, int rows, int cols, const float* x, float* y) {
-  const int lane = threadIdx.x & 15, row = (blockIdx.x * blockDim.x + threadIdx.x) >> 4, pair = blockIdx.y;
-  const i64 token = pair_token ? pair_token[pair] : pair;
-  if (parts) {
-    const u64* at = parts + pair_expert[pair] * stride + first;
-    data = reinterpret_cast<const u8*>(at[0]);
-    row_bias = biased ? reinterpret_cast<const float*>(at[1]) : nullptr;
+// A row of a dense matrix by kTokens tokens: 16 lanes, as f_sum adds them; called by half-warps. load(c): value c of the row; token(t, c): of a
+// token; ready(): called once the first part of the row, which is a constant, is on its way.
+template <int kTokens, int kSteps, class Load, class Token, class Ready>
+__device__ __forceinline__ void multiply_row(int cols, Load load, Token token, Ready ready, float* sums) {
+  const int lane = threadIdx.x & 15;
+  float w[kSteps];  // kSteps times 16 columns are on their way at once
+  auto fetch = [&](int c0) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) w[i] = c0 + 16 * i < cols ? load(c0 + 16 * i) : 0.0f;
+  };
+  fetch(lane);
+  ready();
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) sums[t] = 0.0f;
+  for (int c0 = lane; c0 < cols; c0 += 16 * kSteps) {
+    if (c0 != lane) fetch(c0);
+#pragma unroll
+    for (int i0 = 0; i0 < kSteps; i0 += 16) {
+      float x[kTokens][16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) x[t][i] = c0 + 16 * (i0 + i) < cols ? token(t, c0 + 16 * (i0 + i)) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+        if (c0 + 16 * (i0 + i) < cols)
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) sums[t] = fmaf(w[i0 + i], x[t][i], sums[t]);
+    }
   }
-  const float* xs = x + token * cols;
-  const i64 begin = static_cast<i64>(row < rows ? row : 0) * cols;
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int c = lane; c < cols; c += 16) sum = fmaf(load_value(data, begin + c, dtype), xs[c], sum);
-  sum = lane_sum(sum);
-  if (lane != 0 || row >= rows) return;
-  if (row_bias) sum = fmaf(1.0f, row_bias[row], sum);
-  y[static_cast<i64>(pair) * rows + row] = sum;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) sums[t] = lane_sum(sums[t]);
+}
+template <int kTokens, int kSteps, class Token, class Ready>
+__device__ __forceinline__ void multiply_row_of(int dtype, const u8* row, int cols, Token token, Ready ready, float* sums) {
+  if (dtype == kBF16)
+    multiply_row<kTokens, kSteps>(cols, [row](int c) { return load_value(row, c, kBF16); }, token, ready, sums);
+  else if (dtype == kF16)
+    multiply_row<kTokens, kSteps>(cols, [row](int c) { return load_value(row, c, kF16); }, token, ready, sums);
+  else
+    multiply_row<kTokens, kSteps>(cols, [row](int c) { return load_value(row, c, kF32); }, token, ready, sums);
+}
+
+// Some dense matrices by the same tokens, 16 rows a block of 256 threads; grid (tiles, blocks of kTokens tokens). Shared: the tokens. y: the
+// results one after another, each (tokens, rows).
+template <int kTokens, int kSteps>
+__device__ __forceinline__ void multiply_dense(const Places& matrices, int count, int dtype, int cols, const float* x, i64 tokens, u8* memory,
+                                               float* y) {
+  const Place w = matrices.of_tile(blockIdx.x, count);
+  const i64 row = (static_cast<i64>(blockIdx.x) - w.first_tile) * 16 + threadIdx.x / 16, first = static_cast<i64>(blockIdx.y) * kTokens;
+  const int here = static_cast<int>(tokens - first < kTokens ? tokens - first : kTokens);
+  float* xs = reinterpret_cast<float*>(memory);
+  auto ready = [&]() {
+    after_previous();
+#pragma unroll 8
+    for (int i = threadIdx.x; i < here * cols; i += 256) xs[i] = x[first * cols + i];
+    for (int i = here * cols + threadIdx.x; i < kTokens * cols; i += 256) xs[i] = 0.0f;
+    __syncthreads();
+  };
+  float sums[kTokens];
+  multiply_row_of<kTokens, kSteps>(dtype, w.data + (row < w.rows ? row : 0) * cols * value_bytes(dtype), cols,
+                                   [xs, cols](int t, int c) { return xs[t * cols + c]; }, ready, sums);
+  if ((threadIdx.x & 15) != 0 || row >= w.rows) return;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (t >= here) break;
+    y[w.first_row * tokens + (first + t) * w.rows + row] = w.row_bias ? fmaf(1.0f, w.row_bias[row], sums[t]) : sums[t];
+  }
+}
+extern "C" __global__ void __launch_bounds__(256) dense_few(const Places matrices, int count, int dtype, int cols, const float* x, i64 tokens,
+                                                            float* y) {
+  DYNAMIC_SHARED(memory);
+  multiply_dense<1, 64>(matrices, count, dtype, cols, x, tokens, memory, y);
+}
+extern "C" __global__ void __launch_bounds__(256) dense_many(const Places matrices, int count, int dtype, int cols, const float* x, i64 tokens,
+                                                             float* y) {
+  DYNAMIC_SHARED(memory);
+  multiply_dense<4, 16>(matrices, count, dtype, cols, x, tokens, memory, y);
+}
+
+// y (pairs, rows) ← the dense matrix of pair_expert[p] by its pair_token's x, or by row p; as multiply_pairs in products.cu. Grid (rows / 16,
+// pairs).
+extern "C" __global__ void dense_pairs(const u64* parts, int stride, int first, int biased, const i64* pair_expert, const int* pair_token,
+                                       int dtype, int rows, int cols, const float* x, float* y) {
+  after_previous();
+  const int pair = blockIdx.y, row = blockIdx.x * 16 + threadIdx.x / 16;
+  const u64* at = parts + pair_expert[pair] * stride + first;
+  const u8* data = reinterpret_cast<const u8*>(at[0]);
+  const float* row_bias = biased ? reinterpret_cast<const float*>(at[1]) : nullptr;
+  const float* xs = x + (pair_token ? pair_token[pair] : static_cast<i64>(pair)) * cols;
+  float sum[1];
+  multiply_row_of<1, 16>(dtype, data + static_cast<i64>(row < rows ? row : 0) * cols * value_bytes(dtype), cols,
+                         [xs](int, int c) { return xs[c]; }, [] {}, sum);
+  if ((threadIdx.x & 15) != 0 || row >= rows) return;
+  y[static_cast<i64>(pair) * rows + row] = row_bias ? fmaf(1.0f, row_bias[row], sum[0]) : sum[0];
 }
 
 // gate ← act(gate, up), n values.
 extern "C" __global__ void activate_dense(float* gate, const float* up, i64 n, float alpha, float limit) {
+  after_previous();
   const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < n) gate[i] = activate(gate[i], up[i], alpha, limit);
 }
 
 // y (tokens, n) ← sigmoid(factor of the token)·y; a block a token.
 extern "C" __global__ void scale_by_sigmoid(float* y, const float* factor, int n) {
+  after_previous();
   const float by = sigmoid(factor[blockIdx.x]);
   for (int c = threadIdx.x; c < n; c += blockDim.x) {
     const i64 at = static_cast<i64>(blockIdx.x) * n + c;
@@ -98,6 +184,7 @@ extern "C" __global__ void scale_by_sigmoid(float* y, const float* factor, int n
 // by_place: weights are in the order of `pairs` instead.
 extern "C" __global__ void accumulate(float* acc, const float* y, const int* start, const int* pairs, const float* weights, int by_place,
                                       int n) {
+  after_previous();
   const int token = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= n) return;
   float total = acc[static_cast<i64>(token) * n + c];
@@ -114,6 +201,7 @@ __device__ __forceinline__ i64 run_of(i64 pairs, int thread) { return pairs * th
 
 // counts[e] ← pairs of expert e.
 extern "C" __global__ void count_pairs(const i64* selected, i64 pairs, int* counts) {
+  after_previous();
   __shared__ int of_warp[8];
   int own = 0;
   for (i64 p = run_of(pairs, threadIdx.x); p < run_of(pairs, threadIdx.x + 1); ++p) own += selected[p] == blockIdx.x ? 1 : 0;
@@ -129,6 +217,7 @@ extern "C" __global__ void count_pairs(const i64* selected, i64 pairs, int* coun
 // starts (experts + 1): each expert's first pair. tasks (capacity, 3): (expert, first pair, pairs) of blocks of at most `block` pairs; those
 // that are not needed have no pairs. One block, one thread an expert or more.
 extern "C" __global__ void plan_pairs(const int* counts, int experts, int block, int capacity, int* starts, int* tasks) {
+  after_previous();
   DYNAMIC_SHARED(memory);
   int* first = reinterpret_cast<int*>(memory);  // (experts + 1): pairs
   int* task = first + experts + 1;              // (experts + 1): tasks
@@ -160,6 +249,7 @@ extern "C" __global__ void plan_pairs(const int* counts, int experts, int block,
 
 // place[p] ← where pair p stands among the grouped ones; token and expert of that place.
 extern "C" __global__ void place_pairs(const i64* selected, i64 pairs, int top_k, const int* starts, int* place, int* token, i64* expert) {
+  after_previous();
   __shared__ int before[256];
   int own = 0;
   for (i64 p = run_of(pairs, threadIdx.x); p < run_of(pairs, threadIdx.x + 1); ++p) own += selected[p] == blockIdx.x ? 1 : 0;
@@ -186,6 +276,7 @@ extern "C" __global__ void place_pairs(const i64* selected, i64 pairs, int top_k
 // The softmax of each token's logits (experts), the top_k largest, experts ascending; a block a token. Shared: `experts` floats, and
 // 2·top_k words. An expert's rank is the number of those that come before it.
 extern "C" __global__ void route(const float* logits, int experts, int top_k, int renormalize, float* weights, i64* selected) {
+  after_previous();
   DYNAMIC_SHARED(memory);
   __shared__ float most[32];
   __shared__ float whole;
@@ -212,6 +303,7 @@ extern "C" __global__ void route(const float* logits, int experts, int top_k, in
   __syncthreads();
   if (warp == 0) {
     float sum = 0.0f;
+#pragma unroll 16
     for (int e = lane & 15; e < experts; e += 16) sum = sum + probs[e];
     sum = lane_sum(sum);
     if (lane == 0) whole = sum;
@@ -219,15 +311,19 @@ extern "C" __global__ void route(const float* logits, int experts, int top_k, in
   __syncthreads();
   for (int e = threadIdx.x; e < experts; e += blockDim.x) probs[e] = probs[e] / whole;
   __syncthreads();
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+  const int padded = (experts * 4 + 31) / 32 * 32;
+  for (int i = threadIdx.x; i < padded; i += blockDim.x) {  // four threads an expert, each compares with a quarter of the others
+    const int e = i / 4 < experts ? i / 4 : 0;
     const float p = probs[e];
     int rank = 0;
 #pragma unroll 8
-    for (int other = 0; other < experts; ++other) {
+    for (int other = i & 3; other < experts; other += 4) {
       const float o = probs[other];
       rank += o > p || (o == p && other < e) ? 1 : 0;
     }
-    if (rank < top_k) {
+    rank += __shfl_xor_sync(kWarp, rank, 1);
+    rank += __shfl_xor_sync(kWarp, rank, 2);
+    if ((i & 3) == 0 && i / 4 < experts && rank < top_k) {
       ranked[rank] = p;
       found[rank] = e;
     }

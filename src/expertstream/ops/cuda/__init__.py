@@ -64,10 +64,8 @@ class CudaOps(Products, Mixers):
     def copy_in(self, to: int, source: Bytes) -> None:
         self.device.driver.upload(to, source.ctypes.data, source.nbytes)
 
-    def copy_out(self, address: int, size: int) -> Bytes:
-        values = np.empty(size, np.uint8)
-        self.device.driver.download(values.ctypes.data, address, size)
-        return values
+    def copy_out(self, address: int, to: Bytes) -> None:
+        self.device.driver.bring(to.ctypes.data, address, to.nbytes)
 
     def readable(self, arena: Arena) -> int | None:
         try:

@@ -141,7 +141,8 @@ class Mixers(Rows):
             scores, keep = device.empty((some * w.heads, width)), device.empty((some * w.heads, width // _KEYS))
             ends, sums = device.empty((some * w.heads, segments, 2)), device.empty((some * w.heads, segments, d))
             kernels["scores_few" if few else "scores_many"](
-                (which.shape[0], heads, width // _KEYS), 256, 0, turned.address, sequences.address, which.address, w.heads, w.kv_heads,
+                (which.shape[0], heads, width // (16 if few else _KEYS)), 256, 0, turned.address, sequences.address, which.address,
+                w.heads, w.kv_heads,
                 w.window, begin, width, scores.address,
             )  # fmt: skip
             kernels["soften"](
@@ -149,7 +150,8 @@ class Mixers(Rows):
                 together, width, segments, scores.address, keep.address, ends.address,
             )  # fmt: skip
             kernels["weigh_few" if few else "weigh_many"](
-                (which.shape[0], heads, cdiv(d, 64) * segments), 256, 0, sequences.address, which.address, w.heads, w.kv_heads, w.window,
+                (which.shape[0], heads, cdiv(d, 16 if few else 64) * segments), 64 if few else 256, 0, sequences.address, which.address,
+                w.heads, w.kv_heads, w.window,
                 begin, width, segments, scores.address, keep.address, sums.address,
             )  # fmt: skip
             kernels["merge_heads"](
@@ -201,24 +203,30 @@ class Mixers(Rows):
             w.conv.shape[0],
             cdiv(channels, 128),
         )
-        mixed, values = device.empty(qkv.shape), qkv.shape[0] * w.value_heads
-        kernels["convolve"](
-            (wide, cdiv(longest, 32), count), 128, 0, qkv.address, self._vector(w.conv), sequences.address, channels, kernel, mixed.address
-        )  # fmt: skip
-        kernels["keep_inputs"]((wide, count, 1), 128, 0, qkv.address, sequences.address, channels, kernel)
+        mixed = device.empty(qkv.shape)
+        scale, norm = float(np.float32(1) / np.sqrt(np.float32(w.key_dim))), self._vector(w.norm)
+        if chunked is None and longest == 1:
+            kernels["convolve_step"](
+                (wide, count, 1), 128, 0, qkv.address, self._vector(w.conv), sequences.address, channels, kernel, mixed.address
+            )  # fmt: skip
+        else:
+            kernels["convolve"](
+                (wide, cdiv(longest, 32), count), 128, 0, qkv.address, self._vector(w.conv), sequences.address, channels, kernel,
+                mixed.address,
+            )  # fmt: skip
+            kernels["keep_inputs"]((wide, count, 1), 128, 0, qkv.address, sequences.address, channels, kernel)
+        if chunked is None:
+            kernels["delta_step"](
+                (w.value_heads, count, 1), cdiv(dv, 32) * 32, 0, mixed.address, z.address, a.address, b.address, self._vector(w.a_log),
+                self._vector(w.dt_bias), sequences.address, channels, w.key_heads, w.value_heads, scale, norm, w.eps, out.address,
+            )  # fmt: skip
+            return
+        values = qkv.shape[0] * w.value_heads
         g, beta = device.empty((values,)), device.empty((values,))
-        scale = float(np.float32(1) / np.sqrt(np.float32(w.key_dim)))
         kernels["prepare_delta"](
             (rows, 2 * w.key_heads + 1, 1), 32, 0, mixed.address, channels, w.key_heads, scale, a.address, b.address, self._vector(w.a_log),
             self._vector(w.dt_bias), w.value_heads, first_row, g.address, beta.address,
         )  # fmt: skip
-        norm = self._vector(w.norm)
-        if chunked is None:
-            kernels["delta_step"](
-                (w.value_heads, count, 1), cdiv(dv, 32) * 32, 0, mixed.address, z.address, g.address, beta.address, sequences.address,
-                channels, w.key_heads, w.value_heads, norm, w.eps, out.address,
-            )  # fmt: skip
-            return
         chunks = cdiv(rows, 64)
         pairs, ends = (
             device.empty((chunks * w.value_heads, 2 * 64 * 64)),

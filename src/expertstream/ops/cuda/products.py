@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from ...cuda.device import DeviceArray, Kernel
 from ...formats import ExpertFormat, KernelFormat, MatrixFormat
-from ...formats.numbers import I64
+from ...formats.numbers import DTYPE_BYTES, F32, I64
 from .. import ExpertBlock, Weight
-from .rows import CODES, DTYPES, MOST_RECORDED, BoundMatrix, Rows, bound, cdiv, three
+from .rows import CODES, DTYPES, MOST_RECORDED, Rows, bound, cdiv, three
 
 __all__ = ["Products"]
 
@@ -37,6 +37,29 @@ class _Activations:
 class Products(Rows):
     """Implements the products of `ops.Ops`."""
 
+    # The last array that was quantized, after how many changes of it, for which group, and the result.
+    _last: tuple[DeviceArray, int, int, _Activations] | None = None
+    _normed: tuple[DeviceArray, int] | None = None  # the last norm's output and its weight's identity
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._after_norm: dict[int, KernelFormat] = {}  # which matrices follow a norm, by its weight's identity
+
+    def rms_norm(self, x: DeviceArray, weight: F32, eps: float) -> DeviceArray:
+        y, n = self.device.empty(x.shape), x.shape[1]
+        # If matrices of one kind followed this norm the last time, their activations are made at once.
+        k = self._after_norm.get(id(weight))
+        if k is None:
+            self._rows["rms_norm"]((x.shape[0], 1, 1), 256, 8 * n, x.address, self._vector(weight), n, eps, y.address)
+            self._normed = y, id(weight)
+            return y
+        acts = self._room_for(x.shape[0], n, k)
+        self._products(k)["norm_rows"](
+            (x.shape[0], 1, 1), 256, 8 * n, x.address, self._vector(weight), n, eps, y.address, *acts.pointers()
+        )
+        self._last = y, y.changes, k.group_size, acts
+        return y
+
     def _products(self, k: KernelFormat) -> dict[str, Kernel]:
         return self.device.kernels(
             "products.cu",
@@ -53,46 +76,92 @@ class Products(Rows):
         )
 
     def _quantize(self, x: DeviceArray, k: KernelFormat) -> _Activations:
+        """The activations of x for matrices of a format; those of the last x are kept, which several ops may have as their input."""
+        last = self._last
+        if last is not None and last[0] is x and last[1:3] == (x.changes, k.group_size):
+            return last[3]
         tokens, cols = x.shape
+        if self._normed is not None and self._normed[0] is x:
+            self._after_norm[self._normed[1]] = k  # _vector() keeps the weight, so that its identity stays its own
         acts = self._room_for(tokens, cols, k)
         units = tokens * (cols // k.group_size)
         self._products(k)["quantize_rows"]((cdiv(units, 8), 1, 1), 256, 0, x.address, tokens, cols, *acts.pointers())
+        self._last = x, x.changes, k.group_size, acts
         return acts
 
     def _shared(self, tokens: int, cols: int, k: KernelFormat) -> int:
-        """Bytes that a block of multiply_few takes."""
-        return tokens * (self.planes * cols + cols // k.group_size * 64)
+        """Bytes of shared memory that multiply_tile takes."""
+        groups = cols // k.group_size
+        values = 16 * groups * DTYPE_BYTES[k.dtype] * (2 if k.codes == "affine" else 1)
+        return tokens * (self.planes * cols + groups * 68) + values
+
+    def _threads(self, cols: int, k: KernelFormat) -> int:
+        """Threads of a block of multiply_tile: enough that all of a tile is read at once, if it is small."""
+        units = cdiv(cols * k.bits // 32, max(8, k.group_size * k.bits // 32))
+        return 32 * min(8, max(2, cdiv(units, 4)))
 
     def project(self, x: DeviceArray, weights: list[Weight]) -> list[DeviceArray]:
-        found, made = [], dict[int, _Activations]()
+        tokens, found = x.shape[0], dict[int, DeviceArray]()
+        # Matrices of one format are multiplied by one launch; `many` tokens by one for each.
+        by_format: dict[tuple[Any, ...], list[Weight]] = {}
         for weight in weights:
-            m, f, k = bound(weight), weight.format, weight.format.kernel
-            y = self.device.empty((x.shape[0], f.rows))
-            if not f.quantized:
-                self._dense(x, m, y)
+            by_format.setdefault((weight.format.quantized, *weight.format.kernel), []).append(weight)
+        made: dict[int, _Activations] = {}
+        groups = [same[i : i + 4] for same in by_format.values() for i in range(0, len(same), 4)]
+        for group in groups:
+            k, cols = group[0].format.kernel, group[0].format.cols
+            results = self._results(tokens, [w.format.rows for w in group])
+            first, y = results[0].address, results
+            if not group[0].format.quantized:
+                few = tokens < 4
+                each = 1 if few else 4
+                blocks = cdiv(tokens, each)
+                tiles = sum(cdiv(w.format.rows, 16) for w in group)
+                self._rows["dense_few" if few else "dense_many"](
+                    (tiles, blocks, 1), 256, 4 * each * cols, *self._places(group), len(group), DTYPES[k.dtype], cols, x.address, tokens,
+                    first,
+                )  # fmt: skip
             else:
-                # Integers depend on the group alone, so that matrices of one input share them.
                 acts = made.get(k.group_size) or self._quantize(x, k)
                 made[k.group_size] = acts
-                self._multiply(m, acts, x.shape[0], y)
-            found.append(y)
-        return found
+                self._multiply(group, acts, tokens, y)
+            found |= {id(w): result for w, result in zip(group, results, strict=True)}
+        return [found[id(weight)] for weight in weights]
 
-    def _dense(self, x: DeviceArray, m: BoundMatrix, y: DeviceArray) -> None:
-        f = m.format
-        for first in range(0, x.shape[0], 65535):
-            count = min(x.shape[0] - first, 65535)
-            self._rows["multiply_dense"](
-                (cdiv(f.rows, 16), count, 1), 256, 0, 0, 0, 0, 0, 0, 0, m.addresses[0], m.bias, DTYPES[f.kernel.dtype], f.rows, f.cols,
-                x[first:].address, y[first:].address,
-            )  # fmt: skip
+    def _results(self, tokens: int, rows: list[int]) -> list[DeviceArray]:
+        """Arrays (tokens, rows), one after another in memory."""
+        whole, arrays, at = self.device.empty((tokens * sum(rows),)), [], 0
+        for n in rows:
+            arrays.append(whole.part(at, (tokens, n)))
+            at += tokens * n
+        return arrays
 
-    def _multiply(self, m: BoundMatrix, acts: _Activations, tokens: int, y: DeviceArray) -> None:
-        f, k = m.format, m.format.kernel
+    def _places(self, weights: list[Weight]) -> tuple[int, ...]:
+        """Up to four matrices as the kernels' parameter Places."""
+        key = tuple(id(weight.handle) for weight in weights)
+        known = self._lists.get(key)
+        if known is None:
+            numbers: list[int] = []
+            tile = row = 0
+            for weight in weights:
+                m = bound(weight)
+                numbers += [*three(m), m.bias, weight.format.rows, tile, row]
+                tile += cdiv(weight.format.rows, 16)
+                row += weight.format.rows
+            numbers += [0] * (28 - len(numbers))
+            # The handles are kept, so that their identities stay theirs.
+            known = self._lists[key] = tuple(numbers), [weight.handle for weight in weights]
+        return known[0]
+
+    def _multiply(self, weights: list[Weight], acts: _Activations, tokens: int, results: list[DeviceArray]) -> None:
+        """Quantized matrices of one format by the same activations."""
+        f, k = weights[0].format, weights[0].format.kernel
         kernels, shared = self._products(k), self._shared(tokens, f.cols, k)
         if tokens == 1 or (tokens <= _FEW and shared <= _STATIC_SHARED):
+            tiles = sum(cdiv(w.format.rows, 16) for w in weights)
             kernels["multiply_few"](
-                (cdiv(f.rows, 16), 1, 1), 128, shared, *three(m), m.bias, f.rows, f.cols, *acts.pointers(), tokens, y.address
+                (tiles, 1, 1), self._threads(f.cols, k), shared, *self._places(weights), len(weights), f.cols, *acts.pointers(), tokens,
+                results[0].address,
             )  # fmt: skip
             return
         blocks = cdiv(tokens, _TOKENS)
@@ -103,18 +172,20 @@ class Products(Rows):
             for old in [count for count in self._tasks if count > MOST_RECORDED][64:]:
                 del self._tasks[old]  # those of recordings stay
             tasks = self._tasks[tokens] = self.device.send(table.astype(np.int32))
-        kernels["multiply_many"](
-            (cdiv(cdiv(f.rows, 16), _TILES), blocks, 1), 256, 0, m.table.address, 0, 0, int(m.bias != 0), tasks.address, 0, f.rows, f.cols,
-            *acts.pointers(), y.address,
-        )  # fmt: skip
+        for weight, y in zip(weights, results, strict=True):
+            m = bound(weight)
+            kernels["multiply_many"](
+                (cdiv(cdiv(weight.format.rows, 16), _TILES), blocks, 1), 256, 0, m.table.address, 0, 0, int(m.bias != 0), tasks.address, 0,
+                weight.format.rows, f.cols, *acts.pointers(), y.address,
+            )  # fmt: skip
 
     def shared_expert(self, x: DeviceArray, gate: Weight, up: Weight, down: Weight, scale: Weight) -> DeviceArray:
         inner, outer, factor = self.project(x, [gate, up, scale])
         tokens, k = x.shape[0], down.format.kernel
         if down.format.quantized:
             acts = self._activate(inner, outer, k, 1.0, 0.0)
-            y = self.device.empty((tokens, down.format.rows))
-            self._multiply(bound(down), acts, tokens, y)
+            (y,) = self._results(tokens, [down.format.rows])
+            self._multiply([down], acts, tokens, [y])
         else:
             count = tokens * inner.shape[1]
             self._rows["activate_dense"](
@@ -140,7 +211,8 @@ class Products(Rows):
         tokens, experts = logits.shape
         weights, selected = self.device.empty((tokens, top_k)), self.device.empty((tokens, top_k), np.int64)
         self._rows["route"](
-            (tokens, 1, 1), min(512, cdiv(experts, 32) * 32), 4 * experts + 8 * top_k, logits.address, experts, top_k, int(renormalize),
+            (tokens, 1, 1), min(1024, cdiv(4 * experts, 32) * 32), 4 * experts + 8 * top_k, logits.address, experts, top_k,
+            int(renormalize),
             weights.address, selected.address,
         )  # fmt: skip
         if self.recording is not None:
@@ -170,6 +242,7 @@ class Products(Rows):
             pair_expert, pair_token, order, tasks = self._group(selected, experts)
             y = self._experts(format, table, x, pair_expert.address, pair_token.address, pairs, tasks)
         start = self._starts(tokens, top_k)
+        acc.changes += 1
         self._rows["accumulate"](
             (cdiv(hidden, 256), tokens, 1), 256, 0, acc.address, y.address, start.address, order.address, weights.address, 1, hidden
         )  # fmt: skip
@@ -223,41 +296,53 @@ class Products(Rows):
         biased = int(bool(f.bias_dtype))
         firsts = np.cumsum([0, *(len(m.parts) + biased for m in f.matrices)]).tolist()
 
-        def multiply(
-            m: MatrixFormat, first: int, x: DeviceArray, acts: _Activations | None, gathered: bool
-        ) -> DeviceArray:
+        def dense(m: MatrixFormat, first: int, x: DeviceArray, gathered: bool) -> DeviceArray:
             y = device.empty((pairs, m.rows))
-            token = pair_token if gathered else 0
-            if acts is None:
-                for begin in range(0, pairs, 65535):
-                    count = min(pairs - begin, 65535)
-                    self._rows["multiply_dense"](
-                        (cdiv(m.rows, 16), count, 1), 256, 0, table.address, stride, first, biased, pair_expert + 8 * begin,
-                        token + 4 * begin if token else 0, 0, 0, DTYPES[m.kernel.dtype], m.rows, m.cols,
-                        x.address if token else x[begin:].address, y[begin:].address,
-                    )  # fmt: skip
-            elif tasks is None:
-                self._products(m.kernel)["multiply_pairs"](
-                    (cdiv(m.rows, 16), pairs, 1), 128, self._shared(1, m.cols, m.kernel), table.address, stride, first, biased,
-                    pair_expert, token, m.rows, m.cols, *acts.pointers(), y.address,
-                )  # fmt: skip
-            else:
-                self._products(m.kernel)["multiply_many"](
-                    (cdiv(cdiv(m.rows, 16), _TILES), tasks.shape[0], 1), 256, 0, table.address, stride, first, biased, tasks.address,
-                    token, m.rows, m.cols, *acts.pointers(), y.address,
+            for begin in range(0, pairs, 65535):
+                self._rows["dense_pairs"](
+                    (cdiv(m.rows, 16), min(pairs - begin, 65535), 1), 256, 0, table.address, stride, first, biased, pair_expert + 8 * begin,
+                    pair_token + 4 * begin if gathered else 0, DTYPES[m.kernel.dtype], m.rows, m.cols,
+                    x.address if gathered else x[begin:].address, y[begin:].address,
                 )  # fmt: skip
             return y
 
-        acts = self._quantize(x, gate.kernel) if gate.quantized else None
-        inner, outer = multiply(gate, firsts[0], x, acts, True), multiply(up, firsts[1], x, acts, True)
+        def quantized(m: MatrixFormat, first: list[int], acts: _Activations, gathered: bool) -> list[DeviceArray]:
+            """Matrices of one format by the same activations: gate and up, or down."""
+            whole, token, kernels = (
+                device.empty((len(first) * pairs, m.rows)),
+                pair_token if gathered else 0,
+                self._products(m.kernel),
+            )
+            found = [whole[i * pairs : (i + 1) * pairs] for i in range(len(first))]
+            if tasks is None:
+                kernels["multiply_pairs"](
+                    (cdiv(m.rows, 16), pairs, len(first)), self._threads(m.cols, m.kernel), self._shared(1, m.cols, m.kernel),
+                    table.address,
+                    stride, first[0], first[-1] - first[0], biased, pair_expert, token, m.rows, m.cols, *acts.pointers(), whole.address,
+                )  # fmt: skip
+                return found
+            for begin, y in zip(first, found, strict=True):
+                kernels["multiply_many"](
+                    (cdiv(cdiv(m.rows, 16), _TILES), tasks.shape[0], 1), 256, 0, table.address, stride, begin, biased, tasks.address, token,
+                    m.rows, m.cols, *acts.pointers(), y.address,
+                )  # fmt: skip
+            return found
+
+        if gate.quantized and gate.kernel == up.kernel:
+            inner, outer = quantized(gate, firsts[:2], self._quantize(x, gate.kernel), True)
+        else:
+            inner, outer = (
+                quantized(m, [first], self._quantize(x, m.kernel), True)[0] if m.quantized else dense(m, first, x, True)
+                for m, first in ((gate, firsts[0]), (up, firsts[1]))
+            )
         alpha, limit = f.activation
         if down.quantized:
-            return multiply(down, firsts[2], inner, self._activate(inner, outer, down.kernel, alpha, limit), False)
+            return quantized(down, [firsts[2]], self._activate(inner, outer, down.kernel, alpha, limit), False)[0]
         count = pairs * inner.shape[1]
         self._rows["activate_dense"](
             (cdiv(count, 256), 1, 1), 256, 0, inner.address, outer.address, count, alpha, limit
         )
-        return multiply(down, firsts[2], inner, None, False)
+        return dense(down, firsts[2], inner, False)
 
     def moe(
         self, acc: DeviceArray, x: DeviceArray, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: Any
@@ -272,6 +357,7 @@ class Products(Rows):
         given = (
             weights if isinstance(weights, DeviceArray) else self.device.send(np.ascontiguousarray(weights, np.float32))
         )
+        acc.changes += 1
         self._rows["accumulate"](
             (cdiv(hidden, 256), tokens, 1), 256, 0, acc.address, y.address, lists.address, lists.address + 4 * (tokens + 1), given.address,
             0, hidden,

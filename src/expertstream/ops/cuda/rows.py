@@ -65,6 +65,7 @@ class Rows:
         self._pair_starts: dict[int, DeviceArray] = {}  # by top_k
         self._old_starts: list[DeviceArray] = []
         self._constants: dict[tuple[Any, ...], DeviceArray] = {}
+        self._lists: dict[tuple[int, ...], tuple[tuple[int, ...], list[Any]]] = {}  # of matrices, by their handles
         # Parameter vectors by identity; each is kept, so that its identity stays its own.
         self._vectors: dict[int, tuple[F32, DeviceArray]] = {}
 
@@ -97,6 +98,7 @@ class Rows:
 
     def put_rows(self, to: DeviceArray, which: I64, rows: DeviceArray) -> None:
         places = self.device.send(which)
+        to.changes += 1
         self._rows["scatter_rows"](
             (rows.shape[0], 1, 1), 256, 0, rows.address, places.address, rows.shape[1], to.address
         )
@@ -119,11 +121,6 @@ class Rows:
         self._rows["embed"](
             (tokens.shape[0], 1, 1), 256, 0, data, scales, biases, weight.format.cols, k.bits, group, dtype, codes, ids.address, y.address
         )  # fmt: skip
-        return y
-
-    def rms_norm(self, x: DeviceArray, weight: F32, eps: float) -> DeviceArray:
-        y, n = self.device.empty(x.shape), x.shape[1]
-        self._rows["rms_norm"]((x.shape[0], 1, 1), 256, 4 * n, x.address, self._vector(weight), n, eps, y.address)
         return y
 
     def _vector(self, values: F32 | None) -> int:
