@@ -20,6 +20,7 @@ from .device import Device, DeviceArray
 __all__ = ["LayerStates", "RecordedBatch", "Recording"]
 
 _INPUT_BYTES = 4 << 20
+_MOST_LAYERS = 512
 SEGMENT = 1024  # positions; of kernels/attention.cu
 
 Angles = Callable[[I64, Sequence[float], float], tuple[F32, F32]]
@@ -61,7 +62,8 @@ class Recording:
         self._rotations: list[tuple[Sequence[float], float, NDArray[Any], NDArray[Any]]] = []
         self._attention: list[tuple[int, NDArray[Any]]] = []  # layer, its table (sequences, 7)
         self._delta: list[tuple[int, NDArray[Any]]] = []  # layer, its table (sequences, 4)
-        self._selected: list[DeviceArray] = []
+        self._selected: DeviceArray | None = None  # (layers, sequences, top_k), of which `_layers` are used
+        self._layers = 0
         self._kept: list[Any] = []
         self._caches: tuple[int, ...] = ()
         self.ids: NDArray[np.int64] = np.empty((0, sequences, 0), np.int64)
@@ -82,9 +84,8 @@ class Recording:
             try:
                 logits: DeviceArray = run(RecordedBatch(batch, self.tokens))
                 self._logits = self._bring(logits)
-                if self._selected:
-                    found = [self._bring(selected) for selected in self._selected]
-                    self._ids = found
+                if self._selected is not None:
+                    self._ids = self._bring(self._selected[: self._layers])
             finally:
                 self._graph = self.device.driver.end_capture()
 
@@ -118,9 +119,12 @@ class Recording:
         self._delta.append((states.layer, view))
         return table
 
-    def selects(self, selected: DeviceArray) -> None:
-        """Announces a router's selection; its values are in `ids` after each replay."""
-        self._selected.append(selected)
+    def selection(self, top_k: int) -> DeviceArray:
+        """Room (sequences, top_k) for what a layer's router selects; the values are in `ids` after each replay."""
+        if self._selected is None:
+            self._selected = self.device.empty((_MOST_LAYERS, self.sequences, top_k), np.int64)
+        self._layers += 1
+        return self._selected[self._layers - 1]
 
     def keep(self, *arrays: Any) -> None:
         """Keeps arrays as long as the graph, which uses their memory."""
@@ -158,6 +162,6 @@ class Recording:
     def finish(self) -> F32:
         """Waits for the replay; its logits."""
         self.device.driver.synchronize()
-        if self._selected:
-            self.ids = np.stack(self._ids)
+        if self._selected is not None:
+            self.ids = self._ids.copy()
         return np.array(self._logits)

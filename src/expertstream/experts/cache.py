@@ -61,6 +61,7 @@ class ExpertCache:
         self.prefetcher = Prefetcher(prefetch_slots)
         self.uses = np.zeros((len(layers), max(layers)), np.int64)
         self._next_look = 0.0
+        self._next_exchange = 0  # the layer that begins
         self._busy = False  # from the start of a fetch to its normal end
         # Prefetched experts, read or being read, not requested yet; and wrong predictions whose reads are in flight.
         self._prefetched: dict[tuple[int, int], Load] = {}
@@ -157,24 +158,26 @@ class ExpertCache:
         far = ~vram.near[layers, flat]
         vram.far_reads += int(far.sum())
         self._busy = True
-        exchanged = 0
-        for layer in range(experts.shape[0]):
-            row = flat[layer]
-            used = set(row.tolist())
+        exchanged, first = 0, self._next_exchange
+        for offset in range(experts.shape[0]):
+            layer = (first + offset) % experts.shape[0]
+            used = set(flat[layer].tolist())
             vram.tier.lookup(layer, [e for e in used if vram.near[layer, e]])
-            for expert in {int(e) for e in row[far[layer]]}:
-                if exchanged < _EXCHANGES and self._exchange(layer, expert, used):
-                    exchanged += 1
+            missed = flat[layer][far[layer]]
+            if missed.size and exchanged < _EXCHANGES:
+                uses = self.uses[layer]
+                if self._exchange(layer, int(missed[uses[missed].argmax()]), used):
+                    exchanged, self._next_exchange = exchanged + 1, layer + 1
         if exchanged:
             vram.update_table()
         self._busy = False
 
     def _exchange(self, layer: int, expert: int, used: set[int]) -> bool:
-        """Brings an expert from the arena to the GPU, and what makes room for it to the arena."""
+        """Brings an expert from the arena to the GPU, and what makes room for it to the arena, unless that was used as often."""
         vram, free = self.vram, self.tier.free_ring
         assert vram is not None
         victim = vram.tier.victim(layer, used)
-        if victim is None or not free:
+        if victim is None or not free or self.uses[layer, victim] >= self.uses[layer, expert]:
             return False
         slot = free.pop()
         vram.give_back(layer, victim, slot)

@@ -135,13 +135,8 @@ __device__ __forceinline__ float lane_sum(float v) {
 // Σx² of n values in the order of native/kernels/rows.h; called by a half-warp with its lane.
 __device__ __forceinline__ float sum_of_squares(const float* x, int n, int lane) {
   float sum = 0.0f;
-  for (int c0 = lane; c0 < n; c0 += 512) {
-    float v[32];  // on their way at once
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = c0 + 16 * i < n ? x[c0 + 16 * i] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) sum = fmaf(v[i], v[i], sum);
-  }
+#pragma unroll 8
+  for (int c = lane; c < n; c += 16) sum = fmaf(x[c], x[c], sum);
   return lane_sum(sum);
 }
 

@@ -66,84 +66,109 @@ extern "C" __global__ void embed(const u8* data, const u8* scales, const u8* bia
   }
 }
 
-// A row of a dense matrix by kTokens tokens: 16 lanes, as f_sum adds them; called by half-warps. load(c): value c of the row; token(t, c): of a
-// token; ready(): called once the first part of the row, which is a constant, is on its way.
-template <int kTokens, int kSteps, class Load, class Token, class Ready>
-__device__ __forceinline__ void multiply_row(int cols, Load load, Token token, Ready ready, float* sums) {
-  const int lane = threadIdx.x & 15;
-  float w[kSteps];  // kSteps times 16 columns are on their way at once
-  auto fetch = [&](int c0) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) w[i] = c0 + 16 * i < cols ? load(c0 + 16 * i) : 0.0f;
-  };
-  fetch(lane);
-  ready();
+// A row of a dense matrix by kTokens tokens: 16 lanes, as f_sum adds them; called by half-warps. token(t, c): value c of a token.
+template <int kTokens, int kDtype, class Token>
+__device__ __forceinline__ void multiply_row(const u8* row, int cols, Token token, float* sums) {
+  constexpr int kSteps = 16;  // of 16 columns, on their way at once
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) sums[t] = 0.0f;
-  for (int c0 = lane; c0 < cols; c0 += 16 * kSteps) {
-    if (c0 != lane) fetch(c0);
+  for (int c0 = threadIdx.x & 15; c0 < cols; c0 += 16 * kSteps) {
+    float w[kSteps];
 #pragma unroll
-    for (int i0 = 0; i0 < kSteps; i0 += 16) {
-      float x[kTokens][16];
+    for (int i = 0; i < kSteps; ++i) w[i] = c0 + 16 * i < cols ? load_value(row, c0 + 16 * i, kDtype) : 0.0f;
 #pragma unroll
-      for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < kSteps; ++i)
+      if (c0 + 16 * i < cols)
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) x[t][i] = c0 + 16 * (i0 + i) < cols ? token(t, c0 + 16 * (i0 + i)) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < 16; ++i)
-        if (c0 + 16 * (i0 + i) < cols)
-#pragma unroll
-          for (int t = 0; t < kTokens; ++t) sums[t] = fmaf(w[i0 + i], x[t][i], sums[t]);
-    }
+        for (int t = 0; t < kTokens; ++t) sums[t] = fmaf(w[i], token(t, c0 + 16 * i), sums[t]);
   }
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) sums[t] = lane_sum(sums[t]);
 }
-template <int kTokens, int kSteps, class Token, class Ready>
-__device__ __forceinline__ void multiply_row_of(int dtype, const u8* row, int cols, Token token, Ready ready, float* sums) {
+template <int kTokens, class Token>
+__device__ __forceinline__ void multiply_row_of(int dtype, const u8* row, int cols, Token token, float* sums) {
   if (dtype == kBF16)
-    multiply_row<kTokens, kSteps>(cols, [row](int c) { return load_value(row, c, kBF16); }, token, ready, sums);
+    multiply_row<kTokens, kBF16>(row, cols, token, sums);
   else if (dtype == kF16)
-    multiply_row<kTokens, kSteps>(cols, [row](int c) { return load_value(row, c, kF16); }, token, ready, sums);
+    multiply_row<kTokens, kF16>(row, cols, token, sums);
   else
-    multiply_row<kTokens, kSteps>(cols, [row](int c) { return load_value(row, c, kF32); }, token, ready, sums);
+    multiply_row<kTokens, kF32>(row, cols, token, sums);
 }
 
-// Some dense matrices by the same tokens, 16 rows a block of 256 threads; grid (tiles, blocks of kTokens tokens). Shared: the tokens. y: the
-// results one after another, each (tokens, rows).
-template <int kTokens, int kSteps>
-__device__ __forceinline__ void multiply_dense(const Places& matrices, int count, int dtype, int cols, const float* x, i64 tokens, u8* memory,
-                                               float* y) {
+// Some dense matrices by few tokens, four rows a block of 128 threads; grid (4·tiles, tokens). Rows pass through shared memory, so that all threads
+// read them and few lines of code add them up. y: the results one after another, each (tokens, rows).
+extern "C" __global__ void __launch_bounds__(128) dense_few(const Places matrices, int count, int dtype, int cols, const float* x, i64 tokens,
+                                                            float* y) {
+  constexpr int kColumns = 2048, kRowBytes = 4 * kColumns + 32;
+  __shared__ __align__(16) u8 ws[4][kRowBytes];
+  __shared__ float xs[kColumns];
+  const Place w = matrices.of_tile(blockIdx.x / 4, count);
+  const int size = value_bytes(dtype), lane = threadIdx.x & 15, own = threadIdx.x / 16 & 3;
+  const i64 row0 = (static_cast<i64>(blockIdx.x / 4) - w.first_tile) * 16 + blockIdx.x % 4 * 4;
+  if (row0 >= w.rows) return;
+  const bool aligned = cols * size % 16 == 0;
+  auto fetch = [&](int c0, int n) {
+    for (int r = 0; r < 4 && row0 + r < w.rows; ++r) {
+      const u8* from = w.data + ((row0 + r) * cols + c0) * size;
+      if (aligned) {
+#pragma unroll 4
+        for (int i = threadIdx.x * 16; i < n * size; i += 128 * 16) *reinterpret_cast<uint4*>(ws[r] + i) = load_once(from + i);
+      } else {
+        for (int i = threadIdx.x * size; i < n * size; i += 128 * size)
+          for (int j = 0; j < size; ++j) ws[r][i + j] = from[i + j];
+      }
+    }
+  };
+  float sum = 0.0f;
+  for (int c0 = 0; c0 < cols; c0 += kColumns) {
+    const int n = cols - c0 < kColumns ? cols - c0 : kColumns;
+    fetch(c0, n);
+    if (c0 == 0) after_previous();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n; i += 128) xs[i] = x[static_cast<i64>(blockIdx.y) * cols + c0 + i];
+    __syncthreads();
+    if (threadIdx.x < 64) {
+      const u8* row = ws[own];
+      if (dtype == kF32) {
+#pragma unroll 8
+        for (int c = lane; c < n; c += 16) sum = fmaf(load_value(row, c, kF32), xs[c], sum);
+      } else if (dtype == kBF16) {
+#pragma unroll 8
+        for (int c = lane; c < n; c += 16) sum = fmaf(load_value(row, c, kBF16), xs[c], sum);
+      } else {
+        for (int c = lane; c < n; c += 16) sum = fmaf(load_value(row, c, kF16), xs[c], sum);
+      }
+    }
+    __syncthreads();
+  }
+  sum = lane_sum(sum);
+  const i64 row = row0 + own;
+  if (threadIdx.x >= 64 || lane != 0 || row >= w.rows) return;
+  y[w.first_row * tokens + blockIdx.y * w.rows + row] = w.row_bias ? fmaf(1.0f, w.row_bias[row], sum) : sum;
+}
+
+// The same for many, 16 rows and four tokens a block of 256 threads; grid (tiles, blocks of tokens). Shared: the tokens.
+extern "C" __global__ void __launch_bounds__(256) dense_many(const Places matrices, int count, int dtype, int cols, const float* x, i64 tokens,
+                                                             float* y) {
+  DYNAMIC_SHARED(memory);
+  constexpr int kTokens = 4;
   const Place w = matrices.of_tile(blockIdx.x, count);
   const i64 row = (static_cast<i64>(blockIdx.x) - w.first_tile) * 16 + threadIdx.x / 16, first = static_cast<i64>(blockIdx.y) * kTokens;
   const int here = static_cast<int>(tokens - first < kTokens ? tokens - first : kTokens);
   float* xs = reinterpret_cast<float*>(memory);
-  auto ready = [&]() {
-    after_previous();
-#pragma unroll 8
-    for (int i = threadIdx.x; i < here * cols; i += 256) xs[i] = x[first * cols + i];
-    for (int i = here * cols + threadIdx.x; i < kTokens * cols; i += 256) xs[i] = 0.0f;
-    __syncthreads();
-  };
+  after_previous();
+  for (int i = threadIdx.x; i < here * cols; i += 256) xs[i] = x[first * cols + i];
+  for (int i = here * cols + threadIdx.x; i < kTokens * cols; i += 256) xs[i] = 0.0f;
+  __syncthreads();
   float sums[kTokens];
-  multiply_row_of<kTokens, kSteps>(dtype, w.data + (row < w.rows ? row : 0) * cols * value_bytes(dtype), cols,
-                                   [xs, cols](int t, int c) { return xs[t * cols + c]; }, ready, sums);
+  multiply_row_of<kTokens>(dtype, w.data + (row < w.rows ? row : 0) * cols * value_bytes(dtype), cols,
+                           [xs, cols](int t, int c) { return xs[t * cols + c]; }, sums);
   if ((threadIdx.x & 15) != 0 || row >= w.rows) return;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     if (t >= here) break;
     y[w.first_row * tokens + (first + t) * w.rows + row] = w.row_bias ? fmaf(1.0f, w.row_bias[row], sums[t]) : sums[t];
   }
-}
-extern "C" __global__ void __launch_bounds__(256) dense_few(const Places matrices, int count, int dtype, int cols, const float* x, i64 tokens,
-                                                            float* y) {
-  DYNAMIC_SHARED(memory);
-  multiply_dense<1, 64>(matrices, count, dtype, cols, x, tokens, memory, y);
-}
-extern "C" __global__ void __launch_bounds__(256) dense_many(const Places matrices, int count, int dtype, int cols, const float* x, i64 tokens,
-                                                             float* y) {
-  DYNAMIC_SHARED(memory);
-  multiply_dense<4, 16>(matrices, count, dtype, cols, x, tokens, memory, y);
 }
 
 // y (pairs, rows) ← the dense matrix of pair_expert[p] by its pair_token's x, or by row p; as multiply_pairs in products.cu. Grid (rows / 16,
@@ -157,8 +182,8 @@ extern "C" __global__ void dense_pairs(const u64* parts, int stride, int first, 
   const float* row_bias = biased ? reinterpret_cast<const float*>(at[1]) : nullptr;
   const float* xs = x + (pair_token ? pair_token[pair] : static_cast<i64>(pair)) * cols;
   float sum[1];
-  multiply_row_of<1, 16>(dtype, data + static_cast<i64>(row < rows ? row : 0) * cols * value_bytes(dtype), cols,
-                         [xs](int, int c) { return xs[c]; }, [] {}, sum);
+  multiply_row_of<1>(dtype, data + static_cast<i64>(row < rows ? row : 0) * cols * value_bytes(dtype), cols,
+                     [xs](int, int c) { return xs[c]; }, sum);
   if ((threadIdx.x & 15) != 0 || row >= rows) return;
   y[static_cast<i64>(pair) * rows + row] = row_bias ? fmaf(1.0f, row_bias[row], sum[0]) : sum[0];
 }
@@ -170,14 +195,13 @@ extern "C" __global__ void activate_dense(float* gate, const float* up, i64 n, f
   if (i < n) gate[i] = activate(gate[i], up[i], alpha, limit);
 }
 
-// y (tokens, n) ← sigmoid(factor of the token)·y; a block a token.
+// y (tokens, n) ← sigmoid(factor of the token)·y; grid (n / blockDim.x, tokens).
 extern "C" __global__ void scale_by_sigmoid(float* y, const float* factor, int n) {
   after_previous();
-  const float by = sigmoid(factor[blockIdx.x]);
-  for (int c = threadIdx.x; c < n; c += blockDim.x) {
-    const i64 at = static_cast<i64>(blockIdx.x) * n + c;
-    y[at] = by * y[at];
-  }
+  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= n) return;
+  const i64 at = static_cast<i64>(blockIdx.y) * n + c;
+  y[at] = sigmoid(factor[blockIdx.y]) * y[at];
 }
 
 // acc (tokens, n) += Σ weights[p]·y[p] over each token's pairs, ascending: pairs of token t are `pairs`[start[t]] to `pairs`[start[t + 1] − 1].

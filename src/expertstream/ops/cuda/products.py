@@ -54,8 +54,9 @@ class Products(Rows):
             self._normed = y, id(weight)
             return y
         acts = self._room_for(x.shape[0], n, k)
+        threads = min(1024, max(128, 32 * (n // k.group_size)))
         self._products(k)["norm_rows"](
-            (x.shape[0], 1, 1), 256, 8 * n, x.address, self._vector(weight), n, eps, y.address, *acts.pointers()
+            (x.shape[0], 1, 1), threads, 8 * n, x.address, self._vector(weight), n, eps, y.address, *acts.pointers()
         )
         self._last = y, y.changes, k.group_size, acts
         return y
@@ -114,12 +115,12 @@ class Products(Rows):
             first, y = results[0].address, results
             if not group[0].format.quantized:
                 few = tokens < 4
-                each = 1 if few else 4
-                blocks = cdiv(tokens, each)
                 tiles = sum(cdiv(w.format.rows, 16) for w in group)
+                grid, threads, shared = (
+                    ((4 * tiles, tokens, 1), 128, 0) if few else ((tiles, cdiv(tokens, 4), 1), 256, 16 * cols)
+                )
                 self._rows["dense_few" if few else "dense_many"](
-                    (tiles, blocks, 1), 256, 4 * each * cols, *self._places(group), len(group), DTYPES[k.dtype], cols, x.address, tokens,
-                    first,
+                    grid, threads, shared, *self._places(group), len(group), DTYPES[k.dtype], cols, x.address, tokens, first
                 )  # fmt: skip
             else:
                 acts = made.get(k.group_size) or self._quantize(x, k)
@@ -192,7 +193,9 @@ class Products(Rows):
                 (cdiv(count, 256), 1, 1), 256, 0, inner.address, outer.address, count, 1.0, 0.0
             )
             (y,) = self.project(inner, [down])
-        self._rows["scale_by_sigmoid"]((tokens, 1, 1), 256, 0, y.address, factor.address, y.shape[1])
+        self._rows["scale_by_sigmoid"](
+            (cdiv(y.shape[1], 256), tokens, 1), 256, 0, y.address, factor.address, y.shape[1]
+        )
         return y
 
     def _activate(
@@ -209,15 +212,14 @@ class Products(Rows):
     def route(self, x: DeviceArray, weight: Weight, top_k: int, renormalize: bool = True) -> tuple[Any, Any]:
         (logits,) = self.project(x, [weight])
         tokens, experts = logits.shape
-        weights, selected = self.device.empty((tokens, top_k)), self.device.empty((tokens, top_k), np.int64)
+        weights, recording = self.device.empty((tokens, top_k)), self.recording
+        selected = self.device.empty((tokens, top_k), np.int64) if recording is None else recording.selection(top_k)
         self._rows["route"](
             (tokens, 1, 1), min(1024, cdiv(4 * experts, 32) * 32), 4 * experts + 8 * top_k, logits.address, experts, top_k,
             int(renormalize),
             weights.address, selected.address,
         )  # fmt: skip
-        if self.recording is not None:
-            self.recording.selects(selected)
-        elif tokens <= MOST_RECORDED:
+        if recording is None and tokens <= MOST_RECORDED:
             self._starts(tokens, top_k)
             self._constant("order", tokens, top_k)  # what a recording of such a pass needs must be there before
         return weights, selected

@@ -1,0 +1,128 @@
+"""A model on a GPU: prompts, decoding, batches, and decoding with a part of the experts on the card, beside what the card and its link can do.
+
+    expertstream synth qwen3.5-35b-a3b /mnt/ssd/m --trunk-bits 4 --routing zipf
+    python -m benchmarks.gpu /mnt/ssd/m --vram 8GiB --csv benchmarks/results/gpu.csv
+
+Each row of the CSV has the card, its driver and the date; rates are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertstream import LLM
+from expertstream.batch import Batch
+
+PROMPT = 2048
+
+
+def seconds(run: Callable[[], object], rounds: int) -> float:
+    """The median of some runs, after one that does not count."""
+    run()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+class Rows:
+    """Prints what is measured, and keeps it for the CSV."""
+
+    def __init__(self, card: str, model: str) -> None:
+        self.card, self.model, self.rows = card, model, list[dict[str, Any]]()
+
+    def add(self, vram: str, measure: str, value: float, unit: str) -> None:
+        self.rows.append(
+            {"date": datetime.date.today().isoformat(), "card": self.card, "model": self.model, "vram": vram, "measure": measure,
+             "value": round(value, 2), "unit": unit}
+        )  # fmt: skip
+        print(f"{vram:8} {measure:40} {value:10.1f} {unit}", flush=True)
+
+
+def measure_card(llm: Any, rows: Rows) -> None:
+    """The rates of the minute: the card's memory (bytes read and written) and its link."""
+    device, size = llm.ops.device, 512 << 20
+    host, (a, b) = device.pinned(size), (device.empty((size,), np.uint8) for _ in range(2))
+
+    def link() -> None:
+        device.driver.upload_pinned(a.address, host.ctypes.data, size)
+        device.driver.synchronize()
+
+    def memory() -> None:
+        for _ in range(8):
+            device.driver.copy(b.address, a.address, size)
+        device.driver.synchronize()
+
+    rows.add("", "host to card", size / seconds(link, 5) / 1e9, "GB/s")
+    rows.add("", "card's memory, copy", 16 * size / seconds(memory, 5) / 1e9, "GB/s")
+
+
+def measure_model(llm: Any, vram: str, rows: Rows, batches: bool) -> None:
+    rng, vocabulary = np.random.default_rng(0), llm.model_config.vocab_size
+    cache = llm.session().cache
+    tokens = rng.integers(1, vocabulary, PROMPT)
+
+    def prompt() -> None:
+        cache.reset()
+        llm.model(tokens, cache, prompt=True)
+
+    rows.add(vram, f"prompt of {PROMPT}", PROMPT / seconds(prompt, 5), "tokens/s")
+    for name, own in (("decode after the prompt", cache), ("decode", llm.session().cache)):
+        step = [own]
+
+        def one(step: list[Any] = step) -> None:
+            llm.model(rng.integers(1, vocabulary, 1), step[0])
+
+        for _ in range(20 if batches else 300):  # until the experts that are used have come to the card
+            one()
+        far = llm.experts.vram.far_reads
+        took = seconds(one, 200)
+        used = 201 * llm.top_k * llm.model_config.num_hidden_layers
+        rows.add(vram, name, 1 / took, "tokens/s")
+        rows.add(vram, f"{name}: experts found on the card", 100 * (1 - (llm.experts.vram.far_reads - far) / used), "%")
+    for count in (2, 4, 8, 16) if batches else ():
+        caches = [llm.session().cache for _ in range(count)]
+        took = seconds(lambda n=count, c=caches: llm.model.forward(Batch(rng.integers(1, vocabulary, n), c)), 30)
+        rows.add(vram, f"decode, batch of {count}", count / took, "tokens/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--memory", default=None)
+    parser.add_argument("--vram", default="8GiB", help="the smaller share of the card that is measured too")
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    rows: Rows | None = None
+    for vram in (None, options.vram):
+        begin = time.perf_counter()
+        with LLM(
+            options.model, device=options.device, memory=options.memory, vram=vram, context_length=4096, verify="never"
+        ) as llm:
+            card: Any = llm.ops
+            if rows is None:
+                rows = Rows(card.device.driver.name, options.model.name)
+                measure_card(llm, rows)
+            rows.add(vram or "all", "opened in", time.perf_counter() - begin, "s")
+            measure_model(llm, vram or "all", rows, vram is None)
+    if options.csv and rows:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows.rows[0]))
+            writer.writeheader()
+            writer.writerows(rows.rows)
+
+
+if __name__ == "__main__":
+    main()
