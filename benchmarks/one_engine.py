@@ -71,7 +71,7 @@ class Ours:
     def __init__(self, path: str, mode: str, threads: int, context: int) -> None:
         from expertstream import LLM
 
-        self.llm = LLM(path, threads=threads, context_length=context, exact="exact" in mode)
+        self.llm = LLM(path, device="cpu", threads=threads, context_length=context, exact="exact" in mode)
         self.reset()
 
     def feed(self, tokens: list[int]) -> Any:

@@ -47,18 +47,18 @@ def measure(model: Path | None, memory: str | None, length: int, rounds: int) ->
     for i in range(rounds):
         row: dict[str, Any] = {"round": i}
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            with LLM(model, prefix_cache_bytes=256 << 20, **options) as llm:
+            with LLM(model, device="cpu", prefix_cache_bytes=256 << 20, **options) as llm:
                 row |= {"model": llm.path.name, "memory_bytes": llm.plan.budget_bytes}
                 llm.keep_prefixes(Path(folder), 4 << 30)
                 first, second = prompt_of(llm, length, 1), prompt_of(llm, length, 2)
                 row["first_turn_tokens"], row["second_turn_tokens"] = len(first), len(second)
                 row["first_turn_s"], _ = ttft(llm, first)
                 row["second_turn_reused_s"], row["reused_tokens"] = ttft(llm, second)
-            with LLM(model, prefix_cache_bytes=256 << 20, **options) as llm:
+            with LLM(model, device="cpu", prefix_cache_bytes=256 << 20, **options) as llm:
                 llm.keep_prefixes(Path(folder), 4 << 30)
                 llm.model(np.arange(300, 310), llm.session().cache)  # warm up, as in the run without a cache
                 row["restarted_s"], row["restarted_reused_tokens"] = ttft(llm, second)
-        with LLM(model, **options) as llm:
+        with LLM(model, device="cpu", **options) as llm:
             llm.model(np.arange(300, 310), llm.session().cache)
             row["second_turn_anew_s"], _ = ttft(llm, second)
         rows.append(row)

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, nargs="+", default=[2, 4, 8])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with LLM(args.model, context_length=512, memory=args.memory) as llm:
+    with LLM(args.model, device="cpu", context_length=512, memory=args.memory) as llm:
         print(llm.describe(), flush=True)
         caches_of(llm, 1)
         for i in range(args.rounds):

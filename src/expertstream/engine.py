@@ -40,6 +40,7 @@ from .units import format_bytes
 from .user_files import IoSettings
 
 _GPU_SCRATCH = 32 << 20  # bytes of a GPU's memory for what scratch_bytes() does not know
+_GPU_CHUNK = 32768  # tokens of a prompt in one pass: a launch has at most 65,535 blocks in two of its dimensions
 _HOST_SCRATCH = 16 << 20  # bytes of host memory for logits and lists, where a GPU does the rest
 # Incremented when a change makes stored states unusable: another layout, other arithmetic.
 STATE_VERSION = 2
@@ -175,7 +176,7 @@ class LLM:
         try:
             return plan_with_chunk(
                 lambda tokens: 2 * scratch_bytes(m, tokens, self.context_length, 1) + _GPU_SCRATCH,
-                min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
+                min(c.prefill_chunk, _GPU_CHUNK, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
                 LEAST_CHUNK,
                 memory_bytes=c.vram_bytes,
                 available_bytes=self.ops.free_bytes(),

@@ -147,6 +147,9 @@ class EmulatedDriver:
         for step in graph:
             step()
 
+    def drop(self, graph: Any) -> None:
+        graph.clear()
+
     def bring(self, to: int, source: int, size: int) -> None:
         self._do(lambda: ctypes.memmove(to, source, size))
 

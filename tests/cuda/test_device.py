@@ -7,21 +7,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertstream import LLM, BudgetError, DeviceError, UsageError
+from expertstream.batch import Batch
+from expertstream.bench.profile import Profiler
 from expertstream.config import EngineConfig
 from expertstream.cuda import driver as drivers
 from expertstream.cuda.device import Device, StateArray
 from expertstream.cuda.driver import Driver, NvidiaDriver, device_count
 
 from .. import oracle
+from ..server.conftest import Server
 from .emulated import EmulatedDriver
 
 NO_GPU = pytest.mark.skipif(device_count() > 0, reason="this machine has a GPU")
@@ -183,6 +188,82 @@ def test_a_card_that_fails_ends_the_request_and_nothing_else(
         session = llm.session()
         session.load(tmp_path / "state")
         assert answer(llm, session, tokens[:9]) == following
+
+
+def test_a_profile_covers_the_gpus_ops(card: Driver, pack_folder: Path, tmp_path: Path) -> None:
+    for vram in (None, "35MiB"):
+        profiler = Profiler()
+        with LLM(pack_folder, device="cuda", vram=vram, instrument=profiler.instrument, **OPTIONS) as llm:
+            profiler.watch(llm)
+            tokens = oracle.random_tokens(llm.checkpoint.config, 40)
+            profiled = answer(llm, llm.session(), tokens)
+        with LLM(pack_folder, device="cpu", **OPTIONS) as llm:
+            assert answer(llm, llm.session(), tokens) == profiled
+        phases = profiler.phases(decode=True)
+        assert {"mix", "norm", "router", "experts", "shared", "head", "python"} <= phases.keys()
+        assert profiler.selected is not None
+        assert (profiler.selected.sum(1) >= 5 * llm.top_k).all()
+        profiler.save(tmp_path / "trace.json")
+
+
+def test_a_server_on_the_gpu(card: Driver, pack_folder: Path) -> None:
+    """Two texts at once, with the text of the CPU; metrics and status know the card."""
+    prompts = [[5, 9, 30, 4], [7, 8]]
+    texts: dict[str, list[str]] = {}
+    for device in ("cpu", "cuda"):
+        vram = "35MiB" if device == "cuda" else None
+        with LLM(pack_folder, device=device, vram=vram, sequences=2, **OPTIONS) as llm:
+            server = Server(llm)
+            try:
+                ask = server.openai().completions.create
+                with ThreadPoolExecutor(2) as pool:
+                    answers = [pool.submit(ask, model="", prompt=p, max_tokens=6, temperature=0) for p in prompts]
+                    texts[device] = [a.result().choices[0].text for a in answers]
+                if device == "cuda":
+                    metrics = httpx.get(f"{server.url}/metrics").text
+                    for name in ("vram_budget_bytes 3.670016e+07", "vram_experts ", "vram_bytes_copied_total "):
+                        assert f"expertstream_{name}" in metrics
+                    status = httpx.get(f"{server.url}/status").json()
+                    assert status["memory"]["vram"]["trunk"] > 0 and status["experts"]["resident"] > 0
+                    assert card.name in status["engine"]
+            finally:
+                server.stop()
+    assert texts["cpu"] == texts["cuda"]
+
+
+def test_recordings_give_their_memory_back(pack_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least used ones when there are many, all when the card is full; where one does not fit, kernels are launched one by one."""
+    driver = EmulatedDriver(256 << 20)
+    monkeypatch.setattr(drivers, "open_driver", lambda number: driver)
+    monkeypatch.setattr("expertstream.ops.cuda._MOST_RECORDINGS", 2)
+    with LLM(pack_folder, device="cpu", sequences=4, **OPTIONS) as llm:
+        tokens = oracle.random_tokens(llm.checkpoint.config, 40)
+        expected = batches(llm, tokens)
+    with LLM(pack_folder, device="cuda", vram="64MiB", sequences=4, **OPTIONS) as llm:
+        ops: Any = llm.ops
+        assert np.array_equal(batches(llm, tokens), expected)
+        assert len(ops._recordings) == 2
+        assert np.array_equal(batches(llm, tokens), expected)
+        full = [ops.device.empty((1 << 20,), np.uint8) for _ in range((driver.free_bytes() >> 20) + 1)]
+        assert not ops._recordings, "the card was full: the recordings made room"
+
+        def refuse(size: int) -> int:
+            raise BudgetError("the GPU is out of memory")
+
+        del full
+        with monkeypatch.context() as less:
+            less.setattr(driver, "begin_capture", lambda: refuse(0))
+            less.setattr(driver, "end_capture", lambda: None)
+            assert np.array_equal(batches(llm, tokens), expected)
+        assert not ops._recordings
+    assert not driver._registered
+
+
+def batches(llm: LLM, tokens: np.ndarray) -> np.ndarray:
+    """Steps of one to four sequences, three of each."""
+    caches = [llm.session().cache for _ in range(4)]
+    rows = [llm.model.forward(Batch(tokens[i : i + n], caches[:n])) for n in range(1, 5) for i in range(3)]
+    return np.concatenate(rows)
 
 
 def test_closing_gives_everything_back(pack_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

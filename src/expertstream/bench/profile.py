@@ -1,14 +1,15 @@
 """Where a token's time goes: a timer around every op and every wait, reported as sums by phase and as a Chrome trace.
 
 Profiling costs nothing when it is off: the timers are a wrapper around the real Ops (LLM's `instrument`) and one around the real reader.
-The time that neither covers is Python's own share.
+The time that neither covers is Python's own share. On a GPU each op is waited for while it is timed, and steps are not replayed from
+recordings: the sums are those of the ops one after another, longer than an unprofiled token.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ import numpy as np
 from ..batch import Batch
 from ..engine import LLM
 from ..errors import UsageError
-from ..ops import F32, Ops
+from ..ops import F32, GpuOps, Ops
 
 __all__ = ["PHASES", "Profiler"]
 
 # Op → phase; project() counts as "mix" in a layer and as "head" after the last layer.
 PHASES = {
     "embed": "embed", "rms_norm": "norm", "project": "mix", "attend": "mix", "gated_delta": "mix", "route": "router",
-    "shared_expert": "shared", "experts": "experts", "moe": "experts", "accumulate": "combine", "tile": "arrange", "wait": "wait",
-    "submit": "submit",
+    "shared_expert": "shared", "experts": "experts", "moe": "experts", "routed": "experts", "accumulate": "combine", "tile": "arrange",
+    "wait": "wait", "submit": "submit",
 }  # fmt: skip
 
 
@@ -58,10 +59,14 @@ class Profiler:
         self.selected: np.ndarray[Any, Any] | None = None  # (layers, experts): how often each was selected
         self.spans: list[tuple[float, float, int]] = []  # begin, end and tokens of every forward pass
         self._layer, self._fetched, self._layers = -1, -1, 0
+        self._settle: Callable[[], None] = lambda: None  # waits for what an op has started
+        self._host: Callable[[Any], Any] = lambda x: x
 
     def instrument(self, ops: Ops) -> Ops:
-        names = frozenset(name for name in PHASES if hasattr(ops, name))
+        names = frozenset(name for name in PHASES if hasattr(ops, name) and name != "wait")  # that is the reader's
         clock: Any = _Clock(ops, self, names)
+        if isinstance(ops, GpuOps):
+            self._settle, self._host, clock.recorded = ops.wait, ops.host, lambda batch, run: None
         return clock  # type: ignore[no-any-return]
 
     def watch(self, llm: LLM) -> None:
@@ -101,14 +106,17 @@ class Profiler:
         def run(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return call(*args, **kwargs)
+                result = call(*args, **kwargs)
+                self._settle()
+                return result
             finally:
+                if name == "routed" and self.selected is not None:  # the card selected, and Python did not see it
+                    np.add.at(self.selected[self._layer], self._host(args[-1]).ravel(), 1)
+                    self._fetched = self._layer
                 # Running the next layer's router for prefetch counts as this layer's work.
                 self.events.append(Event(name, min(self._layer, max(0, self._layers - 1)), begin, time.perf_counter()))
-                if name in (
-                    "moe",
-                    "accumulate",
-                ):  # the next op belongs to the next layer, unless more experts of this one follow
+                # The next op belongs to the next layer, unless more experts of this one follow.
+                if name in ("moe", "accumulate", "routed"):
                     self._layer = self._fetched + 1
 
         return run

@@ -60,7 +60,7 @@ def _expert_bytes(llm: LLM) -> int:
 def _open_with_share(path: Path, share: float, context: int, options: dict[str, Any]) -> LLM | None:
     """A model with slots for this share of its experts; None if they do not fit this machine. Its other memory depends on the budget
     (the scratch of a long prompt shrinks with it), so the budget is adjusted until the share is right."""
-    with LLM(path, context_length=context, **options) as llm:
+    with LLM(path, device="cpu", context_length=context, **options) as llm:
         budget, wanted = llm.plan.used_bytes, int(share * llm.plan.total_experts)
         if wanted > llm.experts.tier.planned:
             return None  # does not fit this machine
@@ -68,7 +68,7 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
     del llm  # frees its memory before the next model checks how much is available
     for _ in range(6):
         try:
-            llm = LLM(path, context_length=context, memory_bytes=budget, **options)
+            llm = LLM(path, device="cpu", context_length=context, memory_bytes=budget, **options)
         except BudgetError:
             return None
         wrong = llm.experts.tier.planned - wanted
@@ -77,7 +77,7 @@ def _open_with_share(path: Path, share: float, context: int, options: dict[str, 
         llm.close()
         budget -= wrong * llm.plan.slot_bytes
         del llm
-    return LLM(path, context_length=context, memory_bytes=budget, **options)
+    return LLM(path, device="cpu", context_length=context, memory_bytes=budget, **options)
 
 
 class _Traced:

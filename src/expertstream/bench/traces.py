@@ -139,7 +139,7 @@ def record(
 ) -> Trace:
     """The routing of prompts and their continuations. Prefetch is off: its predictions would be recorded as selections."""
     recorder = _Recorder()
-    with LLM(path, instrument=recorder.instrument, prefetch=0, memory=memory) as llm:
+    with LLM(path, device="cpu", instrument=recorder.instrument, prefetch=0, memory=memory) as llm:
         for i, prompt in enumerate(prompts):
             recorder.begin_text()
             given: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed + i}

@@ -6,7 +6,7 @@ import ctypes
 import math
 import struct
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,9 +109,12 @@ class Device:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self._free: Pool = {}
+        self._private = False
         self._kernels: dict[tuple[str, tuple[tuple[str, int], ...]], dict[str, Kernel]] = {}
-        self._registered: dict[int, tuple[int, int]] = {}  # host address → device address, size
-        self._pinned: list[NDArray[np.uint8]] = []
+        self._registered: dict[int, tuple[int, NDArray[np.uint8]]] = {}  # by host address: the card's, and the memory
+        self.make_room: Callable[[], None] = lambda: (
+            None
+        )  # called when the card is full, to free what can be made again
         self.used_bytes = 0
         self._add = self.kernels("rows.cu")["add"]
 
@@ -125,21 +128,28 @@ class Device:
         try:
             address = self.driver.allocate(room)
         except BudgetError:
-            if not any(self._free.values()):
+            if self._private:  # nothing may be waited for while a graph is recorded
                 raise
+            self.make_room()
             self.trim()
             address = self.driver.allocate(room)
         self.used_bytes += room
         return address, self._free
 
+    def absorb(self, pool: Pool) -> None:
+        """What is free of private_memory() becomes everyone's."""
+        for room, addresses in pool.items():
+            self._free.setdefault(room, []).extend(addresses)
+            addresses.clear()
+
     @contextmanager
     def private_memory(self) -> Iterator[Pool]:
         """What is allocated inside returns to a free list of its own, and so to no one else: the memory of a graph."""
-        before, self._free = self._free, {}
+        before, self._free, self._private = self._free, {}, True
         try:
             yield self._free
         finally:
-            self._free = before
+            self._free, self._private = before, False
 
     def trim(self) -> None:
         """Returns the memory of the free list to the card."""
@@ -154,7 +164,10 @@ class Device:
         address = memory.ctypes.data
         if address in self._registered:
             return
-        self._registered[address] = self.driver.register(address, memory.nbytes), memory.nbytes
+        self._registered[address] = (
+            self.driver.register(address, memory.nbytes),
+            memory,
+        )  # kept, as long as it is registered
 
     def close(self) -> None:
         """Waits, and ends the access to host memory."""
@@ -172,13 +185,17 @@ class Device:
         return self._registered[memory.ctypes.data][0]
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        """Host memory that the card copies at full speed, zeros. It stays registered as long as the device."""
+        """Host memory that the card copies at full speed, zeros. It is kept until unpin()."""
         room = np.zeros(size + 2 * _PAGE, np.uint8)
         begin = -room.ctypes.data % _PAGE
         memory = room[begin : begin + -(-size // _PAGE) * _PAGE]
         self.register(memory)
-        self._pinned.append(memory)
         return memory[:size]
+
+    def unpin(self, memories: Sequence[NDArray[np.uint8]]) -> None:
+        """Undoes pinned()."""
+        for memory in memories:
+            self.unregister(memory)
 
     # Arrays.
 

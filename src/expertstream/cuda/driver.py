@@ -64,6 +64,9 @@ class Driver(Protocol):
     def replay(self, graph: Any) -> None:
         """Does what was recorded."""
 
+    def drop(self, graph: Any) -> None:
+        """Destroys a graph."""
+
     def bring(self, to: int, source: int, size: int) -> None:
         """The card's memory to registered host memory, complete after synchronize()."""
 
@@ -245,6 +248,10 @@ class NvidiaDriver:
     def replay(self, graph: Any) -> None:
         self._enter()
         self._do(self._cu.cuGraphLaunch(graph, self._stream))
+
+    def drop(self, graph: Any) -> None:
+        self._enter()
+        self._do(self._cu.cuGraphExecDestroy(graph))
 
     def bring(self, to: int, source: int, size: int) -> None:
         self._enter()

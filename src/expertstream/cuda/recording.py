@@ -19,7 +19,6 @@ from .device import Device, DeviceArray
 
 __all__ = ["LayerStates", "RecordedBatch", "Recording"]
 
-_INPUT_BYTES = 4 << 20
 _MOST_LAYERS = 512
 SEGMENT = 1024  # positions; of kernels/attention.cu
 
@@ -55,8 +54,10 @@ class Recording:
     def __init__(self, device: Device, sequences: int, segments: int, angles: Angles) -> None:
         """segments: of attention, at most, that a sequence has while this recording is used."""
         self.device, self.sequences, self.segments, self._angles = device, sequences, segments, angles
-        self._host = device.pinned(_INPUT_BYTES)
-        self._card = device.empty((_INPUT_BYTES,), np.uint8)
+        # A sequence has a token, its angles, and at most 56 bytes for each of the layers.
+        size = (16 << 10) + sequences * (8 * _MOST_LAYERS * 7 + (8 << 10))
+        self._host = device.pinned(size)
+        self._card = device.empty((size,), np.uint8)
         self._used = 0
         self._tokens, self.tokens = self._reserve((sequences,), np.int64)
         self._rotations: list[tuple[Sequence[float], float, NDArray[Any], NDArray[Any]]] = []
@@ -65,6 +66,7 @@ class Recording:
         self._selected: DeviceArray | None = None  # (layers, sequences, top_k), of which `_layers` are used
         self._layers = 0
         self._kept: list[Any] = []
+        self._pinned = [self._host]
         self._caches: tuple[int, ...] = ()
         self.ids: NDArray[np.int64] = np.empty((0, sequences, 0), np.int64)
 
@@ -72,7 +74,7 @@ class Recording:
         """Room in the inputs: the host's view and the card's."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         begin, self._used = self._used, self._used + -(-size // 16) * 16
-        assert self._used <= _INPUT_BYTES, "the inputs of a step are larger than expected"
+        assert self._used <= self._host.shape[0], "the inputs of a step are larger than expected"
         view = self._host[begin : begin + size].view(dtype).reshape(shape)
         return view, DeviceArray(self.device, shape, dtype, self._card._block, self._card.address + begin)
 
@@ -91,10 +93,21 @@ class Recording:
 
     def _bring(self, array: DeviceArray) -> NDArray[Any]:
         """Pinned memory that receives an array's values at the end of each replay."""
-        to: NDArray[Any] = self.device.pinned(max(array.nbytes, 1)).view(array.dtype).reshape(array.shape)
+        memory = self.device.pinned(max(array.nbytes, 1))
+        self._pinned.append(memory)
+        to: NDArray[Any] = memory.view(array.dtype).reshape(array.shape)
         self.device.driver.bring(to.ctypes.data, array.address, array.nbytes)
         self._kept.append(array)
         return to
+
+    def close(self) -> None:
+        """Destroys the graph; its memory can be used by others."""
+        self.device.driver.synchronize()
+        self.device.driver.drop(self._graph)
+        self._kept.clear()
+        self._selected = None
+        self.device.unpin(self._pinned)
+        self.device.absorb(self._pool)
 
     # What the ops ask for while they are recorded.
 

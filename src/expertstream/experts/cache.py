@@ -69,8 +69,8 @@ class ExpertCache:
 
     @property
     def resident(self) -> int:
-        """Experts in cached slots."""
-        return sum(map(len, self.tier.resident))
+        """Experts in cached slots, here or on a GPU."""
+        return sum(map(len, self.resident_map()))
 
     def check_readable(self) -> None:
         """Raises ReadError if the files of experts that are not in memory have changed or cannot be read, and RequestError if the model is
@@ -83,7 +83,8 @@ class ExpertCache:
 
     def resident_map(self) -> list[list[int]]:
         """The experts in cached slots, by layer."""
-        return [sorted(list(resident)) for resident in self.tier.resident]
+        near = [{}] * len(self.tier.resident) if self.vram is None else self.vram.tier.resident
+        return [sorted({*here, *there}) for here, there in zip(self.tier.resident, near, strict=True)]
 
     @property
     def complete(self) -> bool:

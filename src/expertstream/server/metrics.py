@@ -74,6 +74,12 @@ class Metrics:
             "memory_budget_bytes": ("The engine's memory budget", llm.plan.budget_bytes),
             "process_resident_bytes": ("Resident memory of the whole process", resident_bytes()),
         }
+        vram = llm.experts.vram
+        if vram is not None and llm.vram_plan is not None:
+            counters["vram_far_reads"] = ("Experts that a GPU's kernels read from host memory", vram.far_reads)
+            counters["vram_bytes_copied"] = ("Bytes of experts copied to a GPU", vram.bytes_copied)
+            gauges["vram_budget_bytes"] = ("The budget of the GPU's memory", llm.vram_plan.budget_bytes)
+            gauges["vram_experts"] = ("Experts on the GPU", sum(map(len, vram.tier.resident)))
         if llm.prefixes is not None:
             counters["prefix_hits"] = ("Prompts that resumed from a cached prefix", llm.prefixes.hits)
             gauges["prefix_memory_bytes"] = ("Cached prefixes in memory", llm.prefixes.memory_bytes)
@@ -91,10 +97,16 @@ class Metrics:
         """The numbers of the status page."""
         llm, scheduler = self._llm, self._scheduler
         total, plan, prefixes = llm.experts.stats.total(), llm.plan, llm.prefixes
-        memory = {
+        memory: dict[str, Any] = {
             "budget": plan.budget_bytes, "trunk": plan.trunk_bytes, "state": plan.state_bytes, "scratch": plan.scratch_bytes,
             "slots": plan.slots_bytes, "process": resident_bytes(),
         }  # fmt: skip
+        if llm.vram_plan is not None:  # trunk and contexts are on the GPU
+            on_card = llm.vram_plan
+            memory["vram"] = {
+                "budget": on_card.budget_bytes, "trunk": on_card.trunk_bytes, "state": on_card.state_bytes,
+                "scratch": on_card.scratch_bytes, "slots": on_card.slots_bytes,
+            }  # fmt: skip
         kept = {}
         if prefixes is not None:
             kept = {"memory": prefixes.memory_bytes, "disk": prefixes.disk_bytes, "limit": prefixes.memory_limit}

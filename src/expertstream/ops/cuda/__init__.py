@@ -4,6 +4,7 @@ which order sums run. Arrays are on the card, and so is the trunk; experts are r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ...batch import Batch
 from ...cuda.device import DeviceArray, StateArray
 from ...cuda.recording import SEGMENT, Recording
+from ...errors import BudgetError
 from ...formats import Bytes, ExpertFormat, MatrixFormat
 from ...formats.numbers import F32, I64
 from .. import Arena, Weight
@@ -22,13 +24,32 @@ from .rows import MOST_RECORDED, BoundMatrix, cdiv
 
 __all__ = ["CudaOps"]
 
+_MOST_RECORDINGS = 12  # each has its own memory for what passes through a step
+
 
 class CudaOps(Products, Mixers):
     """Implements `ops.Ops`, which documents every method, with DeviceArrays in place of NumPy's. Not thread-safe."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        itself = weakref.ref(self)  # the device must not keep its ops alive
+
+        def make_room() -> None:
+            ops = itself()
+            if ops is not None and ops.recording is None:
+                ops._drop_recordings(0)
+
+        self.device.make_room = make_room
+
     def close(self) -> None:
-        self._recordings.clear()
+        self._drop_recordings(0)
         self.device.close()
+
+    def _drop_recordings(self, keep: int) -> None:
+        """Frees the memory of all recordings but the `keep` that were used last."""
+        self._last = self._normed = None  # they may lie there
+        while len(self._recordings) > keep:
+            self._recordings.pop(next(iter(self._recordings))).close()
 
     def bind(self, weight: Weight) -> Weight:
         parts = self.cpu.tiled(weight.format, weight.parts)
@@ -86,19 +107,28 @@ class CudaOps(Products, Mixers):
         if len(batch.segments) > MOST_RECORDED:
             return None
         key = len(batch.segments), 1 << max(0, (cdiv(longest, SEGMENT) - 1).bit_length())
-        if key not in self._seen:
-            self._seen.add(key)
+        if self._seen.get(key) != "recordable":
+            self._seen.setdefault(key, "recordable")
             return None
-        found = self._recordings.get(key)
+        found = self._recordings.pop(key, None)
         if found is None:
-            self._constant("blocks", key[0], 1)
-            found = Recording(self.device, *key, self.cpu.rotary)
-            self.recording = found
+            self._drop_recordings(_MOST_RECORDINGS - 1)
             try:
-                found.record(batch, run)
-            finally:
-                self.recording = None
-            self._recordings[key] = found
+                found = self._record(key, batch, run)
+            except BudgetError:  # such a pass is launched kernel by kernel from now on
+                self._seen[key] = "too large"
+                return None
+        self._recordings[key] = found  # the last that was used
         found.launch(batch)
         logits = found.finish()
         return logits, found.ids
+
+    def _record(self, key: tuple[int, int], batch: Batch, run: Callable[[Batch], Any]) -> Recording:
+        self._constant("blocks", key[0], 1)
+        found = Recording(self.device, *key, self.cpu.rotary)
+        self.recording = found
+        try:
+            found.record(batch, run)
+        finally:
+            self.recording = None
+        return found

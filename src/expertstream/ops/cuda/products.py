@@ -114,7 +114,7 @@ class Products(Rows):
             results = self._results(tokens, [w.format.rows for w in group])
             first, y = results[0].address, results
             if not group[0].format.quantized:
-                few = tokens < 4
+                few = tokens < 4 or 16 * cols > self.device.driver.shared_bytes
                 tiles = sum(cdiv(w.format.rows, 16) for w in group)
                 grid, threads, shared = (
                     ((4 * tiles, tokens, 1), 128, 0) if few else ((tiles, cdiv(tokens, 4), 1), 256, 16 * cols)

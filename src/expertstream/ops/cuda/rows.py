@@ -61,7 +61,7 @@ class Rows:
         self._tasks: dict[int, DeviceArray] = {}  # by number of tokens
         self.recording: Recording | None = None
         self._recordings: dict[tuple[int, int], Recording] = {}  # by sequences and segments of attention
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: dict[tuple[int, int], str] = {}
         self._pair_starts: dict[int, DeviceArray] = {}  # by top_k
         self._old_starts: list[DeviceArray] = []
         self._constants: dict[tuple[Any, ...], DeviceArray] = {}
