@@ -259,6 +259,17 @@ def test_recordings_give_their_memory_back(pack_folder: Path, monkeypatch: pytes
     assert not driver._registered
 
 
+def test_a_sequence_that_ended_gives_its_memory_back(card: Driver, pack_folder: Path) -> None:
+    with LLM(pack_folder, device="cuda", **OPTIONS) as llm:
+        ops: Any = llm.ops
+        tokens = oracle.random_tokens(llm.checkpoint.config, 40)
+        answer(llm, llm.session(), tokens)
+        before = ops.device.used_bytes
+        for _ in range(5):
+            answer(llm, llm.session(), tokens)
+        assert ops._recordings and ops.device.used_bytes == before
+
+
 def batches(llm: LLM, tokens: np.ndarray) -> np.ndarray:
     """Steps of one to four sequences, three of each."""
     caches = [llm.session().cache for _ in range(4)]

@@ -6,6 +6,7 @@ where each sequence's states are. Which experts run is decided on the card, by a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ class Recording:
         self._layers = 0
         self._kept: list[Any] = []
         self._pinned = [self._host]
-        self._caches: tuple[int, ...] = ()
+        self._caches: list[
+            weakref.ref[KVCache]
+        ] = []  # of the last replay; a sequence that has ended gives its memory back
         self.ids: NDArray[np.int64] = np.empty((0, sequences, 0), np.int64)
 
     def _reserve(self, shape: Sequence[int], dtype: Any) -> tuple[NDArray[Any], DeviceArray]:
@@ -139,10 +142,6 @@ class Recording:
         self._layers += 1
         return self._selected[self._layers - 1]
 
-    def keep(self, *arrays: Any) -> None:
-        """Keeps arrays as long as the graph, which uses their memory."""
-        self._kept += arrays
-
     # Replays.
 
     def launch(self, batch: Batch) -> None:
@@ -157,7 +156,9 @@ class Recording:
 
     def _place(self, caches: Sequence[KVCache], positions: I64) -> None:
         """Fills the tables."""
-        same = tuple(map(id, caches)) == self._caches
+        same = len(caches) == len(self._caches) and all(
+            known() is cache for known, cache in zip(self._caches, caches, strict=True)
+        )
         for layer, table in self._attention:
             states: Any = [cache.layers[layer] for cache in caches]
             if not same or isinstance(states[0], WindowState):
@@ -169,8 +170,7 @@ class Recording:
             for s, cache in enumerate(caches):
                 own: Any = cache.layers[layer]
                 table[s] = own.conv_state.address, own.recurrent_state.address, s, 1
-        self._caches = tuple(map(id, caches))
-        self._alive = list(caches)  # so that no other cache takes over an identity
+        self._caches = [weakref.ref(cache) for cache in caches]
 
     def finish(self) -> F32:
         """Waits for the replay; its logits."""

@@ -78,7 +78,8 @@ class Decoder:
     def _recorded(self, batch: Batch) -> F32 | None:
         """The pass of single tokens as a backend has recorded it, if it does and every expert can be found by a table."""
         single = not batch.prompt and batch.tokens.shape[0] == len(batch.segments)
-        if not single or not self.experts.recordable or any(s.cache.each_logits for s in batch.segments):
+        asks = any(s.cache.each_logits or s.position + 1 in s.cache.keep for s in batch.segments)
+        if not single or asks or not self.experts.recordable:
             return None
         batch.between_layers()
         found = self.ops.recorded(batch, lambda recorded: self._forward(recorded, False))
