@@ -142,6 +142,7 @@ class LLM:
                 self.keep_prefixes()
         except BaseException as error:
             store.close()
+            self.ops.close()
             if isinstance(error, MemoryError):
                 raise BudgetError("out of memory; check the limit set by ulimit -v") from None
             raise
@@ -165,6 +166,8 @@ class LLM:
         gpu = int(c.device.partition(":")[2] or 0) if c.device.startswith("cuda") else None
         if c.device == "auto" and c.ops == "cpu" and device_count():
             gpu = 0
+        if gpu is None and c.vram_bytes is not None:
+            raise UsageError("vram needs a GPU; device is cpu, or no NVIDIA GPU can be used (device=cuda says why)")
         return make_ops(c.ops, c.thread_count, c.isa, c.activation_bits, gpu)
 
     def _plan_vram(self, store: ExpertStore) -> tuple[MemoryPlan | None, int]:

@@ -57,7 +57,7 @@ def build(name: str, macros: Mapping[str, int]) -> ctypes.CDLL:
 class EmulatedDriver:
     """Implements cuda.driver.Driver. Memory ends at a page that cannot be touched; what is never written is not zero."""
 
-    name, capability, multiprocessors, shared_bytes = "emulated GPU", 90, 4, 96 << 10
+    name, capability, shared_bytes = "emulated GPU", 90, 96 << 10
 
     def __init__(self, total_bytes: int = 4 << 30) -> None:
         self.total_bytes, self.launches = total_bytes, 0
@@ -163,7 +163,4 @@ class EmulatedDriver:
             step()
 
     def synchronize(self) -> None:
-        return
-
-    def close(self) -> None:
         return

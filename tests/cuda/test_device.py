@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertstream import LLM, BudgetError, DeviceError, UsageError
+from expertstream import LLM, BudgetError, DeviceError, RequestError, UsageError
 from expertstream.batch import Batch
 from expertstream.bench.profile import Profiler
 from expertstream.config import EngineConfig
@@ -93,6 +94,9 @@ def test_without_a_gpu_the_cpu_is_used_and_cuda_refused(pack_folder: Path) -> No
         assert llm.vram_plan is None
     with pytest.raises(DeviceError, match="device=cpu"):
         LLM(pack_folder, device="cuda", **OPTIONS)
+    for device in ("auto", "cpu"):
+        with pytest.raises(UsageError, match="vram needs a GPU"):
+            LLM(pack_folder, device=device, vram="1GiB", **OPTIONS)
     command = [sys.executable, "-m", "expertstream", "run", str(pack_folder), "--device", "cuda", "x"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 8 and "--device cpu" in done.stderr and "Traceback" not in done.stderr
@@ -283,9 +287,31 @@ def test_closing_gives_everything_back(pack_folder: Path, monkeypatch: pytest.Mo
     llm = LLM(pack_folder, device="cuda", **OPTIONS)
     answer(llm, llm.session(), oracle.random_tokens(llm.checkpoint.config, 40))
     assert driver.free_bytes() < driver.total_bytes
+    session = llm.session()
     llm.close()
-    del llm
-    assert not driver._registered
-    import gc
-
+    assert not driver._registered and driver.free_bytes() == driver.total_bytes
+    with pytest.raises(RequestError, match="this model is closed"):
+        session.cache.layers[0].arrays[0][:]
+    unclosed = LLM(pack_folder, device="cuda", **OPTIONS)
+    answer(unclosed, unclosed.session(), oracle.random_tokens(unclosed.checkpoint.config, 40))
+    del unclosed, llm, session
     gc.collect()
+    assert not driver._registered and driver.free_bytes() == driver.total_bytes
+    with pytest.raises(BudgetError):
+        LLM(pack_folder, device="cuda", vram="1MiB", **OPTIONS)
+    assert driver.free_bytes() == driver.total_bytes
+
+
+def test_a_card_that_is_gone_can_be_closed(pack_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = EmulatedDriver()
+    monkeypatch.setattr(drivers, "open_driver", lambda number: driver)
+
+    def gone(*_: Any) -> Any:
+        raise DeviceError("the GPU failed: no CUDA-capable device is detected; load the model again")
+
+    with pytest.raises(DeviceError, match="no CUDA-capable device"), LLM(pack_folder, device="cuda", **OPTIONS) as llm:
+        tokens = oracle.random_tokens(llm.checkpoint.config, 40)
+        answer(llm, llm.session(), tokens)
+        for name in ("launch", "replay", "synchronize", "free", "unregister", "download", "upload", "drop"):
+            monkeypatch.setattr(driver, name, gone)
+        answer(llm, llm.session(), tokens)

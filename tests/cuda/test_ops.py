@@ -241,6 +241,13 @@ def test_attention_of_several_sequences(backends: dict[int, Both]) -> None:
             equal(*results)
 
 
+def test_attention_a_few_rows_at_a_time(backends: dict[int, Both], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the scores of all rows would take too much memory."""
+    monkeypatch.setattr("expertstream.ops.cuda.mixers._SCORE_BYTES", 60 << 10)
+    test_attention_of_several_sequences(backends)
+    test_attention(backends, 24, "f32")
+
+
 @pytest.mark.parametrize("dk, dv", [(16, 16), (24, 40), (128, 128)])
 def test_gated_delta(backends: dict[int, Both], dk: int, dv: int) -> None:
     both = gpu, _ = backends[8]

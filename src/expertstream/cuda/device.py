@@ -7,13 +7,13 @@ import math
 import struct
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BudgetError
+from ..errors import BudgetError, DeviceError, RequestError
 from .compiler import kernel_parameters
 from .driver import Driver
 
@@ -115,7 +115,9 @@ class Device:
         self.make_room: Callable[[], None] = lambda: (
             None
         )  # called when the card is full, to free what can be made again
-        self.used_bytes = 0
+        self._allocated: dict[int, int] = {}  # address → bytes
+        self._end = weakref.finalize(self, _give_back, driver, self._allocated, self._registered)
+        self._end.atexit = False
         self._add = self.kernels("rows.cu")["add"]
 
     # Memory.
@@ -133,7 +135,7 @@ class Device:
             self.make_room()
             self.trim()
             address = self.driver.allocate(room)
-        self.used_bytes += room
+        self._allocated[address] = room
         return address, self._free
 
     def absorb(self, pool: Pool) -> None:
@@ -154,10 +156,11 @@ class Device:
     def trim(self) -> None:
         """Returns the memory of the free list to the card."""
         self.driver.synchronize()
-        for room, addresses in self._free.items():
+        for addresses in self._free.values():
             while addresses:
-                self.driver.free(addresses.pop())
-                self.used_bytes -= room
+                address = addresses.pop()
+                del self._allocated[address]
+                self.driver.free(address)
 
     def register(self, memory: NDArray[np.uint8]) -> None:
         """Lets kernels read host memory, until unregister()."""
@@ -169,12 +172,18 @@ class Device:
             memory,
         )  # kept, as long as it is registered
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the card that are allocated, in use or free for the next array."""
+        return sum(self._allocated.values())
+
+    @property
+    def closed(self) -> bool:
+        return not self._end.alive
+
     def close(self) -> None:
-        """Waits, and ends the access to host memory."""
-        self.trim()
-        for address in list(self._registered):
-            self.driver.unregister(address)
-        self._registered.clear()
+        """Waits, and gives all memory back: arrays are invalid afterwards."""
+        self._end()
 
     def unregister(self, memory: NDArray[np.uint8]) -> None:
         if self._registered.pop(memory.ctypes.data, None) is not None:
@@ -242,6 +251,16 @@ class Device:
         return found
 
 
+def _give_back(driver: Driver, allocated: dict[int, int], registered: dict[int, tuple[int, NDArray[np.uint8]]]) -> None:
+    """Also for a device that is garbage-collected without close(). A card that has failed gives nothing back, and need not."""
+    with suppress(DeviceError):
+        driver.synchronize()
+        while registered:
+            driver.unregister(registered.popitem()[0])
+        while allocated:
+            driver.free(allocated.popitem()[0])
+
+
 class StateArray:
     """A sequence's state on the card: (rows, columns, …) or flat. Indexing copies to the host, assignment copies from it, as NumPy arrays
     behave for the states that copy themselves."""
@@ -249,7 +268,7 @@ class StateArray:
     def __init__(self, device: Device, shape: Sequence[int], dtype: Any) -> None:
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         self._array = device.zeros(shape, dtype)
-        self._device = weakref.proxy(device)
+        self._device = device
 
     @property
     def address(self) -> int:
@@ -258,6 +277,10 @@ class StateArray:
     @property
     def nbytes(self) -> int:
         return self._array.nbytes
+
+    def _check(self) -> None:
+        if self._device.closed:
+            raise RequestError("this model is closed")
 
     def _columns(self, key: Any) -> tuple[int, int]:
         """The columns [begin, end) of all rows that [:] or [:, begin:end] selects."""
@@ -269,6 +292,7 @@ class StateArray:
         return begin, max(begin, end)
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
+        self._check()
         begin, end = self._columns(key)
         values = np.empty((self.shape[0], end - begin, *self.shape[2:]), self.dtype)
         size = math.prod(self.shape[2:]) * self.dtype.itemsize
@@ -278,6 +302,7 @@ class StateArray:
         return values
 
     def __setitem__(self, key: Any, given: Any) -> None:
+        self._check()
         begin, end = self._columns(key)
         values = np.empty((self.shape[0], end - begin, *self.shape[2:]), self.dtype)
         values[:] = given

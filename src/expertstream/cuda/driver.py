@@ -17,7 +17,6 @@ class Driver(Protocol):
     Raises BudgetError if the card's memory is used up, and DeviceError."""
 
     name: str
-    total_bytes: int
     shared_bytes: int  # the most that a block may have
 
     def free_bytes(self) -> int:
@@ -76,9 +75,6 @@ class Driver(Protocol):
     def synchronize(self) -> None:
         """Waits for everything."""
 
-    def close(self) -> None:
-        """Gives the card back."""
-
 
 def _bindings() -> Any:
     try:
@@ -128,17 +124,16 @@ class NvidiaDriver:
         self._device = self._do(cu.cuDeviceGet(number))
         self.name = self._do(cu.cuDeviceGetName(256, self._device)).split(b"\0")[0].decode()
         attribute, names = cu.cuDeviceGetAttribute, cu.CUdevice_attribute
-        major, minor, self.multiprocessors, self.shared_bytes = (
+        major, minor, self.shared_bytes = (
             self._do(attribute(getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}"), self._device))
             for name in (
-                "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT", "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+                "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
             )
         )  # fmt: skip
         self.capability = 10 * major + minor
         self._context = self._do(cu.cuDevicePrimaryCtxRetain(self._device))
         self._threads = threading.local()
         self._enter()
-        self.total_bytes = self._do(cu.cuMemGetInfo())[1]
         self._overlapping: Any = None
         self._stream = self._do(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
@@ -263,6 +258,3 @@ class NvidiaDriver:
     def synchronize(self) -> None:
         self._enter()
         self._do(self._cu.cuStreamSynchronize(self._stream))
-
-    def close(self) -> None:
-        self._cu.cuDevicePrimaryCtxRelease(self._device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ...batch import Batch
 from ...cuda.device import DeviceArray, StateArray
 from ...cuda.recording import SEGMENT, Recording
-from ...errors import BudgetError
+from ...errors import BudgetError, DeviceError
 from ...formats import Bytes, ExpertFormat, MatrixFormat
 from ...formats.numbers import F32, I64
 from .. import Arena, Weight
@@ -42,7 +43,8 @@ class CudaOps(Products, Mixers):
         self.device.make_room = make_room
 
     def close(self) -> None:
-        self._drop_recordings(0)
+        with suppress(DeviceError):
+            self._drop_recordings(0)
         self.device.close()
 
     def _drop_recordings(self, keep: int) -> None:
@@ -73,8 +75,9 @@ class CudaOps(Products, Mixers):
         self.device.register(arena.view())
 
     def detach(self, arena: Arena) -> None:
-        self.device.driver.synchronize()
-        self.device.unregister(arena.view())
+        with suppress(DeviceError):  # a card that has failed reads nothing any more
+            self.device.driver.synchronize()
+            self.device.unregister(arena.view())
 
     def free_bytes(self) -> int:
         return self.device.driver.free_bytes()

@@ -131,12 +131,13 @@ class Mixers(Rows):
         )  # fmt: skip
         # As many rows at a time as there is room for their scores.
         width = segments * SEGMENT
-        slab = max(together, min(rows, _SCORE_BYTES // (4 * w.heads * width)) // together * together)
+        unit = together if count == 1 else 1  # rows of a block: of several sequences, each has one
+        slab = max(unit, min(rows, _SCORE_BYTES // (4 * w.heads * width)) // unit * unit)
         few, per_kv = per_block == _ROWS, w.heads // w.kv_heads
         heads = cdiv(per_kv, per_block) * w.kv_heads
         for first in range(0, rows, slab):
             some = min(slab, rows - first)
-            which = blocks if some == rows else blocks[first // together : cdiv(first + some, together)]
+            which = blocks if some == rows else blocks[first // unit : cdiv(first + some, unit)]
             begin = first_row + first
             scores, keep = device.empty((some * w.heads, width)), device.empty((some * w.heads, width // _KEYS))
             ends, sums = device.empty((some * w.heads, segments, 2)), device.empty((some * w.heads, segments, d))
