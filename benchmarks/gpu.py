@@ -21,6 +21,7 @@ import numpy as np
 
 from expertstream import LLM
 from expertstream.batch import Batch
+from expertstream.cuda.driver import driver_version
 
 PROMPT = 2048
 
@@ -44,8 +45,8 @@ class Rows:
 
     def add(self, vram: str, measure: str, value: float, unit: str) -> None:
         self.rows.append(
-            {"date": datetime.date.today().isoformat(), "card": self.card, "model": self.model, "vram": vram, "measure": measure,
-             "value": round(value, 2), "unit": unit}
+            {"date": datetime.date.today().isoformat(), "card": self.card, "driver": driver_version(), "model": self.model, "vram": vram,
+             "measure": measure, "value": round(value, 2), "unit": unit}
         )  # fmt: skip
         print(f"{vram:8} {measure:40} {value:10.1f} {unit}", flush=True)
 

@@ -1,4 +1,5 @@
-"""Compiles the kernels with NVRTC, and caches the result by source, options, architecture and compiler.
+"""Compiles the kernels with NVRTC, and caches the result by source, options and architecture. Cards newer than NVRTC knows get PTX, which
+their driver compiles and caches.
 
 A source file is compiled once for each set of macros: the format of a matrix, the size of a head. NVRTC needs no GPU.
 """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import BudgetError, DeviceError
 from .compiler import compile_kernels
 
-__all__ = ["Driver", "NvidiaDriver", "device_count", "open_driver"]
+__all__ = ["Driver", "NvidiaDriver", "device_count", "driver_version", "open_driver"]
 
 
 class Driver(Protocol):
@@ -108,6 +109,15 @@ def device_count() -> int:
 def open_driver(number: int) -> Driver:
     """The driver of a card. Raises DeviceError."""
     return NvidiaDriver(number)
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's kernel module, "" if it does not say."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[:1].isdigit() and "." in word), "")
 
 
 class NvidiaDriver:
