@@ -23,8 +23,6 @@ from expertstream import LLM
 from expertstream.batch import Batch
 from expertstream.cuda.driver import driver_version
 
-PROMPT = 2048
-
 
 def seconds(run: Callable[[], object], rounds: int) -> float:
     """The median of some runs, after one that does not count."""
@@ -57,7 +55,8 @@ def measure_card(llm: Any, rows: Rows) -> None:
     host, (a, b) = device.pinned(size), (device.empty((size,), np.uint8) for _ in range(2))
 
     def link() -> None:
-        device.driver.upload_pinned(a.address, host.ctypes.data, size)
+        device.driver.upload_beside(a.address, host.ctypes.data, size, None)
+        device.driver.join()
         device.driver.synchronize()
 
     def memory() -> None:
@@ -69,16 +68,20 @@ def measure_card(llm: Any, rows: Rows) -> None:
     rows.add("", "card's memory, copy", 16 * size / seconds(memory, 5) / 1e9, "GB/s")
 
 
-def measure_model(llm: Any, vram: str, rows: Rows, batches: bool) -> None:
+def measure_model(llm: Any, vram: str, rows: Rows, batches: bool, prompts: list[int]) -> None:
     rng, vocabulary = np.random.default_rng(0), llm.model_config.vocab_size
     cache = llm.session().cache
-    tokens = rng.integers(1, vocabulary, PROMPT)
+    for count in prompts:
+        tokens = rng.integers(1, vocabulary, count)
 
-    def prompt() -> None:
-        cache.reset()
-        llm.model(tokens, cache, prompt=True)
+        def prompt(tokens: Any = tokens) -> None:
+            cache.reset()
+            for begin in range(0, tokens.shape[0], llm.prefill_chunk):
+                llm.model(tokens[begin : begin + llm.prefill_chunk], cache, prompt=True)
 
-    rows.add(vram, f"prompt of {PROMPT}", PROMPT / seconds(prompt, 5), "tokens/s")
+        near = sum(map(len, llm.experts.vram.tier.resident)) / llm.plan.total_experts
+        rows.add(vram, f"experts on the card (prompt of {count}, chunks of {llm.prefill_chunk})", 100 * near, "%")
+        rows.add(vram, f"prompt of {count}", count / seconds(prompt, 3), "tokens/s")
     for name, own in (("decode after the prompt", cache), ("decode", llm.session().cache)):
         step = [own]
 
@@ -103,21 +106,30 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--memory", default=None)
-    parser.add_argument("--vram", default="8GiB", help="the smaller share of the card that is measured too")
+    parser.add_argument("--vram", nargs="*", default=["8GiB"], help="smaller shares of the card that are measured too")
+    parser.add_argument("--skip-all", action="store_true", help="the model is larger than the card")
+    parser.add_argument(
+        "--prompts", type=int, nargs="*", default=[2048], help="tokens; decoding is measured after the last one"
+    )
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows: Rows | None = None
-    for vram in (None, options.vram):
+    for vram in options.vram if options.skip_all else [None, *options.vram]:
         begin = time.perf_counter()
         with LLM(
-            options.model, device=options.device, memory=options.memory, vram=vram, context_length=4096, verify="never"
+            options.model,
+            device=options.device,
+            memory=options.memory,
+            vram=vram,
+            context_length=2 * max(options.prompts),
+            verify="never",
         ) as llm:
             card: Any = llm.ops
             if rows is None:
                 rows = Rows(card.device.driver.name, options.model.name)
                 measure_card(llm, rows)
             rows.add(vram or "all", "opened in", time.perf_counter() - begin, "s")
-            measure_model(llm, vram or "all", rows, vram is None)
+            measure_model(llm, vram or "all", rows, vram is None, options.prompts)
     if options.csv and rows:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows.rows[0]))

@@ -40,6 +40,8 @@ from .units import format_bytes
 from .user_files import IoSettings
 
 _GPU_SCRATCH = 32 << 20  # bytes of a GPU's memory for what scratch_bytes() does not know
+_GPU_RING = 168  # slots through which experts pass to a GPU: the spare ones, and a prompt's buffers
+_GPU_SPARE = 8
 _GPU_CHUNK = 32768  # tokens of a prompt in one pass: a launch has at most 65,535 blocks in two of its dimensions
 _HOST_SCRATCH = 16 << 20  # bytes of host memory for logits and lists, where a GPU does the rest
 # Incremented when a change makes stored states unusable: another layout, other arithmetic.
@@ -131,12 +133,12 @@ class LLM:
                 self.ops,
                 self.plan.prefetch_slots,
                 MemoryWatch(available_bytes, self.plan.available_bytes),
-                None if self.vram_plan is None else (self.vram_plan.slots, self.vram_plan.ring_slots),
+                self._vram_slots(),
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
             weights, experts = LoadedWeights(self.checkpoint, ops), RoutedExperts(self.experts, ops)
             self.model = build(self.model_config, weights, experts, self.top_k)
-            self.experts.fill()
+            self.experts.adapt()
             self.prefixes: PrefixCache | None = None
             if c.prefix_cache_bytes:
                 self.keep_prefixes()
@@ -191,6 +193,7 @@ class LLM:
                 top_k=self.top_k,
                 residency="slots",
                 direct=True,
+                ring_slots=_GPU_RING,
                 name="vram",
             )
         except BudgetError as error:
@@ -216,9 +219,10 @@ class LLM:
         }
         if self.vram_plan is not None:  # trunk, contexts and scratch are the GPU's; logits and lists pass through here
             kept = c.prefix_cache_bytes
-            return plan_memory(
-                trunk_bytes=0, state_bytes=kept, scratch_bytes=_HOST_SCRATCH, **sizes
-            ), self.prefill_chunk
+            plan = plan_memory(trunk_bytes=0, state_bytes=kept, scratch_bytes=_HOST_SCRATCH, **sizes)
+            if self.vram_plan.slots - self.vram_plan.ring_slots >= plan.total_experts and plan.residency == "slots":
+                plan = replace(plan, slots=plan.ring_slots)  # experts only pass through on their way to the card
+            return plan, self.prefill_chunk
         return plan_with_chunk(
             lambda tokens: scratch_bytes(m, tokens, self.context_length, c.thread_count),
             # No larger than the context, rounded up to whole chunks of the gated-delta form.
@@ -228,6 +232,11 @@ class LLM:
             state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype) + c.prefix_cache_bytes,
             **sizes,
         )
+
+    def _vram_slots(self) -> tuple[int, int, int] | None:
+        """A GPU's slots, its ring slots, and how many of these are spare: all but one token's experts, up to _GPU_SPARE."""
+        plan = self.vram_plan
+        return None if plan is None else (plan.slots, plan.ring_slots, min(_GPU_SPARE, plan.ring_slots - self.top_k))
 
     def describe(self) -> str:
         """One line that describes how memory is divided and how experts are read."""

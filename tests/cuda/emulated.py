@@ -57,7 +57,7 @@ def build(name: str, macros: Mapping[str, int]) -> ctypes.CDLL:
 class EmulatedDriver:
     """Implements cuda.driver.Driver. Memory ends at a page that cannot be touched; what is never written is not zero."""
 
-    name, capability, shared_bytes = "emulated GPU", 90, 96 << 10
+    name, capability, shared_bytes, staged_bytes = "emulated GPU", 90, 96 << 10, 64 << 10
 
     def __init__(self, total_bytes: int = 4 << 30) -> None:
         self.total_bytes, self.launches = total_bytes, 0
@@ -153,8 +153,25 @@ class EmulatedDriver:
     def bring(self, to: int, source: int, size: int) -> None:
         self._do(lambda: ctypes.memmove(to, source, size))
 
-    def upload_pinned(self, to: int, source: int, size: int) -> None:
+    def stage(self, source: int, size: int) -> int:
+        assert self._captured is None, "an upload from memory that may be gone must not be recorded"
+        assert size <= self.staged_bytes
+        self._staged = ctypes.create_string_buffer(ctypes.string_at(source, size), size)
+        return ctypes.addressof(self._staged)
+
+    def mark(self) -> Any:
+        return None
+
+    def upload_beside(self, to: int, source: int, size: int, after: Any) -> None:
+        assert self._captured is None
         ctypes.memmove(to, source, size)
+
+    def bring_beside(self, to: int, source: int, size: int, after: Any) -> None:
+        assert self._captured is None
+        ctypes.memmove(to, source, size)
+
+    def join(self) -> None:
+        return
 
     def _do(self, step: Callable[[], object]) -> None:
         if self._captured is not None:

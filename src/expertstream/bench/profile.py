@@ -66,7 +66,7 @@ class Profiler:
         names = frozenset(name for name in PHASES if hasattr(ops, name) and name != "wait")  # that is the reader's
         clock: Any = _Clock(ops, self, names)
         if isinstance(ops, GpuOps):
-            self._settle, self._host, clock.recorded = ops.wait, ops.host, lambda batch, run: None
+            self._settle, self._host, clock.recorded = ops.wait, ops.host, lambda *_: None
         return clock  # type: ignore[no-any-return]
 
     def watch(self, llm: LLM) -> None:
@@ -111,7 +111,7 @@ class Profiler:
                 return result
             finally:
                 if name == "routed" and self.selected is not None:  # the card selected, and Python did not see it
-                    np.add.at(self.selected[self._layer], self._host(args[-1]).ravel(), 1)
+                    np.add.at(self.selected[self._layer], self._host(args[5]).ravel(), 1)
                     self._fetched = self._layer
                 # Running the next layer's router for prefetch counts as this layer's work.
                 self.events.append(Event(name, min(self._layer, max(0, self._layers - 1)), begin, time.perf_counter()))

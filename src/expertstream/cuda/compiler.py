@@ -25,9 +25,9 @@ ARCHITECTURES = (75, 80, 86, 89, 90)
 # No contraction: fma is where the source says so, as on the CPU. Division and square root are IEEE's by default.
 _OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
-_KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([\w, ]+\)\s+)?(\w+)\(([^)]*)\)')
 
-_CODES = {"int": "i4x", "float": "f4x", "i64": "q", "const Places": "28Q"}  # Places: in common.cuh
+_CODES = {"int": "i4x", "float": "f4x", "i64": "q", "const Places": "28Q", "const Sum": "6Q"}  # as in common.cuh
 
 
 @cache

@@ -8,7 +8,7 @@ import struct
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,12 @@ from ..errors import BudgetError, DeviceError, RequestError
 from .compiler import kernel_parameters
 from .driver import Driver
 
-__all__ = ["Device", "DeviceArray", "Kernel", "StateArray"]
+__all__ = ["Addition", "Device", "DeviceArray", "Kernel", "StateArray"]
 
 _ALIGNMENT = 512
 _PAGE = 4096
 Pool = dict[int, list[int]]  # free memory by size
+_Work = TypeVar("_Work")
 
 
 class Block:
@@ -48,14 +49,44 @@ def _room(size: int) -> int:
 
 
 class DeviceArray:
-    """A C-contiguous array on the card. Rows can be sliced, and another array added in place; values are read by Device.host()."""
+    """A C-contiguous array on the card. Rows can be sliced, and another array added in place; values are read by Device.host().
 
-    __slots__ = ("_block", "address", "changes", "device", "dtype", "shape")
+    What remains to be done to an array may be put off until its address is asked for, so that the kernel that reads it next can do both:
+    an addition and the norm that follows it are one kernel."""
+
+    __slots__ = ("_address", "_block", "_later", "changes", "device", "dtype", "shape")
 
     def __init__(self, device: Device, shape: Sequence[int], dtype: Any, block: Block, address: int) -> None:
         self.device, self.shape, self.dtype = device, tuple(shape), np.dtype(dtype)
-        self._block, self.address = block, address
+        self._block, self._address = block, address
+        self._later: Callable[[DeviceArray], None] | None = None
         self.changes = 0  # how often its values were changed in place
+
+    @property
+    def address(self) -> int:
+        """Where its values are, after whatever was put off."""
+        if self._later is not None:
+            later, self._later = self._later, None
+            later(self)
+        return self._address
+
+    @property
+    def own_address(self) -> int:
+        """The address, for work that is put off."""
+        return self._address
+
+    def put_off(self, work: Callable[[DeviceArray], None]) -> None:
+        """work(self) is called before anyone reads this array, unless taken()."""
+        assert self._later is None
+        self._later = work
+
+    def taken(self, kind: type[_Work]) -> _Work | None:
+        """The work that was put off, if it is of this kind; the caller does it."""
+        later = self._later
+        if not isinstance(later, kind):
+            return None
+        self._later = None
+        return later
 
     @property
     def nbytes(self) -> int:
@@ -77,9 +108,22 @@ class DeviceArray:
         return DeviceArray(self.device, shape, self.dtype, self._block, self.address + first * self.dtype.itemsize)
 
     def __iadd__(self, other: DeviceArray) -> DeviceArray:
-        self.device.add(self, other)
+        """other must not be changed afterwards."""
+        if self._later is not None:
+            _ = self.address
         self.changes += 1
+        self._later = Addition(other)
         return self
+
+
+class Addition:
+    """Adds another array to the one that put it off."""
+
+    def __init__(self, other: DeviceArray) -> None:
+        self.other = other
+
+    def __call__(self, array: DeviceArray) -> None:
+        array.device.add(array, self.other)
 
 
 class Kernel:
@@ -118,7 +162,7 @@ class Device:
         self._allocated: dict[int, int] = {}  # address → bytes
         self._end = weakref.finalize(self, _give_back, driver, self._allocated, self._registered)
         self._end.atexit = False
-        self._add = self.kernels("rows.cu")["add"]
+        self._add, self._copy = (self.kernels("rows.cu")[name] for name in ("add", "copy_words"))
 
     # Memory.
 
@@ -221,9 +265,17 @@ class Device:
         """A copy of a NumPy array on the card."""
         values = np.ascontiguousarray(values)
         array = self.empty(values.shape, values.dtype)
-        if values.nbytes:
-            self.driver.upload(array.address, values.ctypes.data, values.nbytes)
+        self.upload(array.address, values)
         return array
+
+    def upload(self, to: int, values: NDArray[Any]) -> None:
+        """Copies a contiguous NumPy array to the card, in order with other work."""
+        size, source = values.nbytes, values.ctypes.data
+        if size and size <= self.driver.staged_bytes and to % 4 == size % 4 == 0:
+            words = size // 4
+            self._copy((-(-words // 256), 1, 1), 256, 0, to, self.driver.stage(source, size), words)
+        elif size:
+            self.driver.upload(to, source, size)
 
     def host(self, array: DeviceArray) -> NDArray[Any]:
         """The values of an array, copied to the host; waits for the work before."""

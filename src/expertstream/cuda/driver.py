@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,9 @@ from .compiler import compile_kernels
 
 __all__ = ["Driver", "NvidiaDriver", "device_count", "driver_version", "open_driver"]
 
+_POINTS = 64
+_STAGE = 8 << 20  # bytes of registered memory for stage()
+
 
 class Driver(Protocol):
     """Addresses are integers; sizes are bytes. Work is done in the order of the calls; download() and synchronize() wait for all of it.
@@ -19,6 +24,7 @@ class Driver(Protocol):
 
     name: str
     shared_bytes: int  # the most that a block may have
+    staged_bytes: int
 
     def free_bytes(self) -> int:
         """Free memory of the card."""
@@ -70,8 +76,21 @@ class Driver(Protocol):
     def bring(self, to: int, source: int, size: int) -> None:
         """The card's memory to registered host memory, complete after synchronize()."""
 
-    def upload_pinned(self, to: int, source: int, size: int) -> None:
-        """Registered host memory to the card; it must not be written before the next synchronize()."""
+    def stage(self, source: int, size: int) -> int:
+        """The address of a copy of at most `staged_bytes` of host memory, for kernels that are launched next. Unlike upload(), they do not
+        wait for copies that run beside."""
+
+    def mark(self) -> Any:
+        """A point behind the work so far, for upload_beside()."""
+
+    def upload_beside(self, to: int, source: int, size: int, after: Any) -> None:
+        """Registered host memory to the card, beside other work that comes after the point `after`, if given."""
+
+    def bring_beside(self, to: int, source: int, size: int, after: Any) -> None:
+        """The card's memory to registered host memory, likewise."""
+
+    def join(self) -> None:
+        """What follows comes after everything that runs beside."""
 
     def synchronize(self) -> None:
         """Waits for everything."""
@@ -123,6 +142,8 @@ def driver_version() -> str:
 class NvidiaDriver:
     """One card, by its number. Raises DeviceError."""
 
+    staged_bytes = 256 << 10
+
     def __init__(self, number: int = 0) -> None:
         self._cu = cu = _bindings()
         count = self._do(cu.cuDeviceGetCount())
@@ -145,7 +166,16 @@ class NvidiaDriver:
         self._threads = threading.local()
         self._enter()
         self._overlapping: Any = None
-        self._stream = self._do(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self._stream, self._beside = (
+            self._do(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)) for _ in range(2)
+        )
+        # Used in turn: a point that is overwritten becomes a later one.
+        flag = cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        self._points = cycle([self._do(cu.cuEventCreate(flag)) for _ in range(_POINTS)])
+        self._joined = self._do(cu.cuEventCreate(flag))
+        self._stage_begin = int(self._do(cu.cuMemHostAlloc(_STAGE, cu.CU_MEMHOSTALLOC_PORTABLE)))
+        self._half_left = [self._do(cu.cuEventCreate(flag)) for _ in range(2)]
+        self._staged = self._half = 0
 
     def _do(self, result: tuple[Any, ...]) -> Any:
         status = int(result[0])
@@ -176,6 +206,22 @@ class NvidiaDriver:
     def upload(self, to: int, source: int, size: int) -> None:
         self._enter()
         self._do(self._cu.cuMemcpyHtoDAsync(to, source, size, self._stream))
+
+    def stage(self, source: int, size: int) -> int:
+        # The halves of registered memory take turns: what one held has been read before it is used again.
+        self._enter()
+        half = _STAGE // 2
+        at = -(-self._staged // 64) * 64
+        if at // half != (at + size - 1) // half or at + size > _STAGE:
+            at = (at // half + 1) * half
+        if at // half != self._half:
+            at %= _STAGE
+            self._do(self._cu.cuEventRecord(self._half_left[self._half], self._stream))
+            self._half = at // half
+            self._do(self._cu.cuEventSynchronize(self._half_left[self._half]))
+        self._staged = at + size
+        ctypes.memmove(self._stage_begin + at, source, size)
+        return int(self._stage_begin) + at
 
     def download(self, to: int, source: int, size: int) -> None:
         self._enter()
@@ -262,8 +308,28 @@ class NvidiaDriver:
         self._enter()
         self._do(self._cu.cuMemcpyDtoHAsync(to, source, size, self._stream))
 
-    def upload_pinned(self, to: int, source: int, size: int) -> None:
-        self.upload(to, source, size)
+    def mark(self) -> Any:
+        self._enter()
+        point = next(self._points)
+        self._do(self._cu.cuEventRecord(point, self._stream))
+        return point
+
+    def upload_beside(self, to: int, source: int, size: int, after: Any) -> None:
+        self._enter()
+        if after is not None:
+            self._do(self._cu.cuStreamWaitEvent(self._beside, after, 0))
+        self._do(self._cu.cuMemcpyHtoDAsync(to, source, size, self._beside))
+
+    def bring_beside(self, to: int, source: int, size: int, after: Any) -> None:
+        self._enter()
+        if after is not None:
+            self._do(self._cu.cuStreamWaitEvent(self._beside, after, 0))
+        self._do(self._cu.cuMemcpyDtoHAsync(to, source, size, self._beside))
+
+    def join(self) -> None:
+        self._enter()
+        self._do(self._cu.cuEventRecord(self._joined, self._beside))
+        self._do(self._cu.cuStreamWaitEvent(self._stream, self._joined, 0))
 
     def synchronize(self) -> None:
         self._enter()

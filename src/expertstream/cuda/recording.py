@@ -1,6 +1,6 @@
 """A decode step that is recorded once and replayed: one CUDA graph for so many sequences.
 
-What differs between steps lies in one block of inputs, which is uploaded before each replay: tokens, the angles of their positions, and
+What differs between steps lies in one block of inputs, which the graph's first kernel copies: tokens, the angles of their positions, and
 where each sequence's states are. Which experts run is decided on the card, by a table of addresses.
 """
 
@@ -59,7 +59,7 @@ class Recording:
         size = (16 << 10) + sequences * (8 * _MOST_LAYERS * 7 + (8 << 10))
         self._host = device.pinned(size)
         self._card = device.empty((size,), np.uint8)
-        self._used = 0
+        self._used = 16  # after the number of words that are used
         self._tokens, self.tokens = self._reserve((sequences,), np.int64)
         self._rotations: list[tuple[Sequence[float], float, NDArray[Any], NDArray[Any]]] = []
         self._attention: list[tuple[int, NDArray[Any]]] = []  # layer, its table (sequences, 7)
@@ -87,6 +87,9 @@ class Recording:
             self._pool = pool
             self.device.driver.begin_capture()
             try:
+                # Read by a kernel, which does not wait for copies that run beside, as an upload would.
+                copy, inputs = self.device.kernels("rows.cu")["copy_inputs"], self.device.registered(self._host)
+                copy((32, 1, 1), 256, 0, self._card.address, inputs)
                 logits: DeviceArray = run(RecordedBatch(batch, self.tokens))
                 self._logits = self._bring(logits)
                 if self._selected is not None:
@@ -151,7 +154,7 @@ class Recording:
         for frequencies, scale, cos, sin in self._rotations:
             cos[:], sin[:] = self._angles(positions, frequencies, scale)
         self._place([segment.cache for segment in batch.segments], positions)
-        self.device.driver.upload_pinned(self._card.address, self._host.ctypes.data, self._used)
+        self._host[:8].view(np.int64)[0] = self._used // 4
         self.device.driver.replay(self._graph)
 
     def _place(self, caches: Sequence[KVCache], positions: I64) -> None:

@@ -82,10 +82,12 @@ def plan_memory(
     residency: str,
     direct: bool,
     prefetch: int = 0,
+    ring_slots: int = 16,
     name: str = "memory",
 ) -> MemoryPlan:
     """Divides memory_bytes, or default_budget(available_bytes) if that is None. Raises BudgetError, with a value that works, for a budget
-    below the floor (everything but the slots, plus one layer's top-k) or above what is available. name: of the budget's option."""
+    below the floor (everything but the slots, plus one layer's top-k) or above what is available. ring_slots: as many as
+    an eighth of the slots allows, and top_k at least. name: of the budget's option."""
     budget = default_budget(available_bytes) if memory_bytes is None else memory_bytes
     fixed = trunk_bytes + state_bytes + scratch_bytes
     floor = fixed + top_k * slot_bytes
@@ -101,14 +103,14 @@ def plan_memory(
             f"{top_k} experts of one layer {format_bytes(top_k * slot_bytes)}"
         )
     total = layers * num_experts
-    slots = min((budget - fixed) // slot_bytes, total + max(top_k, 16) + prefetch)
+    slots = min((budget - fixed) // slot_bytes, total + max(top_k, ring_slots) + prefetch)
     if residency == "auto":
         # Without O_DIRECT the page cache holds a copy of the slots' contents: then use only that copy.
         residency = "slots" if direct or slots >= total else "os"
     ahead = min(prefetch, (slots - top_k) // 8)
-    ring = min(slots, max(top_k, min(16, slots // 8)) + ahead)
+    ring = min(slots, max(top_k, min(ring_slots, slots // 8)) + ahead)
     if residency == "os":
-        slots = ring = min(slots, max(top_k, 16) + ahead)
+        slots = ring = min(slots, max(top_k, ring_slots) + ahead)
     ahead = min(ahead, ring - top_k)
     plan = MemoryPlan(
         budget,

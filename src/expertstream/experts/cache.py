@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..ops import F32, I64, ExpertBlock, GpuOps, Ops
 from .fetch import Fetch, Load
 from .link import DiskLink
 from .prefetch import Prefetcher
+from .shares import Shares
 from .stats import ExpertStats
 from .store import ExpertStore
 from .tier import Tier
@@ -25,7 +27,6 @@ from .vram import Vram
 __all__ = ["ExpertCache"]
 
 _TOGETHER = 32
-_EXCHANGES = 8  # experts that change places with the GPU's after a recorded pass, at most
 
 
 class ExpertCache:
@@ -43,26 +44,29 @@ class ExpertCache:
         ops: Ops,
         prefetch_slots: int = 0,
         pressure: Callable[[], int] = lambda: 0,
-        vram: tuple[int, int] | None = None,
+        vram: tuple[int, int, int] | None = None,
     ) -> None:
         """slots: the total, including ring_slots for the ring, of which prefetch_slots are for prefetched experts. ops: converts experts to
         the layout of its kernels if a checkpoint has another. pressure: bytes to release (positive), or that can be taken back (negative);
-        0 for no change. vram: slots on a GPU, and how many of them are ring slots."""
+        0 for no change. vram: slots on a GPU, how many of them are ring slots, and how many of those are spare ones."""
         self.store, self.residency, self._pressure = store, residency, pressure
         layers = [layout.num_experts for layout in store.layouts]
         self.stats = ExpertStats(len(layers))
         self.link = DiskLink(store, slots, reader, ops, self.stats, residency, verify)
         self.tier = Tier(slots, ring_slots, layers, policy, self.link.release)
         self.vram: Vram | None = None
+        self.shares: Shares | None = None
         if vram is not None:
             self.vram = Vram(cast(GpuOps, ops), self.link, *vram, layers, policy)
         # Experts that are computed at once: their outputs stay in the processor's cache, or they fit in the GPU's ring.
-        self.most_together = _TOGETHER if vram is None else min(_TOGETHER, vram[1])
+        self.most_together = _TOGETHER if self.vram is None else min(_TOGETHER, self.vram.ring)
         self.prefetcher = Prefetcher(prefetch_slots)
         self.uses = np.zeros((len(layers), max(layers)), np.int64)
+        if self.vram is not None and residency == "slots":
+            self.shares = Shares(self, self.vram)
         self._next_look = 0.0
-        self._next_exchange = 0  # the layer that begins
         self._busy = False  # from the start of a fetch to its normal end
+        self._incomplete = self.shares is not None  # the memories may hold all experts, and do not
         # Prefetched experts, read or being read, not requested yet; and wrong predictions whose reads are in flight.
         self._prefetched: dict[tuple[int, int], Load] = {}
         self._wasted: list[Load] = []
@@ -91,101 +95,27 @@ class ExpertCache:
         """Whether every expert is on the GPU or where it can read it, so that a table of addresses finds them all."""
         return self.vram is not None and self.vram.complete and not self._busy and not self.store.closed
 
-    @property
-    def all_near(self) -> bool:
-        """Whether every expert is on the GPU, so that nothing needs to know which ones a router selects."""
-        return self.vram is not None and self.complete and self.vram.holds_all
-
-    def count_near(self, layer: int, pairs: int) -> None:
+    def count_found(self, layer: int, pairs: int) -> None:
         """Counts the hits of a pass whose selection stayed on the GPU."""
         self.stats.layers[layer].hits += pairs
 
-    def fill(self) -> None:
-        """Reads all experts if a GPU and the arena can hold them together: first the GPU's share of each layer, then the arena's. Raises
-        ReadError."""
-        vram, counts = self.vram, [layout.num_experts for layout in self.store.layouts]
-        if vram is None or self.residency != "slots":
-            return
-        shares = [(near, far) for near, far in zip(vram.tier.quotas, self.tier.quotas, strict=True)]
-        if any(near + far < count for (near, far), count in zip(shares, counts, strict=True)):
-            return
-        self._busy = True
-        for layer, count in enumerate(counts):
-            near = vram.tier.quotas[layer]
-            for first in range(0, near, self.tier.ring):
-                experts = range(first, min(first + self.tier.ring, near))
-                loads = [Load(layer, 0, e, self.tier.free_ring.pop(), False, 1) for e in experts]
-                self._read(layer, loads)
-                for load in loads:
-                    vram.bring(layer, load.expert, load.slot, set(), False)
-                self.link.settle()
-                self.tier.free_ring += [load.slot for load in loads]
-            rest = []
-            for expert in range(near, count):
-                taken = self.tier.take(layer, set(), False, 0)
-                assert taken is not None and taken[1], "a layer's share holds the rest of its experts"
-                rest.append(Load(layer, 0, expert, taken[0], True, 1))
-            self._read(layer, rest)
-        self._busy = False
-        self.stats.layers = ExpertStats(len(counts)).layers
-        vram.make_table(self.tier.resident)
-
-    def _read(self, layer: int, loads: list[Load]) -> None:
-        self.link.start(layer, loads)
-        left = len(loads)
-        while left:
-            left -= len(self.wait(layer, 1))
-
     def table_routed(self, ops: Ops, layer: int, acc: F32, x: F32, weights: F32, selected: I64) -> None:
         """In place: acc += Σ weights·expert(x), with experts found by the GPU's table."""
-        assert self.vram is not None
-        cast(GpuOps, ops).routed(self.store.layouts[layer].format, self.vram.table[layer], acc, x, weights, selected)
-
-    def count(self, experts: I64) -> None:
-        """Counts what was selected (layers, T, top_k) in a recorded pass, and exchanges some of what the GPU read from the arena for what
-        it no longer uses."""
         vram = self.vram
         assert vram is not None
-        layers = np.arange(experts.shape[0])[:, None]
-        flat = experts.reshape(experts.shape[0], -1)
-        if flat.shape[1] == 1 or experts.shape[1] == 1:
-            self.uses[layers, flat] += 1
-        else:
-            np.add.at(self.uses, (layers, flat), 1)
-        for counters in self.stats.layers:
-            counters.hits += flat.shape[1]
-        if vram.holds_all:
-            return
-        far = ~vram.near[layers, flat]
-        vram.far_reads += int(far.sum())
-        self._busy = True
-        exchanged, first = 0, self._next_exchange
-        for offset in range(experts.shape[0]):
-            layer = (first + offset) % experts.shape[0]
-            used = set(flat[layer].tolist())
-            vram.tier.lookup(layer, [e for e in used if vram.near[layer, e]])
-            missed = flat[layer][far[layer]]
-            if missed.size and exchanged < _EXCHANGES:
-                uses = self.uses[layer]
-                if self._exchange(layer, int(missed[uses[missed].argmax()]), used):
-                    exchanged, self._next_exchange = exchanged + 1, layer + 1
-        if exchanged:
-            vram.update_table()
-        self._busy = False
+        in_turn = None if vram.holds_all else partial(vram.in_turn, layer, self.tier.resident[layer])
+        format = self.store.layouts[layer].format
+        cast(GpuOps, ops).routed(format, vram.table[layer], acc, x, weights, selected, in_turn)
 
-    def _exchange(self, layer: int, expert: int, used: set[int]) -> bool:
-        """Brings an expert from the arena to the GPU, and what makes room for it to the arena, unless that was used as often."""
-        vram, free = self.vram, self.tier.free_ring
-        assert vram is not None
-        victim = vram.tier.victim(layer, used)
-        if victim is None or not free or self.uses[layer, victim] >= self.uses[layer, expert]:
-            return False
-        slot = free.pop()
-        vram.give_back(layer, victim, slot)
-        old = self.tier.replace(layer, expert, victim, slot)
-        vram.exchange(layer, expert, victim, old, slot)
-        free.append(old)
-        return True
+    def count(self, experts: I64) -> None:
+        """Counts what was selected (layers, T, top_k) in a recorded pass."""
+        assert self.shares is not None
+        self.shares.count(experts, self.stats)
+
+    def move(self) -> None:
+        """Moves experts between the memories, as what was counted suggests, while a recorded pass runs."""
+        assert self.shares is not None
+        self.shares.move()
 
     def fetch(self, layer: int, experts: list[int], prompt: bool = False) -> Fetch:
         """Starts to fetch experts (ascending, distinct) of one layer; use as a context manager and iterate. `prompt`: the pass touches
@@ -267,6 +197,11 @@ class ExpertCache:
         """Releases memory under pressure, or takes it back; checks at most ten times a second. Call between forward passes. Raises
         RequestError in a forked process."""
         self.store.check_process()
+        if self.shares is not None and (self._incomplete or self._busy):
+            if self._busy:  # after an interrupt
+                self._recover()
+            self._incomplete = False
+            self.shares.fill()
         now = time.monotonic()
         if now < self._next_look or self._busy or self.residency != "slots":
             return
@@ -282,7 +217,9 @@ class ExpertCache:
             return
         self._busy = True  # an interrupt here is handled like one in a fetch
         if self.vram is not None:
-            self.vram.complete = False
+            self.vram.complete, self._incomplete = False, cached == self.tier.planned
+        if self.shares is not None:
+            self.shares.abandon()
         self.drain()
         if cached < self.tier.cached:
             self.link.register(False)
@@ -305,16 +242,22 @@ class ExpertCache:
         self.drain()
         if self.tier.cached < self.tier.planned:
             self.link.register(False)  # registered memory cannot be released
+        if self.shares is not None:
+            self.shares.abandon()
         self.tier.rebuild()
         if self.vram is not None:
-            self.vram.complete = False  # the table may be half changed
-            self.vram.tier.rebuild()
+            self.vram.rebuild()
+            self._incomplete = True
         if not self.tier.parked:
             self.link.register(True)
         self._busy = False
 
+    def begin(self) -> None:
+        """The start of what must not be interrupted; after an interrupt, everything is rebuilt from what is resident."""
+        self._busy = True
+
     def finish(self) -> None:
-        """The normal end of a fetch."""
+        """The normal end of a fetch, or of what began with begin()."""
         self._busy = False
 
     # The methods below are for Fetch.

@@ -13,6 +13,7 @@ from .. import _native
 from ..checkpoint.format import ExpertLayout, make_record, record_pieces
 from ..errors import ReadError
 from ..formats import Bytes
+from ..formats.numbers import I64
 from ..ops import ExpertBlock, Ops
 from .fetch import Load
 from .stats import ExpertStats
@@ -36,6 +37,7 @@ class DiskLink:
     ) -> None:
         """residency "os": experts that came entirely from the page cache count as hits."""
         self.store, self.reader, self.arena = store, reader, _native.Arena(slots * store.slot_bytes)
+        self.memory = self.arena.view()
         reader.register_memory(self.arena)
         ops.attach(self.arena)
         self._ops, self._stats, self._os, self._verify = ops, stats, residency == "os", verify
@@ -55,11 +57,13 @@ class DiskLink:
         found: list[int] = self._offsets[slot, : self._parts[layer]].tolist()
         return found
 
+    def table(self, layer: int, slots: Sequence[int]) -> I64:
+        """The same for several slots, (slots, parts)."""
+        return self._offsets[list(slots), : self._parts[layer]]
+
     def block(self, layer: int, slots: Sequence[int]) -> ExpertBlock:
         """The experts in these slots, for the ops."""
-        return ExpertBlock(
-            self.store.layouts[layer].format, self.arena, self._offsets[list(slots), : self._parts[layer]]
-        )
+        return ExpertBlock(self.store.layouts[layer].format, self.arena, self.table(layer, slots))
 
     def start(self, layer: int, loads: Sequence[Load]) -> None:
         """Issues every read of these experts at once."""
@@ -139,7 +143,7 @@ class DiskLink:
 
     def room(self, layer: int, slot: int, sizes: Sequence[int]) -> list[Bytes]:
         """The memory of a slot for an expert's parts, as kernels read them."""
-        begin, memory = slot * self.store.slot_bytes, self.arena.view()
+        begin, memory = slot * self.store.slot_bytes, self.memory
         places = [begin + at for at in record_pieces(self.store.layouts[layer].format)[0]]
         self._offsets[slot, : len(places)] = places
         return [memory[at : at + size] for at, size in zip(places, sizes, strict=True)]

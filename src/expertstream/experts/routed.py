@@ -33,6 +33,10 @@ class RoutedExperts:
         """Counts what the layers' routers selected (layers, T, top_k) in a recorded pass."""
         self._cache.count(experts)
 
+    def meanwhile(self) -> None:
+        """Moves experts between memories as the last recorded pass suggests. Call while the next one runs."""
+        self._cache.move()
+
     def expect(self, layer: int, weights: F32, selected: I64) -> None:
         """Prefetches experts of `layer`, the most likely first. weights, selected (T, k): what its router selects for the hidden states of
         the layer before."""
@@ -55,11 +59,11 @@ class RoutedExperts:
         prompt: the rows belong to one sequence and touch nearly every expert once. shared and ahead, which may call expect() for the next
         layer, run while missing experts are read. Raises ReadError."""
         ops = self._ops
-        if ops.recording is not None or self._cache.all_near:
+        if ops.recording is not None or self._cache.complete:
             acc = ops.zeros_like(x) if shared is None else shared()
             self._cache.table_routed(ops, layer, acc, x, weights, selected)
             if ops.recording is None:
-                self._cache.count_near(layer, selected.shape[0] * selected.shape[1])
+                self._cache.count_found(layer, selected.shape[0] * selected.shape[1])
             return acc
         top_k = selected.shape[1]
         # Pairs of (token, expert), grouped by expert.

@@ -71,20 +71,18 @@ class Tier:
         self.resident[layer][expert] = slot
         self._policies[layer].insert(expert)
 
-    def victim(self, layer: int, keep: Set[int]) -> int | None:
-        """The expert that a layer's policy would evict; it is used again, in the policy's eyes."""
-        victim = self._policies[layer].evict(keep)
-        if victim is not None:
-            self._policies[layer].insert(victim)
-        return victim
-
     def replace(self, layer: int, expert: int, other: int, slot: int) -> int:
         """`other` becomes resident in `slot` in place of an expert, whose slot is returned."""
         policy, resident = self._policies[layer], self.resident[layer]
         policy.evict(resident.keys() - {expert})
-        old = resident.pop(expert)
         self.insert(layer, other, slot)
-        return old
+        return resident.pop(expert)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Frees the slot of a resident expert."""
+        self._policies[layer].evict(self.resident[layer].keys() - {expert})
+        self.free.append(self.resident[layer].pop(expert))
+        self.owned[layer] -= 1
 
     def resize(self, cached: int) -> list[int]:
         """Sets the number of cached slots, from 0 to the planned number; returns how many experts of each layer were evicted."""

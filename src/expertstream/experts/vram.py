@@ -6,12 +6,14 @@ be kept (all of a prompt's, and those of layers whose share is used up by what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..checkpoint.format import ExpertLayout
+from ..formats import Bytes
 from ..formats.numbers import I64
 from ..ops import ExpertBlock, GpuOps
 from .link import DiskLink
@@ -20,27 +22,39 @@ from .tier import Tier
 __all__ = ["Vram"]
 
 _ALIGNMENT = 64
+_BUFFERS = 10  # of the ring, for prompts: copies go on while what is on the card is computed
 
 
 class Vram:
     """Slots on the card. Addresses are those that kernels read."""
 
     def __init__(
-        self, ops: GpuOps, link: DiskLink, slots: int, ring: int, num_experts: Sequence[int], policy: str
+        self, ops: GpuOps, link: DiskLink, slots: int, ring: int, spare: int, num_experts: Sequence[int], policy: str
     ) -> None:
-        """slots: the total, of which `ring` are ring slots."""
-        self._ops, self._link, self._ring = ops, link, ring
+        """slots: the total, of which `ring` are ring slots; `spare` of these are spare ones, to which experts are copied while those that
+        they replace are in use."""
+        self._ops, self._link, self.ring = ops, link, ring - spare
+        self._spare_slots = range(slots - spare, slots)
+        self.spares = list(self._spare_slots)
         self.tier = Tier(slots - ring, 0, num_experts, policy, lambda slot: None)
         self._room = max(map(_slot_room, link.store.layouts))
-        self._memory = ops.memory(slots * self._room)
-        parts = max(len(layout.format.parts) for layout in link.store.layouts)
+        self._memory, self._host = ops.memory(slots * self._room), int(link.memory.ctypes.data)
+        self._sizes = [[part.nbytes for part in layout.format.parts] for layout in link.store.layouts]  # computed once
+        parts = max(map(len, self._sizes))
         self.addresses = np.zeros((slots, parts), np.int64)
         self._next = 0  # ring slot
+        # Of in_turn(): equal parts of the ring, and the point behind the last use of each.
+        size = max(1, self.ring // _BUFFERS)
+        self._buffers: list[tuple[list[int], list[Any]]] = [
+            ([*range(at, at + size)], [None]) for at in range(slots - ring, slots - spare - size + 1, size)
+        ]
+        self._turn = 0
         self.bytes_copied = 0
         # Where every expert is, once all of them are on the card or in the arena: addresses (layers, experts, parts) for kernels, and
         # whether an expert is on the card.
         self.complete = False
-        self._below = 0  # experts in the arena
+        self._after: Any = None  # the point that the next copy beside other work is to wait for
+        self.holds_all = False  # whether every expert is on the card
         self.near = np.zeros((len(num_experts), max(num_experts)), np.bool_)
         self.far_reads = 0  # experts that kernels read from the arena
         self.table: list[Any] = []
@@ -62,37 +76,72 @@ class Vram:
         taken = None if prompt or self.complete else self.tier.take(layer, keep, True, 0)
         if taken is None:
             to = self.tier.slots + self._next
-            self._next = (self._next + 1) % self._ring
+            self._next = (self._next + 1) % self.ring
             self._copy(layer, slot, to)
             return to
         self._copy(layer, slot, taken[0])
         self.tier.insert(layer, expert, taken[0])
         return taken[0]
 
-    def _copy(self, layer: int, slot: int, to: int) -> None:
-        """Parts that follow one another in the arena are copied at once."""
-        begin, format = self._memory.address + to * self._room, self._link.store.layouts[layer].format
-        offsets, memory = self._link.offsets(layer, slot), self._link.arena.view()
-        sizes = [part.nbytes for part in format.parts]
+    def in_turn(self, layer: int, below: dict[int, int]) -> Iterator[Any]:
+        """Tables (experts, P) of a layer's addresses on the card, each with some experts and 0 for the others: first those that are there,
+        then those of the arena (below: expert → slot) as they arrive. Copies run ahead of what uses them, as far as there are buffers."""
+        layout = self._link.store.layouts[layer]
+        rows, count = layout.num_experts, len(layout.format.parts)
+        here = np.where(self.near[layer, :rows, None], self._places[layer, :rows, :count], 0)
+        yield self._ops.send(np.ascontiguousarray(here))
+        far = [(expert, slot) for expert, slot in sorted(below.items()) if not self.near[layer, expert]]
+        at = 0
+        while at < len(far):
+            slots, last = self._buffers[self._turn]
+            self._turn = (self._turn + 1) % len(self._buffers)
+            table = np.zeros((rows, count), np.uint64)
+            some = far[at : at + len(slots)]
+            self._copy_some(layer, [slot for _, slot in some], slots[: len(some)], last[0])
+            table[[expert for expert, _ in some]] = self.addresses[slots[: len(some)], :count]
+            at += len(some)
+            self._ops.join()
+            yield self._ops.send(table)
+            last[0] = self._ops.mark()
+
+    def _copy_some(self, layer: int, slots: Sequence[int], to: Sequence[int], after: Any) -> None:
+        """Copies experts from slots of the arena to others on the card, beside other work that comes after the point `after`."""
+        sizes = self._sizes[layer]
+        offsets = self._link.table(layer, slots)
+        within = offsets - offsets[:, :1]
+        lengths = within[:, -1] + sizes[-1]
+        if (within % _ALIGNMENT).any() or lengths.max() > self._room:
+            for slot, at in zip(slots, to, strict=True):
+                self._copy(layer, slot, at, partial(self._ops.copy_beside, after=after))
+            return
+        begins = self._memory.address + np.array(to) * self._room
+        self.addresses[list(to), : len(sizes)] = begins[:, None] + within
+        self._ops.copies_beside(begins.tolist(), (self._host + offsets[:, 0]).tolist(), lengths.tolist(), after)
+        self.bytes_copied += len(slots) * sum(sizes)
+
+    def _copy(self, layer: int, slot: int, to: int, copy: Callable[[int, Bytes], None] | None = None) -> None:
+        """Parts that follow one another in the arena are copied at once. copy: instead of GpuOps.copy_in()."""
+        copy = copy or self._ops.copy_in
+        begin, sizes = self._memory.address + to * self._room, self._sizes[layer]
+        offsets, memory = self._link.offsets(layer, slot), self._link.memory
         first, end = offsets[0], offsets[-1] + sizes[-1]
-        whole = end - first <= self._room and all(offset % _ALIGNMENT == first % _ALIGNMENT for offset in offsets)
+        self.bytes_copied += sum(sizes)
+        if end - first <= self._room and all((offset - first) % _ALIGNMENT == 0 for offset in offsets):
+            self.addresses[to, : len(offsets)] = [begin + offset - first for offset in offsets]
+            copy(begin, memory[first:end])
+            return
         at = begin
         for i, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            if whole:
-                self.addresses[to, i] = begin + offset - first
-                continue
             self.addresses[to, i] = at
-            self._ops.copy_in(at, memory[offset : offset + size])
+            copy(at, memory[offset : offset + size])
             at += -(-size // _ALIGNMENT) * _ALIGNMENT
-        if whole:
-            self._ops.copy_in(begin, memory[first:end])
-        self.bytes_copied += sum(sizes)
 
     def make_table(self, below: Sequence[dict[int, int]]) -> None:
         """Enters every expert into the table; below: those in the arena, with their slots. Without effect if kernels cannot read one."""
         base = self._ops.readable(self._link.arena)
         if base is None:
             return
+        self.near[:] = False
         for layer, resident in enumerate(self.tier.resident):
             for expert, slot in below[layer].items():
                 self._enter(layer, expert, [base + offset for offset in self._link.offsets(layer, slot)], False)
@@ -102,46 +151,63 @@ class Vram:
         used = [self._places[i, : layout.num_experts, : len(layout.format.parts)] for i, layout in enumerate(layouts)]
         if any((rows % 16).any() for rows in used):
             return
-        self.table = [self._ops.send(np.ascontiguousarray(rows)) for rows in used]
+        for i, rows in enumerate(map(np.ascontiguousarray, used)):
+            if i < len(self.table):  # recordings know where it is
+                self._ops.copy_in(self.table[i].address, rows.reshape(-1).view(np.uint8))
+            else:
+                self.table.append(self._ops.send(rows))
         self._changed.clear()
-        self._below = sum(map(len, below))
+        self.holds_all = int(self.near.sum()) == sum(layout.num_experts for layout in layouts)
         self.complete = True
 
     def _enter(self, layer: int, expert: int, addresses: Sequence[int], near: bool) -> None:
-        count = len(self._link.store.layouts[layer].format.parts)
+        count = len(self._sizes[layer])
         self._places[layer, expert, :count] = addresses[:count]
         self.near[layer, expert] = near
         self._changed.append((layer, expert))
 
-    @property
-    def holds_all(self) -> bool:
-        """Whether every expert is on the card."""
-        return self.complete and not self._below
-
-    def exchange(self, layer: int, expert: int, victim: int, expert_slot: int, victim_slot: int) -> None:
-        """Copies an expert from a slot of the arena over `victim`, which lies in another slot of the arena by now."""
-        to = self.tier.resident[layer][victim]
-        self.tier.replace(layer, victim, expert, to)
-        self._copy(layer, expert_slot, to)
+    def swap(self, layer: int, expert: int, victim: int, spare: int, victim_slot: int) -> None:
+        """An expert that was copied to a spare slot takes the place of `victim`, which lies in a slot of the arena."""
+        self.spares.append(self.tier.replace(layer, victim, expert, spare))
         base = self._ops.readable(self._link.arena)
         assert base is not None
         self._enter(layer, victim, [base + offset for offset in self._link.offsets(layer, victim_slot)], False)
-        self._enter(layer, expert, self.addresses[to].tolist(), True)
+        self._enter(layer, expert, self.addresses[spare].tolist(), True)
+
+    def rebuild(self) -> None:
+        """Recovers after an exception at any point; the table is to be made again."""
+        self.complete = False
+        self.tier.rebuild()
+        kept = {slot for resident in self.tier.resident for slot in resident.values()}.union(self.tier.free)
+        self.spares = [slot for slot in (*range(self.tier.slots), *self._spare_slots) if slot not in kept]
+
+    def copy_beside(self, layer: int, slot: int, to: int) -> None:
+        """Copies an expert from a slot of the arena to a spare one, beside other work."""
+        self._copy(layer, slot, to, partial(self._ops.copy_beside, after=self._after))
+        self._after = None
+
+    def mark(self) -> None:
+        """What is copied beside other work from now on comes after what was launched so far."""
+        self._after = self._ops.mark()
+
+    def join(self) -> None:
+        """What follows comes after the copies that ran beside other work."""
+        self._ops.join()
 
     def update_table(self) -> None:
         """Sends what exchange() changed."""
         for layer, expert in self._changed:
-            table, count = self.table[layer], len(self._link.store.layouts[layer].format.parts)
+            table, count = self.table[layer], len(self._sizes[layer])
             row = np.ascontiguousarray(self._places[layer, expert, :count])
             self._ops.copy_in(table.address + expert * row.nbytes, row.view(np.uint8))
         self._changed.clear()
 
     def give_back(self, layer: int, expert: int, slot: int) -> None:
-        """Copies an expert that is on the card to a slot of the arena, in order with the other work."""
-        sizes = [part.nbytes for part in self._link.store.layouts[layer].format.parts]
+        """Copies an expert that is on the card to a slot of the arena, beside other work."""
         addresses = self.addresses[self.tier.resident[layer][expert]]
-        for address, part in zip(addresses, self._link.room(layer, slot, sizes), strict=False):
-            self._ops.copy_out(int(address), part)
+        for address, part in zip(addresses, self._link.room(layer, slot, self._sizes[layer]), strict=False):
+            self._ops.copy_out_beside(int(address), part, self._after)
+            self._after = None
 
     def block(self, layer: int, slots: Sequence[int]) -> ExpertBlock:
         """The experts in these slots, for the ops."""

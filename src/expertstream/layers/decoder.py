@@ -82,7 +82,7 @@ class Decoder:
         if not single or asks or not self.experts.recordable:
             return None
         batch.between_layers()
-        found = self.ops.recorded(batch, lambda recorded: self._forward(recorded, False))
+        found = self.ops.recorded(batch, lambda recorded: self._forward(recorded, False), self.experts.meanwhile)
         if found is None:
             return None
         logits, selected = found

@@ -48,6 +48,9 @@ class _Experts:
     def selected(self, experts: Any) -> None:
         pass
 
+    def meanwhile(self) -> None:
+        pass
+
     def expect(self, layer: int, weights: Any, selected: Any) -> None:
         pass
 

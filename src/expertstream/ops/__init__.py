@@ -6,7 +6,7 @@ Activations are float32, C-contiguous; T is tokens, H hidden size. Ops return ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
@@ -205,9 +205,11 @@ class Ops(Protocol):
     recording: object | None
     """Not None while a pass is being recorded."""
 
-    def recorded(self, batch: Batch, run: Callable[[Batch], F32]) -> tuple[F32, I64] | None:
+    def recorded(
+        self, batch: Batch, run: Callable[[Batch], F32], meanwhile: Callable[[], None]
+    ) -> tuple[F32, I64] | None:
         """A batch of single tokens by a recording of run(batch): logits, and the experts selected in each layer (layers, T, top_k). None
-        if this backend has no recording of it; then the pass is to be run."""
+        if this backend has no recording of it; then the pass is to be run. meanwhile: called while the recording runs."""
 
     def wait(self) -> None:
         """Waits for everything that was launched: afterwards the memory that it read may be written."""
@@ -229,8 +231,20 @@ class GpuOps(Protocol):
     def copy_in(self, to: int, source: Bytes) -> None:
         """Copies host memory to the card, in order with the other work."""
 
-    def copy_out(self, address: int, to: Bytes) -> None:
-        """Copies the card's memory to registered host memory, in order with the other work."""
+    def mark(self) -> Any:
+        """A point behind the work so far."""
+
+    def copy_beside(self, to: int, source: Bytes, after: Any) -> None:
+        """Copies registered host memory to the card, beside other work that comes after the point `after`, if given."""
+
+    def copies_beside(self, to: Sequence[int], sources: Sequence[int], sizes: Sequence[int], after: Any) -> None:
+        """Several of them, from addresses in registered host memory."""
+
+    def copy_out_beside(self, address: int, to: Bytes, after: Any) -> None:
+        """Copies the card's memory to registered host memory, likewise."""
+
+    def join(self) -> None:
+        """What follows comes after all copies that run beside."""
 
     def readable(self, arena: Arena) -> int | None:
         """The address at which kernels read an arena; None if they cannot."""
@@ -238,9 +252,19 @@ class GpuOps(Protocol):
     def send(self, values: Any) -> Any:
         """A NumPy array, copied to the card."""
 
-    def routed(self, format: ExpertFormat, table: Any, acc: Any, x: Any, weights: Any, selected: Any) -> None:
+    def routed(
+        self,
+        format: ExpertFormat,
+        table: Any,
+        acc: Any,
+        x: Any,
+        weights: Any,
+        selected: Any,
+        in_turn: Callable[[], Iterator[Any]] | None = None,
+    ) -> None:
         """In place: acc (T, H) += Σ weights·expert(x), with the experts (T, top_k) that the card selected and finds in a table (experts, P)
-        of the addresses of their parts."""
+        of the addresses of their parts. in_turn: yields tables for many tokens, to be used in order: each has some of the experts
+        in the card's own memory, and 0 for the others; together they have all."""
 
 
 class BySequence(ABC):
@@ -349,7 +373,9 @@ class HostArrays(BySequence):
 
     recording: object | None = None
 
-    def recorded(self, batch: Batch, run: Callable[[Batch], F32]) -> tuple[F32, I64] | None:
+    def recorded(
+        self, batch: Batch, run: Callable[[Batch], F32], meanwhile: Callable[[], None]
+    ) -> tuple[F32, I64] | None:
         return None
 
     def close(self) -> None:

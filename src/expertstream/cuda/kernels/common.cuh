@@ -14,12 +14,16 @@ typedef long long i64;
 // Memory whose size is chosen at launch, as an array of bytes aligned to 16.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
 
-// Programmatic dependent launch: a kernel may start while the one before it runs. What comes before after_previous() reads constants only; then
-// the results of all earlier kernels are there, and the next kernel may start.
-__device__ __forceinline__ void after_previous() {
+// Programmatic dependent launch, in graphs: a kernel starts when all blocks of the one before have let it, and reads what earlier ones wrote when
+// those are done. What comes before that reads only what no kernel of the graph has written. Without it, all this is without effect.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -59,6 +63,16 @@ __device__ __forceinline__ uint4 load_once(const u8* p) {
   return v;
 }
 #endif
+
+__device__ __forceinline__ void after_previous() {
+  wait_for_previous();
+  let_next_start();
+}
+// For kernels of few blocks, which leave room for those of the next one.
+__device__ __forceinline__ void after_previous_beside_next() {
+  let_next_start();
+  wait_for_previous();
+}
 
 constexpr u32 kWarp = 0xffffffffu;
 
@@ -150,6 +164,48 @@ __device__ __forceinline__ int warp_sum(int v) {
   for (int step = 16; step; step /= 2) v += __shfl_xor_sync(kWarp, v, step);
   return v;
 }
+
+// The largest of a warp's words.
+__device__ __forceinline__ u32 warp_max_word(u32 v) {
+#if __CUDA_ARCH__ >= 800
+  u32 most;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(v));
+  return most;
+#else
+#pragma unroll
+  for (int step = 16; step; step /= 2) {
+    const u32 other = __shfl_xor_sync(kWarp, v, step);
+    v = other > v ? other : v;
+  }
+  return v;
+#endif
+}
+
+// What an expert layer adds to the residual stream: acc (tokens, n), or nothing; or, with y, Σ weights[p]·y[p] over a token's top_k pairs,
+// ascending, added to acc, or to sigmoid(factor of the token)·shared if that is given.
+struct Sum {
+  const float* acc;
+  const float* y;
+  const float* weights;
+  const float* shared;
+  const float* factor;
+  i64 top_k;
+
+  __device__ __forceinline__ float of(i64 token, int n, int c) const {
+    const i64 at = token * n + c;
+    float total = shared ? sigmoid(factor[token]) * shared[at] : acc[at];
+    if (y)
+#pragma unroll 4
+      for (i64 p = token * top_k; p < (token + 1) * top_k; ++p) total = fmaf(weights[p], y[p * n + c], total);
+    return total;
+  }
+  // x[token, c], to which it is added in place.
+  __device__ __forceinline__ float add_to(float* x, i64 token, int n, int c) const {
+    const i64 at = token * n + c;
+    if (!acc) return x[at];
+    return x[at] = x[at] + of(token, n, c);
+  }
+};
 
 // Where a matrix lies, and in a list of matrices with one input: the first of its tiles and of its rows among all of them.
 struct Place {

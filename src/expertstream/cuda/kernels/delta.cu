@@ -44,7 +44,7 @@ extern "C" __global__ void keep_inputs(const float* x, const Sequence* sequences
 
 // Both for one token of each sequence; grid (channels / blockDim.x, sequences).
 extern "C" __global__ void convolve_step(const float* x, const float* weight, const Sequence* sequences, int channels, int kernel, float* y) {
-  after_previous();
+  after_previous_beside_next();
   const Sequence own = sequences[blockIdx.y];
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= channels) return;
@@ -97,7 +97,6 @@ __device__ __forceinline__ void finish_row(const float* x, const float* z, const
 extern "C" __global__ void delta_step(const float* mixed, const float* z, const float* a, const float* b, const float* a_log,
                                       const float* dt_bias, const Sequence* sequences, int channels, int key_heads, int value_heads,
                                       float query_scale, const float* norm, float eps, float* out) {
-  after_previous();
   __shared__ float q[kKey], k[kKey], row[kValue];
   __shared__ float factor, decay, rate;
   const Sequence own = sequences[blockIdx.y];
@@ -107,6 +106,8 @@ extern "C" __global__ void delta_step(const float* mixed, const float* z, const 
   float s[kKey];
 #pragma unroll
   for (int i = 0; i < kKey; ++i) s[i] = state[i * kValue];
+  after_previous();  // the kernel before does not write states
+#pragma unroll 1
   for (i64 t = own.begin; t < own.begin + own.count; ++t) {
     const float* from = mixed + t * channels + key_head * kKey;
     const i64 at = t * value_heads + head;
@@ -135,6 +136,7 @@ extern "C" __global__ void delta_step(const float* mixed, const float* z, const 
     const float v = works ? mixed[t * channels + 2 * key_heads * kKey + head * kValue + c] : 0.0f;
     const float delta = (v - seen) * rate;
     float sum = 0.0f;
+    __syncthreads();  // so that k is read again: there are no registers to keep it in
 #pragma unroll
     for (int i = 0; i < kKey; ++i) {
       s[i] = fmaf(k[i], delta, s[i]);

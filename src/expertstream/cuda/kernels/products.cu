@@ -9,16 +9,15 @@ constexpr int kUnit = kSpan > 8 ? kSpan : 8;     // vectors that a warp reads be
 constexpr int kLoads = kUnit / 8;                // loads of 512 bytes for a unit
 constexpr int kGroups = kUnit / kSpan;           // groups of a unit
 constexpr int kAhead = kLoads >= 4 ? 1 : 4 / kLoads;  // units in flight
+#if __CUDA_ARCH__ >= 800
+constexpr int kBlocks = 6;  // of 256 threads that a multiprocessor is to hold
+#else
+constexpr int kBlocks = 4;
+#endif
 constexpr int kZero = CODES == kSymmetric ? 1 << (BITS - 1) : CODES == kE2M1 ? 12 : 0;
 
-// Activations of some tokens, quantized by quantize_rows: q (tokens, PLANES, cols) int8, scale and sum (tokens, groups), codes (tokens,
-// PLANES, groups), the sum of a group's integers. x ≈ scale·q, where q is 256·plane 0 + plane 1 if there are two.
-struct Activations {
-  const signed char* q;
-  const float* scale;
-  const float* sum;
-  const int* codes;
-};
+// Activations of some tokens: q (tokens, PLANES, cols) int8, scale and sum (tokens, groups), codes (tokens, PLANES, groups), the sum of a
+// group's integers. x ≈ scale·q, where q is 256·plane 0 + plane 1 if there are two.
 
 // Quantizes one group: called by a warp, each lane with its GROUP/32 values.
 __device__ __forceinline__ void quantize_group(const float* v, int lane, signed char* q, i64 plane, float* scale, float* sum, int* codes,
@@ -71,7 +70,7 @@ __device__ __forceinline__ void quantize_group(const float* v, int lane, signed 
 
 // x (tokens, cols) → activations; a warp a group.
 extern "C" __global__ void quantize_rows(const float* x, int tokens, int cols, signed char* q, float* scale, float* sum, int* codes) {
-  after_previous();
+  after_previous_beside_next();
   const int groups = cols / GROUP, lane = threadIdx.x & 31;
   const i64 unit = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) >> 5;
   if (unit >= static_cast<i64>(tokens) * groups) return;
@@ -84,8 +83,8 @@ extern "C" __global__ void quantize_rows(const float* x, int tokens, int cols, s
   quantize_group(v, lane, q + token * PLANES * cols + g * GROUP, cols, scale + unit, sum + unit, codes + token * PLANES * groups + g, groups);
 }
 
-// y (tokens, cols) ← rms_norm of each row, and its activations; a block a row. Shared: 2·cols floats.
-extern "C" __global__ void norm_rows(const float* x, const float* weight, int cols, float eps, float* y, signed char* q, float* scale,
+// y (tokens, cols) ← rms_norm of each row of x, to which a sum is added first, and its activations; a block a row. Shared: 2·cols floats.
+extern "C" __global__ void norm_rows(float* x, const Sum sum_of, const float* weight, int cols, float eps, float* y, signed char* q, float* scale,
                                      float* sum, int* codes) {
   DYNAMIC_SHARED(memory);
   __shared__ float factor;
@@ -93,9 +92,11 @@ extern "C" __global__ void norm_rows(const float* x, const float* weight, int co
   float* weights = row + cols;
   const i64 token = blockIdx.x;
   const int groups = cols / GROUP, lane = threadIdx.x & 31;
+#pragma unroll 2
   for (int c = threadIdx.x; c < cols; c += blockDim.x) weights[c] = weight[c];
-  after_previous();
-  for (int c = threadIdx.x; c < cols; c += blockDim.x) row[c] = x[token * cols + c];
+  after_previous_beside_next();
+#pragma unroll 1
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) row[c] = sum_of.add_to(x, token, cols, c);
   __syncthreads();
   if (threadIdx.x < 32) {
     const float squares = sum_of_squares(row, cols, threadIdx.x & 15);
@@ -103,6 +104,7 @@ extern "C" __global__ void norm_rows(const float* x, const float* weight, int co
   }
   __syncthreads();
   constexpr int kOwn = GROUP / 32;
+#pragma unroll 1
   for (int g = threadIdx.x >> 5; g < groups; g += blockDim.x >> 5) {
     float v[kOwn];
 #pragma unroll
@@ -116,14 +118,15 @@ extern "C" __global__ void norm_rows(const float* x, const float* weight, int co
   }
 }
 
-// act(gate, up) (pairs, inner) → activations, a warp a group.
-extern "C" __global__ void activate_rows(const float* gate, const float* up, int pairs, int inner, float alpha, float limit, signed char* q,
-                                         float* scale, float* sum, int* codes) {
-  after_previous();
+// act(gate, up) (pairs, inner) → activations, a warp a group. parts: if given, pairs of experts whose address there is 0 are left out.
+extern "C" __global__ void activate_rows(const float* gate, const float* up, int pairs, int inner, float alpha, float limit, const u64* parts,
+                                         int stride, const i64* pair_expert, signed char* q, float* scale, float* sum, int* codes) {
+  after_previous_beside_next();
   const int groups = inner / GROUP, lane = threadIdx.x & 31;
   const i64 unit = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) >> 5;
   if (unit >= static_cast<i64>(pairs) * groups) return;
   const i64 pair = unit / groups;
+  if (parts && parts[pair_expert[pair] * stride] == 0) return;
   const int g = static_cast<int>(unit % groups);
   constexpr int kOwn = GROUP / 32;
   float v[kOwn];
@@ -217,12 +220,14 @@ __device__ __forceinline__ void tile_dots(Units& units, const u8* data, int cols
                                           const int* codes, int warp, int warps, int lane, float* dots) {
   const int vectors = cols * BITS / 32, count = (vectors + kUnit - 1) / kUnit, groups = cols / GROUP, words = cols / 4;
   const int quad = lane >> 2;
+#pragma unroll 1
   for (int u0 = warp; u0 < count; u0 += warps * kAhead) {
     if (u0 != warp) units.load(data, vectors, u0, warps, lane);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int u = u0 + a * warps;
       if (u >= count) break;
+#pragma unroll 1
       for (int t = 0; t < tokens; ++t) {
         int joined[4];
 #pragma unroll
@@ -264,14 +269,23 @@ __device__ __forceinline__ void tile_dots(Units& units, const u8* data, int cols
 }
 
 __device__ __forceinline__ void copy_words(int* to, const void* from, int words) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < words; i += blockDim.x) to[i] = static_cast<const int*>(from)[i];
 }
 
-// One tile by some tokens, by a block: y[t·rows + row] ← … + row_bias. kWait: the matrix is a constant, so it is read before the kernels before
-// are done. memory: shared, for the tokens' integers, dots, scales, biases and sums.
-template <bool kWait>
+// Where the activations of one token come from, if they are quantized by each block that needs them: x, or act(x, up).
+struct Raw {
+  const float* x;
+  const float* up;
+  float alpha, limit;
+};
+
+// One tile by some tokens, by a block: y[t·rows + row] ← … + row_bias. kWait: the matrix is known and constant, so it is read before the kernel
+// before is done. kRaw: one token, from raw instead of q, scale, sum and codes. memory: shared, for the tokens' integers, dots and sums, with kRaw
+// scales and codes, and the matrix's scales and biases.
+template <bool kWait, bool kRaw>
 __device__ __forceinline__ void multiply_tile(const Place& w, int tile, int cols, const signed char* q, const float* scale, const float* sum,
-                                              const int* codes, int tokens, u8* memory, float* y) {
+                                              const int* codes, const Raw& raw, int tokens, u8* memory, float* y) {
   constexpr int kValueBytes = CODES == kE2M1 || DTYPE == kE8M0 ? 1 : DTYPE == kF32 ? 4 : 2;
   const int words = tokens * PLANES * cols / 4, groups = cols / GROUP, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
   const u8* data = w.data + static_cast<i64>(tile) * cols * BITS * 2;
@@ -280,18 +294,37 @@ __device__ __forceinline__ void multiply_tile(const Place& w, int tile, int cols
   int* xs = reinterpret_cast<int*>(memory);
   float* dots = reinterpret_cast<float*>(xs + words);
   float* sums = dots + tokens * groups * 16;
-  int* scales = reinterpret_cast<int*>(sums + tokens * groups);
+  float* own_scale = sums + tokens * groups;
+  int* own_codes = reinterpret_cast<int*>(own_scale + (kRaw ? groups : 0));
+  int* scales = own_codes + (kRaw ? PLANES * groups : 0);
   int* biases = scales + groups * 4 * kValueBytes;
   copy_words(scales, w.scales + static_cast<i64>(tile) * groups * 16 * kValueBytes, groups * 4 * kValueBytes);
   if (CODES == kAffine) copy_words(biases, w.biases + static_cast<i64>(tile) * groups * 16 * kValueBytes, groups * 4 * kValueBytes);
   if (kWait) after_previous();
-  copy_words(xs, q, words);
-  if (CODES == kAffine) copy_words(reinterpret_cast<int*>(sums), sum, tokens * groups);
+  if (kRaw) {
+    constexpr int kOwn = GROUP / 32;
+#pragma unroll 1
+    for (int g = warp; g < groups; g += warps) {
+      float v[kOwn];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int c = g * GROUP + lane * kOwn + i;
+        v[i] = raw.up ? activate(raw.x[c], raw.up[c], raw.alpha, raw.limit) : raw.x[c];
+      }
+      quantize_group(v, lane, reinterpret_cast<signed char*>(xs) + g * GROUP, cols, own_scale + g, sums + g, own_codes + g, groups);
+    }
+    scale = own_scale;
+    codes = own_codes;
+  } else {
+    copy_words(xs, q, words);
+    if (CODES == kAffine) copy_words(reinterpret_cast<int*>(sums), sum, tokens * groups);
+  }
   __syncthreads();
   tile_dots(units, data, cols, xs, tokens, scale, codes, warp, warps, lane, dots);
   __syncthreads();
   const u8* own_scales = reinterpret_cast<const u8*>(scales);
   const u8* own_biases = reinterpret_cast<const u8*>(biases);
+#pragma unroll 1
   for (int i = threadIdx.x; i < 16 * tokens; i += blockDim.x) {
     const int t = i >> 4, r = i & 15, row = tile * 16 + r;
     if (row >= w.rows) continue;
@@ -306,12 +339,38 @@ __device__ __forceinline__ void multiply_tile(const Place& w, int tile, int cols
   }
 }
 
-// Some matrices by few tokens; a block a tile, of the matrix that has it. y: the results one after another, each (tokens, rows).
+// Some matrices by few tokens, `together` of them in one pass; grid (tiles of all matrices, passes). y: the results one after another, each
+// (tokens, rows).
+__device__ __forceinline__ void multiply_tiles(const Places& matrices, int count, int cols, const signed char* q, const float* scale,
+                                               const float* sum, const int* codes, int tokens, int together, float* y,
+                                               u8* memory) {
+  const Place w = matrices.of_tile(blockIdx.x, count);
+  const i64 first = static_cast<i64>(blockIdx.y) * together, groups = cols / GROUP;
+  const int here = tokens - first < together ? static_cast<int>(tokens - first) : together;
+  multiply_tile<true, false>(w, blockIdx.x - static_cast<int>(w.first_tile), cols, q + first * PLANES * cols, scale + first * groups,
+                             sum + first * groups, codes + first * PLANES * groups, {}, here, memory,
+                             y + w.first_row * tokens + first * w.rows);
+}
 extern "C" __global__ void multiply_few(const Places matrices, int count, int cols, const signed char* q, const float* scale, const float* sum,
-                                        const int* codes, int tokens, float* y) {
+                                        const int* codes, int tokens, int together, float* y) {
+  DYNAMIC_SHARED(memory);
+  multiply_tiles(matrices, count, cols, q, scale, sum, codes, tokens, together, y, memory);
+}
+// The same for so many tiles that more of them at once matter more than registers.
+extern "C" __global__ void __launch_bounds__(256, kBlocks) multiply_wide(const Places matrices, int count, int cols, const signed char* q,
+                                                                         const float* scale, const float* sum, const int* codes, int tokens,
+                                                                         int together, float* y) {
+  DYNAMIC_SHARED(memory);
+  multiply_tiles(matrices, count, cols, q, scale, sum, codes, tokens, together, y, memory);
+}
+
+// Some matrices by one token that each block quantizes: fewer kernels where there are few tiles.
+extern "C" __global__ void multiply_raw(const Places matrices, int count, int cols, const float* x, float* y) {
   DYNAMIC_SHARED(memory);
   const Place w = matrices.of_tile(blockIdx.x, count);
-  multiply_tile<true>(w, blockIdx.x - static_cast<int>(w.first_tile), cols, q, scale, sum, codes, tokens, memory, y + w.first_row * tokens);
+  const Raw raw = {x, nullptr, 0.0f, 0.0f};
+  multiply_tile<true, true>(w, blockIdx.x - static_cast<int>(w.first_tile), cols, nullptr, nullptr, nullptr, nullptr, raw, 1, memory,
+                            y + w.first_row);
 }
 
 // Experts: `parts` gives each one's addresses, `stride` of them per expert, from `first` on: values, scales, biases if the codes have them,
@@ -330,17 +389,37 @@ __device__ __forceinline__ Place place_of(const u64* parts, i64 expert, int stri
 }
 
 // y (z, pairs, rows) ← matrix z of each pair's expert · that pair's activations; grid (tiles, pairs, matrices): gate and up, or down. The
-// parts of matrix z begin at first + z·step. pair_token: whose activations, or null: the pair's own.
-extern "C" __global__ void multiply_pairs(const u64* parts, int stride, int first, int step, int biased, const i64* pair_expert,
-                                          const int* pair_token, int rows, int cols, const signed char* q, const float* scale, const float* sum,
-                                          const int* codes, float* y) {
+// parts of matrix z begin at first + z·step. pair_token: whose activations, or null: the pair's own. From pair `routed` on: a shared expert, one
+// pair a token, whose matrices are `own`.
+extern "C" __global__ void __launch_bounds__(256, kBlocks) multiply_pairs(const u64* parts, int stride, int first, int step, int biased, const i64* pair_expert,
+                                          const int* pair_token, const Places own, int routed, int rows, int cols, const signed char* q,
+                                          const float* scale, const float* sum, const int* codes, float* y) {
   DYNAMIC_SHARED(memory);
-  after_previous();
+  after_previous();  // in this order: multiply_down reads pair_expert before it waits
   const int pair = blockIdx.y, groups = cols / GROUP;
-  const i64 token = pair_token ? pair_token[pair] : pair;
-  const Place w = place_of(parts, pair_expert[pair], stride, first + static_cast<int>(blockIdx.z) * step, biased, rows);
-  multiply_tile<false>(w, blockIdx.x, cols, q + token * PLANES * cols, scale + token * groups, sum + token * groups, codes + token * PLANES * groups, 1,
-                memory, y + (static_cast<i64>(blockIdx.z) * gridDim.y + pair) * rows);
+  const bool shared = pair >= routed;
+  const i64 token = !pair_token ? pair : shared ? pair - routed : pair_token[pair];
+  Place w = own.at[0];
+  if (!shared)
+    w = place_of(parts, pair_expert[pair], stride, first + static_cast<int>(blockIdx.z) * step, biased, rows);
+  else if (blockIdx.z != 0)
+    w = own.at[1];
+  multiply_tile<false, false>(w, blockIdx.x, cols, q + token * PLANES * cols, scale + token * groups, sum + token * groups,
+                              codes + token * PLANES * groups, {}, 1, memory,
+                              y + (static_cast<i64>(blockIdx.z) * gridDim.y + pair) * rows);
+}
+
+// y (pairs, rows) ← the last matrix of each pair's expert · act(gate, up) (pairs, cols), for few pairs: each block quantizes its pair's; grid
+// (tiles, pairs). The kernel before must be multiply_pairs, which lets this one start when pair_expert is there.
+extern "C" __global__ void multiply_down(const u64* parts, int stride, int first, int biased, const i64* pair_expert, const Places own,
+                                         int routed, int rows, int cols, const float* gate, const float* up, float alpha, float limit,
+                                         float* y) {
+  DYNAMIC_SHARED(memory);
+  const i64 pair = blockIdx.y;
+  Place w = own.at[0];
+  if (pair < routed) w = place_of(parts, pair_expert[pair], stride, first, biased, rows);
+  const Raw raw = {gate + pair * cols, up + pair * cols, alpha, limit};
+  multiply_tile<true, true>(w, blockIdx.x, cols, nullptr, nullptr, nullptr, nullptr, raw, 1, memory, y + pair * rows);
 }
 
 // Many tokens, on tensor cores. A warp has one tile of 16 rows and 8·kColumns tokens; a block has blockDim.x/32 tiles and the same tokens.
@@ -390,6 +469,7 @@ extern "C" __global__ void __launch_bounds__(256) multiply_many(const u64* parts
   const int first_pair = task[1], count = task[2], groups = cols / GROUP;
   if (count == 0) return;
   const Place w = place_of(parts, task[0], stride, first, biased, rows);
+  if (!w.data) return;  // not here yet
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, gid = lane >> 2, quad = lane & 3;
   const int tiles = (rows + 15) / 16, tile = blockIdx.x * (blockDim.x >> 5) + warp;
   const bool works = tile < tiles;

@@ -2,21 +2,36 @@
 #include "common.cuh"
 
 extern "C" __global__ void add(float* y, const float* x, i64 n) {
-  after_previous();
+  after_previous_beside_next();
   const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < n) y[i] = y[i] + x[i];
 }
 
-// y (rows, n) ← rms_norm of each row; a block a row. Shared: 2·n floats.
-extern "C" __global__ void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+extern "C" __global__ void copy_words(int* to, const int* from, i64 words) {
   after_previous();
+  const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < words) to[i] = from[i];
+}
+
+// The same for a block of words that begins with their number, as i64.
+extern "C" __global__ void copy_inputs(int* to, const int* from) {
+  wait_for_previous();  // the next kernel starts when this one is done: what it copies can be read at any time
+  const i64 words = *reinterpret_cast<const i64*>(from);
+#pragma unroll 1
+  for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < words; i += static_cast<i64>(gridDim.x) * blockDim.x)
+    to[i] = from[i];
+}
+
+// y (rows, n) ← rms_norm of each row of x, to which a sum is added first; a block a row. Shared: 2·n floats.
+extern "C" __global__ void rms_norm(float* x, const Sum sum, const float* weight, int n, float eps, float* y) {
+  after_previous_beside_next();
   DYNAMIC_SHARED(memory);
   __shared__ float factor;
   float* row = reinterpret_cast<float*>(memory);
-  const float* from = x + static_cast<i64>(blockIdx.x) * n;
   float* weights = row + n;
+#pragma unroll 1
   for (int c = threadIdx.x; c < n; c += blockDim.x) {
-    row[c] = from[c];
+    row[c] = sum.add_to(x, blockIdx.x, n, c);
     weights[c] = weight[c];
   }
   __syncthreads();
@@ -30,7 +45,7 @@ extern "C" __global__ void rms_norm(const float* x, const float* weight, int n, 
 
 // y (count, n) ← rows `which` of x.
 extern "C" __global__ void gather_rows(const float* x, const i64* which, int n, float* y) {
-  after_previous();
+  after_previous_beside_next();
   for (int c = threadIdx.x; c < n; c += blockDim.x) y[static_cast<i64>(blockIdx.x) * n + c] = x[which[blockIdx.x] * n + c];
 }
 
@@ -43,7 +58,7 @@ extern "C" __global__ void scatter_rows(const float* x, const i64* which, int n,
 // y (tokens, cols) ← rows of a matrix as float32; a block a token. Quantized: fma(q, scale, bias).
 extern "C" __global__ void embed(const u8* data, const u8* scales, const u8* biases, int cols, int bits, int group, int dtype, int codes,
                                  const i64* tokens, float* y) {
-  after_previous();
+  after_previous_beside_next();
   const i64 row = tokens[blockIdx.x];
   float* to = y + static_cast<i64>(blockIdx.x) * cols;
   if (bits >= 16) {
@@ -108,13 +123,16 @@ extern "C" __global__ void __launch_bounds__(128) dense_few(const Places matrice
   if (row0 >= w.rows) return;
   const bool aligned = cols * size % 16 == 0;
   auto fetch = [&](int c0, int n) {
+#pragma unroll 1
     for (int r = 0; r < 4 && row0 + r < w.rows; ++r) {
       const u8* from = w.data + ((row0 + r) * cols + c0) * size;
       if (aligned) {
 #pragma unroll 4
         for (int i = threadIdx.x * 16; i < n * size; i += 128 * 16) *reinterpret_cast<uint4*>(ws[r] + i) = load_once(from + i);
       } else {
+#pragma unroll 1
         for (int i = threadIdx.x * size; i < n * size; i += 128 * size)
+#pragma unroll 1
           for (int j = 0; j < size; ++j) ws[r][i + j] = from[i + j];
       }
     }
@@ -123,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(128) dense_few(const Places matrice
   for (int c0 = 0; c0 < cols; c0 += kColumns) {
     const int n = cols - c0 < kColumns ? cols - c0 : kColumns;
     fetch(c0, n);
-    if (c0 == 0) after_previous();
+    if (c0 == 0) after_previous_beside_next();
 #pragma unroll 4
     for (int i = threadIdx.x; i < n; i += 128) xs[i] = x[static_cast<i64>(blockIdx.y) * cols + c0 + i];
     __syncthreads();
@@ -136,6 +154,7 @@ extern "C" __global__ void __launch_bounds__(128) dense_few(const Places matrice
 #pragma unroll 8
         for (int c = lane; c < n; c += 16) sum = fmaf(load_value(row, c, kBF16), xs[c], sum);
       } else {
+#pragma unroll 1
         for (int c = lane; c < n; c += 16) sum = fmaf(load_value(row, c, kF16), xs[c], sum);
       }
     }
@@ -179,6 +198,7 @@ extern "C" __global__ void dense_pairs(const u64* parts, int stride, int first, 
   const int pair = blockIdx.y, row = blockIdx.x * 16 + threadIdx.x / 16;
   const u64* at = parts + pair_expert[pair] * stride + first;
   const u8* data = reinterpret_cast<const u8*>(at[0]);
+  if (!data) return;  // not here yet
   const float* row_bias = biased ? reinterpret_cast<const float*>(at[1]) : nullptr;
   const float* xs = x + (pair_token ? pair_token[pair] : static_cast<i64>(pair)) * cols;
   float sum[1];
@@ -195,20 +215,20 @@ extern "C" __global__ void activate_dense(float* gate, const float* up, i64 n, f
   if (i < n) gate[i] = activate(gate[i], up[i], alpha, limit);
 }
 
-// y (tokens, n) ← sigmoid(factor of the token)·y; grid (n / blockDim.x, tokens).
-extern "C" __global__ void scale_by_sigmoid(float* y, const float* factor, int n) {
-  after_previous();
+// y (tokens, n) ← sigmoid(factor of the token)·x; grid (n / blockDim.x, tokens).
+extern "C" __global__ void scale_by_sigmoid(float* y, const float* x, const float* factor, int n) {
+  after_previous_beside_next();
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= n) return;
   const i64 at = static_cast<i64>(blockIdx.y) * n + c;
-  y[at] = sigmoid(factor[blockIdx.y]) * y[at];
+  y[at] = sigmoid(factor[blockIdx.y]) * x[at];
 }
 
 // acc (tokens, n) += Σ weights[p]·y[p] over each token's pairs, ascending: pairs of token t are `pairs`[start[t]] to `pairs`[start[t + 1] − 1].
 // by_place: weights are in the order of `pairs` instead.
 extern "C" __global__ void accumulate(float* acc, const float* y, const int* start, const int* pairs, const float* weights, int by_place,
                                       int n) {
-  after_previous();
+  after_previous_beside_next();
   const int token = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= n) return;
   float total = acc[static_cast<i64>(token) * n + c];
@@ -217,6 +237,13 @@ extern "C" __global__ void accumulate(float* acc, const float* y, const int* sta
     total = fmaf(weights[by_place ? i : p], y[static_cast<i64>(p) * n + c], total);
   }
   acc[static_cast<i64>(token) * n + c] = total;
+}
+
+// acc (tokens, n) ← a sum.
+extern "C" __global__ void combine(float* acc, const Sum sum, int n) {
+  after_previous_beside_next();
+  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c < n) acc[static_cast<i64>(blockIdx.y) * n + c] = sum.of(blockIdx.y, n, c);
 }
 
 // Groups pairs by expert, each expert's in order, in three steps. selected (pairs): experts. A block an expert, 256 threads, each with a run
@@ -297,70 +324,65 @@ extern "C" __global__ void place_pairs(const i64* selected, i64 pairs, int top_k
     }
 }
 
-// The softmax of each token's logits (experts), the top_k largest, experts ascending; a block a token. Shared: `experts` floats, and
-// 2·top_k words. An expert's rank is the number of those that come before it.
-extern "C" __global__ void route(const float* logits, int experts, int top_k, int renormalize, float* weights, i64* selected) {
-  after_previous();
+// The softmax of each token's logits (experts), the top_k largest, experts ascending, the lower one of equals first; a warp a token. Shared:
+// `experts` words, and 2·top_k words.
+extern "C" __global__ void __launch_bounds__(32) route(const float* logits, int experts, int top_k, int renormalize, float* weights,
+                                                       i64* selected) {
+  after_previous_beside_next();
   DYNAMIC_SHARED(memory);
-  __shared__ float most[32];
-  __shared__ float whole;
   float* probs = reinterpret_cast<float*>(memory);
+  u32* keys = reinterpret_cast<u32*>(memory);  // the same: a probability's bits plus one, 0 once it was selected
   float* ranked = probs + experts;
   int* found = reinterpret_cast<int*>(ranked + top_k);
   const float* own = logits + static_cast<i64>(blockIdx.x) * experts;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int lane = threadIdx.x;
   float largest = own[0];
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+#pragma unroll 8
+  for (int e = lane; e < experts; e += 32) {
     probs[e] = own[e];
     largest = larger(own[e], largest);
   }
   largest = warp_max(largest);
-  if (lane == 0) most[warp] = largest;
-  for (int i = threadIdx.x; i < top_k; i += blockDim.x) {
-    found[i] = i;
-    ranked[i] = 0.0f;
-  }
-  __syncthreads();
-  largest = most[0];
-  for (int w = 1; w < warps; ++w) largest = larger(most[w], largest);
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) probs[e] = exp_f32(probs[e] - largest);
-  __syncthreads();
-  if (warp == 0) {
-    float sum = 0.0f;
+#pragma unroll 4
+  for (int e = lane; e < experts; e += 32) probs[e] = exp_f32(probs[e] - largest);
+  __syncwarp();
+  float whole = 0.0f;
 #pragma unroll 16
-    for (int e = lane & 15; e < experts; e += 16) sum = sum + probs[e];
-    sum = lane_sum(sum);
-    if (lane == 0) whole = sum;
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) probs[e] = probs[e] / whole;
-  __syncthreads();
-  const int padded = (experts * 4 + 31) / 32 * 32;
-  for (int i = threadIdx.x; i < padded; i += blockDim.x) {  // four threads an expert, each compares with a quarter of the others
-    const int e = i / 4 < experts ? i / 4 : 0;
-    const float p = probs[e];
-    int rank = 0;
+  for (int e = lane & 15; e < experts; e += 16) whole = whole + probs[e];
+  whole = lane_sum(whole);
+  __syncwarp();
+#pragma unroll 4
+  for (int e = lane; e < experts; e += 32) keys[e] = __float_as_uint(probs[e] / whole) + 1u;
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < top_k; ++i) {
+    u32 most = 0u;
+    int first = experts;
 #pragma unroll 8
-    for (int other = i & 3; other < experts; other += 4) {
-      const float o = probs[other];
-      rank += o > p || (o == p && other < e) ? 1 : 0;
-    }
-    rank += __shfl_xor_sync(kWarp, rank, 1);
-    rank += __shfl_xor_sync(kWarp, rank, 2);
-    if ((i & 3) == 0 && i / 4 < experts && rank < top_k) {
-      ranked[rank] = p;
-      found[rank] = e;
+    for (int e = lane; e < experts; e += 32)
+      if (keys[e] > most) {
+        most = keys[e];
+        first = e;
+      }
+    const u32 of_all = warp_max_word(most);
+    const int chosen = static_cast<int>(~warp_max_word(most == of_all ? ~static_cast<u32>(first) : 0u));
+    const float p = __uint_as_float(of_all - 1u);
+    sum = sum + p;
+    if (lane == chosen % 32) {
+      keys[chosen] = 0u;
+      ranked[i] = p;
+      found[i] = chosen;
     }
   }
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < top_k) {
-    float sum = 0.0f;
-    for (int i = 0; i < top_k; ++i) sum = sum + ranked[i];
-    if (!renormalize) sum = 1.0f;
+  if (!renormalize) sum = 1.0f;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < top_k; i += 32) {
     int place = 0;
-    for (int i = 0; i < top_k; ++i) place += found[i] < found[threadIdx.x] ? 1 : 0;
+#pragma unroll 1
+    for (int other = 0; other < top_k; ++other) place += found[other] < found[i] ? 1 : 0;
     const i64 at = static_cast<i64>(blockIdx.x) * top_k + place;
-    weights[at] = ranked[threadIdx.x] / sum;
-    selected[at] = found[threadIdx.x];
+    weights[at] = ranked[i] / sum;
+    selected[at] = found[i];
   }
 }

@@ -19,8 +19,8 @@ from ...errors import BudgetError, DeviceError
 from ...formats import Bytes, ExpertFormat, MatrixFormat
 from ...formats.numbers import F32, I64
 from .. import Arena, Weight
+from .experts import Experts
 from .mixers import Mixers
-from .products import Products
 from .rows import MOST_RECORDED, BoundMatrix, cdiv
 
 __all__ = ["CudaOps"]
@@ -28,7 +28,7 @@ __all__ = ["CudaOps"]
 _MOST_RECORDINGS = 12  # each has its own memory for what passes through a step
 
 
-class CudaOps(Products, Mixers):
+class CudaOps(Experts, Mixers):
     """Implements `ops.Ops`, which documents every method, with DeviceArrays in place of NumPy's. Not thread-safe."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,7 +49,8 @@ class CudaOps(Products, Mixers):
 
     def _drop_recordings(self, keep: int) -> None:
         """Frees the memory of all recordings but the `keep` that were used last."""
-        self._last = self._normed = None  # they may lie there
+        self._last = self._normed = self._routed = None  # they may lie there
+        self._gates.clear()
         while len(self._recordings) > keep:
             self._recordings.pop(next(iter(self._recordings))).close()
 
@@ -86,10 +87,25 @@ class CudaOps(Products, Mixers):
         return self.device.empty((size,), np.uint8)
 
     def copy_in(self, to: int, source: Bytes) -> None:
-        self.device.driver.upload(to, source.ctypes.data, source.nbytes)
+        self.device.upload(to, source)
 
-    def copy_out(self, address: int, to: Bytes) -> None:
-        self.device.driver.bring(to.ctypes.data, address, to.nbytes)
+    def mark(self) -> Any:
+        return self.device.driver.mark()
+
+    def copy_beside(self, to: int, source: Bytes, after: Any) -> None:
+        self.device.driver.upload_beside(to, source.ctypes.data, source.nbytes, after)
+
+    def copies_beside(self, to: Sequence[int], sources: Sequence[int], sizes: Sequence[int], after: Any) -> None:
+        upload = self.device.driver.upload_beside
+        for at, source, size in zip(to, sources, sizes, strict=True):
+            upload(at, source, size, after)
+            after = None  # the others follow the first
+
+    def copy_out_beside(self, address: int, to: Bytes, after: Any) -> None:
+        self.device.driver.bring_beside(to.ctypes.data, address, to.nbytes, after)
+
+    def join(self) -> None:
+        self.device.driver.join()
 
     def readable(self, arena: Arena) -> int | None:
         try:
@@ -103,7 +119,9 @@ class CudaOps(Products, Mixers):
     def state(self, shape: Sequence[int], dtype: Any) -> Any:
         return StateArray(self.device, shape, dtype)
 
-    def recorded(self, batch: Batch, run: Callable[[Batch], Any]) -> tuple[F32, I64] | None:
+    def recorded(
+        self, batch: Batch, run: Callable[[Batch], Any], meanwhile: Callable[[], None]
+    ) -> tuple[F32, I64] | None:
         """Logits and selected experts of a batch of single tokens, by a recording of run(batch) made at its second use; None at the
         first, which loads what a recording must not."""
         longest = max(segment.position for segment in batch.segments) + 1
@@ -123,6 +141,7 @@ class CudaOps(Products, Mixers):
                 return None
         self._recordings[key] = found  # the last that was used
         found.launch(batch)
+        meanwhile()
         logits = found.finish()
         return logits, found.ids
 

@@ -147,7 +147,7 @@ class Rows:
         key = what, tokens, top_k
         if key not in self._constants:
             made = {
-                "pair_token": np.repeat(np.arange(tokens), top_k), "order": np.arange(tokens * top_k),
+                "pair_token": np.repeat(np.arange(tokens), top_k),
                 "blocks": np.stack([np.arange(tokens), np.zeros(tokens, np.int64)], -1),
             }  # fmt: skip
             for name, values in made.items():
