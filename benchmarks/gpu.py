@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, nargs="*", default=[2048], help="tokens; decoding is measured after the last one"
     )
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt in one pass (the engine's choice)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows: Rows | None = None
@@ -123,6 +124,7 @@ def main() -> None:
             vram=vram,
             context_length=2 * max(options.prompts),
             verify="never",
+            prefill_chunk=options.chunk,
         ) as llm:
             card: Any = llm.ops
             if rows is None:

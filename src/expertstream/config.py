@@ -15,6 +15,7 @@ from .units import parse_bytes
 __all__ = ["EngineConfig", "EngineOptions"]
 
 DEFAULT_CONTEXT = 8192  # tokens, unless the model was trained for fewer
+DEFAULT_CHUNK = 2048
 LEAST_CHUNK = 64  # tokens of a prompt in one pass; every larger chunk is a multiple of it
 RESIDENCIES = ("auto", "slots", "os")
 READERS = ("auto", "uring", "pread")
@@ -81,7 +82,9 @@ class EngineConfig:
     beyond_trained_context: bool = False  # lossy: context_length may exceed what the model was trained for
     exact: bool = False  # 16-bit activations in products with quantized weights, instead of 8-bit ones
     kv_dtype: str = "bf16"
-    prefill_chunk: int = 2048
+    prefill_chunk: int = (
+        0  # tokens of a prompt in one pass, at most; 0: 2,048, or more where a GPU holds a part of the experts
+    )
     experts_per_token: int = 0  # 0: as trained. Fewer is lossy.
     verify: str = "first"  # when to verify the checksum of a pack's record: at its first read, at every read, or never
 
@@ -104,7 +107,7 @@ class EngineConfig:
             ("sequences", 1, 256),
             ("prefix_cache_bytes", 0, 1 << 50),
             ("context_length", 0, 1 << 30),
-            ("prefill_chunk", 64, 65536),
+            ("prefill_chunk", 0, 65536),
             ("experts_per_token", 0, 65536),
         ):
             if type(getattr(self, name)) is not int or not least <= getattr(self, name) <= most:

@@ -15,10 +15,10 @@ import numpy as np
 
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint
-from .config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, EngineOptions
+from .config import DEFAULT_CHUNK, DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, EngineOptions
 from .cuda.driver import device_count
 from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
-from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_memory, plan_with_chunk
+from .experts.budget import MemoryPlan, MemoryWatch, chunk_beside_link, default_budget, plan_memory, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.routed import RoutedExperts
 from .experts.store import ExpertStore
@@ -178,16 +178,27 @@ class LLM:
         c, m = self.config, self.model_config
         if not isinstance(self.ops, GpuOps):
             return None, 0
+        trunk = self.checkpoint.trunk_bytes(weight_map(m))
+        states = c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype)
+        slot, free = Vram.slot_bytes(store.layouts), self.ops.free_bytes()
+
+        def scratch(tokens: int) -> int:
+            return 2 * scratch_bytes(m, tokens, self.context_length, 1) + _GPU_SCRATCH
+
+        left = (c.vram_bytes or default_budget(free)) - trunk - states
+        chunk = c.prefill_chunk or chunk_beside_link(
+            DEFAULT_CHUNK, scratch, left, m.num_hidden_layers * m.num_experts * slot
+        )
         try:
             return plan_with_chunk(
-                lambda tokens: 2 * scratch_bytes(m, tokens, self.context_length, 1) + _GPU_SCRATCH,
-                min(c.prefill_chunk, _GPU_CHUNK, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
+                scratch,
+                min(chunk, _GPU_CHUNK, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
                 LEAST_CHUNK,
                 memory_bytes=c.vram_bytes,
-                available_bytes=self.ops.free_bytes(),
-                trunk_bytes=self.checkpoint.trunk_bytes(weight_map(m)),
-                state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype),
-                slot_bytes=Vram.slot_bytes(store.layouts),
+                available_bytes=free,
+                trunk_bytes=trunk,
+                state_bytes=states,
+                slot_bytes=slot,
                 layers=m.num_hidden_layers,
                 num_experts=m.num_experts,
                 top_k=self.top_k,
@@ -226,7 +237,7 @@ class LLM:
         return plan_with_chunk(
             lambda tokens: scratch_bytes(m, tokens, self.context_length, c.thread_count),
             # No larger than the context, rounded up to whole chunks of the gated-delta form.
-            min(c.prefill_chunk, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
+            min(c.prefill_chunk or DEFAULT_CHUNK, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
             LEAST_CHUNK,
             trunk_bytes=self.checkpoint.trunk_bytes(weight_map(m)),
             state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype) + c.prefix_cache_bytes,

@@ -181,3 +181,6 @@ class EmulatedDriver:
 
     def synchronize(self) -> None:
         return
+
+    def release(self) -> None:
+        self._staged = None

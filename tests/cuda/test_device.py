@@ -227,6 +227,10 @@ def test_a_server_on_the_gpu(card: Driver, pack_folder: Path) -> None:
                     metrics = httpx.get(f"{server.url}/metrics").text
                     for name in ("vram_budget_bytes 3.670016e+07", "vram_experts ", "vram_bytes_copied_total "):
                         assert f"expertstream_{name}" in metrics
+                    waited = next(
+                        x for x in metrics.splitlines() if x.startswith("expertstream_gpu_wait_seconds_total")
+                    )
+                    assert 0 < float(waited.split()[1]) < 600
                     status = httpx.get(f"{server.url}/status").json()
                     assert status["memory"]["vram"]["trunk"] > 0 and status["experts"]["resident"] > 0
                     assert card.name in status["engine"]

@@ -13,6 +13,7 @@ import pytest
 from expertstream import LLM
 from expertstream.cuda import driver as drivers
 from expertstream.cuda.driver import Driver
+from expertstream.experts.budget import chunk_beside_link
 
 from .. import oracle
 
@@ -94,6 +95,7 @@ def test_experts_that_are_used_come_to_the_card(
             assert np.array_equal(generate(llm, tokens), logits)
             check_places(llm)
         assert cache.shares.moved > 0 and vram.complete
+        assert vram.bytes_read == vram.far_reads * sum(vram._sizes[0])
         heat = cache.shares._heat
         coldest = np.where(vram.near, heat, np.inf).min(1)
         assert (np.where(vram.near, -1, heat).max(1) <= coldest + 8 * cache.shares._unit).all()
@@ -145,3 +147,21 @@ def test_when_the_card_holds_all_the_host_holds_none(pack_folder: Path) -> None:
         assert llm.experts.vram is not None and llm.experts.vram.holds_all
         assert llm.plan.slots == llm.plan.ring_slots < llm.plan.total_experts
         assert llm.experts.resident == llm.plan.total_experts
+
+
+def test_a_chunk_is_larger_where_experts_cross_the_link_for_each(pack_folder: Path) -> None:
+    gib = 1 << 30
+    for left, experts, tokens in (
+        (20, 19, 2048),
+        (20, 20, 8192),
+        (8, 20, 8192),
+        (7, 20, 4096),
+        (4, 20, 4096),
+        (3, 20, 2048),
+    ):
+        # 1 GiB for 8,192 tokens
+        assert chunk_beside_link(2048, lambda n: n * gib // 8192, left * gib, experts * gib) == tokens
+    with LLM(pack_folder, memory="1GiB", device="cuda", context_length=16384, threads=1) as llm:
+        assert llm.prefill_chunk == 2048
+    with LLM(pack_folder, memory="1GiB", device="cuda", context_length=16384, threads=1, prefill_chunk=192) as llm:
+        assert llm.prefill_chunk == 192

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.format import record_pieces
 from ..checkpoint.quantize import BitPolicy
 from ..checkpoint.reader import open_checkpoint
-from ..config import DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig
+from ..config import DEFAULT_CHUNK, DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig
 from ..errors import BudgetError
 from ..experts.budget import plan_with_chunk
 from ..kv_cache import state_bytes
@@ -111,7 +111,7 @@ def predict(
     try:
         plan, chunk = plan_with_chunk(
             lambda tokens: scratch_bytes(c, tokens, context, threads),
-            min(settings.prefill_chunk, -(-context // LEAST_CHUNK) * LEAST_CHUNK),
+            min(settings.prefill_chunk or DEFAULT_CHUNK, -(-context // LEAST_CHUNK) * LEAST_CHUNK),
             LEAST_CHUNK,
             memory_bytes=budget_bytes,
             available_bytes=budget_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -159,6 +160,7 @@ class Device:
         self.make_room: Callable[[], None] = lambda: (
             None
         )  # called when the card is full, to free what can be made again
+        self.wait_seconds = 0.0  # that the host waited for the card
         self._allocated: dict[int, int] = {}  # address → bytes
         self._end = weakref.finalize(self, _give_back, driver, self._allocated, self._registered)
         self._end.atexit = False
@@ -281,8 +283,16 @@ class Device:
         """The values of an array, copied to the host; waits for the work before."""
         values = np.empty(array.shape, array.dtype)
         if values.nbytes:
+            begin = time.perf_counter()
             self.driver.download(values.ctypes.data, array.address, values.nbytes)
+            self.wait_seconds += time.perf_counter() - begin
         return values
+
+    def wait(self) -> None:
+        """Waits for everything."""
+        begin = time.perf_counter()
+        self.driver.synchronize()
+        self.wait_seconds += time.perf_counter() - begin
 
     def add(self, y: DeviceArray, x: DeviceArray) -> None:
         """In place: y += x, float32."""
@@ -311,6 +321,7 @@ def _give_back(driver: Driver, allocated: dict[int, int], registered: dict[int, 
             driver.unregister(registered.popitem()[0])
         while allocated:
             driver.free(allocated.popitem()[0])
+        driver.release()
 
 
 class StateArray:

@@ -95,6 +95,9 @@ class Driver(Protocol):
     def synchronize(self) -> None:
         """Waits for everything."""
 
+    def release(self) -> None:
+        """Gives back host memory that the driver takes when it needs it. Nothing may be running."""
+
 
 def _bindings() -> Any:
     try:
@@ -173,7 +176,7 @@ class NvidiaDriver:
         flag = cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
         self._points = cycle([self._do(cu.cuEventCreate(flag)) for _ in range(_POINTS)])
         self._joined = self._do(cu.cuEventCreate(flag))
-        self._stage_begin = int(self._do(cu.cuMemHostAlloc(_STAGE, cu.CU_MEMHOSTALLOC_PORTABLE)))
+        self._stage_begin = 0  # allocated when it is needed
         self._half_left = [self._do(cu.cuEventCreate(flag)) for _ in range(2)]
         self._staged = self._half = 0
 
@@ -210,6 +213,8 @@ class NvidiaDriver:
     def stage(self, source: int, size: int) -> int:
         # The halves of registered memory take turns: what one held has been read before it is used again.
         self._enter()
+        if not self._stage_begin:
+            self._stage_begin = int(self._do(self._cu.cuMemHostAlloc(_STAGE, self._cu.CU_MEMHOSTALLOC_PORTABLE)))
         half = _STAGE // 2
         at = -(-self._staged // 64) * 64
         if at // half != (at + size - 1) // half or at + size > _STAGE:
@@ -334,3 +339,9 @@ class NvidiaDriver:
     def synchronize(self) -> None:
         self._enter()
         self._do(self._cu.cuStreamSynchronize(self._stream))
+
+    def release(self) -> None:
+        self._enter()
+        if self._stage_begin:
+            self._do(self._cu.cuMemFreeHost(self._stage_begin))
+            self._stage_begin = self._staged = self._half = 0

@@ -177,7 +177,7 @@ class Recording:
 
     def finish(self) -> F32:
         """Waits for the replay; its logits."""
-        self.device.driver.synchronize()
+        self.device.wait()
         if self._selected is not None:
             self.ids = self._ids.copy()
         return np.array(self._logits)

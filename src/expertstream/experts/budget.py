@@ -9,7 +9,15 @@ from typing import Any
 from ..errors import BudgetError
 from ..units import format_bytes
 
-__all__ = ["MemoryPlan", "MemoryWatch", "default_budget", "for_conversations", "plan_memory", "plan_with_chunk"]
+__all__ = [
+    "MemoryPlan",
+    "MemoryWatch",
+    "chunk_beside_link",
+    "default_budget",
+    "for_conversations",
+    "plan_memory",
+    "plan_with_chunk",
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,14 @@ def plan_with_chunk(scratch_of: Callable[[int], int], largest: int, least: int, 
             if last or (scratch * 3 <= left * 2 if few else scratch * 2 <= left):
                 return plan, chunk
         chunk -= least
+
+
+def chunk_beside_link(default: int, scratch_of: Callable[[int], int], left: int, experts_bytes: int) -> int:
+    """Tokens of a prompt that go through a GPU at once, where experts that it has no room for cross its link once a chunk: more than the
+    default if there are such experts and an eighth of `left`, what trunk and contexts leave, is enough for the scratch memory."""
+    if experts_bytes + scratch_of(default) <= left:
+        return default
+    return next((tokens for tokens in (4 * default, 2 * default) if 8 * scratch_of(tokens) <= left), default)
 
 
 def _whole_mib(count: int, up: bool) -> str:

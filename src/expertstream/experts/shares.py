@@ -137,7 +137,7 @@ class Shares:
         self._enter_moves()
         layers, self._last = self._layers[: flat.shape[0]], None
         far = ~vram.near[layers, flat]
-        vram.far_reads += int(far.sum())
+        vram.count_far(far.sum(1))
         if far.any():
             on_card = np.where(vram.near, self._heat, np.inf)
             victims = on_card.argmin(1)

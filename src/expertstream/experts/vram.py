@@ -40,6 +40,7 @@ class Vram:
         self._room = max(map(_slot_room, link.store.layouts))
         self._memory, self._host = ops.memory(slots * self._room), int(link.memory.ctypes.data)
         self._sizes = [[part.nbytes for part in layout.format.parts] for layout in link.store.layouts]  # computed once
+        self._bytes = np.array([sum(sizes) for sizes in self._sizes])
         parts = max(map(len, self._sizes))
         self.addresses = np.zeros((slots, parts), np.int64)
         self._next = 0  # ring slot
@@ -56,10 +57,15 @@ class Vram:
         self._after: Any = None  # the point that the next copy beside other work is to wait for
         self.holds_all = False  # whether every expert is on the card
         self.near = np.zeros((len(num_experts), max(num_experts)), np.bool_)
-        self.far_reads = 0  # experts that kernels read from the arena
+        self.far_reads = self.bytes_read = 0  # experts that kernels read from the arena, and their bytes
         self.table: list[Any] = []
         self._places = np.zeros((len(num_experts), max(num_experts), parts), np.uint64)
         self._changed: list[tuple[int, int]] = []
+
+    def count_far(self, experts: I64) -> None:
+        """Counts what a step's kernels read from the arena: so many experts of each layer."""
+        self.far_reads += int(experts.sum())
+        self.bytes_read += int((experts * self._bytes[: experts.shape[0]]).sum())
 
     @staticmethod
     def slot_bytes(layouts: Sequence[ExpertLayout]) -> int:
@@ -195,7 +201,7 @@ class Vram:
         self._ops.join()
 
     def update_table(self) -> None:
-        """Sends what exchange() changed."""
+        """Sends what swap() changed, in order with other work."""
         for layer, expert in self._changed:
             table, count = self.table[layer], len(self._sizes[layer])
             row = np.ascontiguousarray(self._places[layer, expert, :count])

@@ -222,6 +222,10 @@ class Ops(Protocol):
 class GpuOps(Protocol):
     """What the ops of a GPU offer besides Ops. Arrays are on the card, and opaque."""
 
+    @property
+    def wait_seconds(self) -> float:
+        """How long the host has waited for the card."""
+
     def free_bytes(self) -> int:
         """Free memory of the card."""
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..engine import LLM
+from ..ops import GpuOps
 from ..responses import GenerationStats
 from .scheduler import Scheduler
 
@@ -77,7 +78,13 @@ class Metrics:
         vram = llm.experts.vram
         if vram is not None and llm.vram_plan is not None:
             counters["vram_far_reads"] = ("Experts that a GPU's kernels read from host memory", vram.far_reads)
+            counters["vram_far_bytes"] = (
+                "Bytes of experts that a GPU's kernels read from host memory",
+                vram.bytes_read,
+            )
             counters["vram_bytes_copied"] = ("Bytes of experts copied to a GPU", vram.bytes_copied)
+            if isinstance(llm.ops, GpuOps):
+                counters["gpu_wait_seconds"] = ("Seconds that the engine waited for a GPU", llm.ops.wait_seconds)
             gauges["vram_budget_bytes"] = ("The budget of the GPU's memory", llm.vram_plan.budget_bytes)
             gauges["vram_experts"] = ("Experts on the GPU", sum(map(len, vram.tier.resident)))
         if llm.prefixes is not None:

@@ -99,18 +99,8 @@ class Experts(Products):
         acts = self._room_for(pairs, inner, k)
         units = pairs * (inner // k.group_size)
         self._products(k)["activate_rows"](
-            (cdiv(units, 8), 1, 1),
-            256,
-            0,
-            gate.address,
-            up.address,
-            pairs,
-            inner,
-            alpha,
-            limit,
-            *present,
-            *acts.pointers(),
-        )
+            (cdiv(units, 8), 1, 1), 256, 0, gate.address, up.address, pairs, inner, alpha, limit, *present, *acts.pointers()
+        )  # fmt: skip
         return acts
 
     def activate_dense(self, gate: DeviceArray, up: DeviceArray, alpha: float, limit: float) -> None:

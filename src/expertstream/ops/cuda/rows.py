@@ -78,7 +78,11 @@ class Rows:
         return f"{self.device.driver.name}, {self.cpu.activation_bits}-bit activations"
 
     def wait(self) -> None:
-        self.device.driver.synchronize()
+        self.device.wait()
+
+    @property
+    def wait_seconds(self) -> float:
+        return self.device.wait_seconds
 
     def host(self, x: Any) -> Any:
         return self.device.host(x) if isinstance(x, DeviceArray) and self.recording is None else x
