@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from expertstream.cuda.driver import Driver
 from expertstream.experts.budget import chunk_beside_link
 
 from .. import oracle
+from ..interrupts import interrupted
 
 OPTIONS: dict[str, Any] = {"context_length": 256, "prefill_chunk": 128, "threads": 1}
 STEPS = 12
@@ -107,39 +107,27 @@ def test_an_interrupt_anywhere_leaves_every_expert_in_place(
 ) -> None:
     """KeyboardInterrupt at some lines, as Ctrl-C would: the next pass has every expert again, and the same logits."""
     tokens, logits = expected
-    left = [0]
-
-    def tracer(frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(("shares.py", "vram.py", "tier.py", "cache.py")):
-            return None
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-        return tracer
+    files = ("shares.py", "vram.py", "tier.py", "cache.py")
 
     with open_with(pack_folder, 40, None if twice else 150) as llm:
         assert llm.experts.vram is not None
-        interrupted = 0
+        count = 0
         generate(llm, tokens)
         for line in range(1 + 11 * twice, 180, 23):
             cache = llm.session().cache
             llm.model(tokens[:64], cache, prompt=True)
-            left[0] = line
-            sys.settrace(tracer)
-            try:
+
+            def steps(cache: Any = cache) -> None:
                 for t in range(64, 68):
                     llm.model(tokens[t : t + 1], cache)
-            except KeyboardInterrupt:
-                interrupted += 1
-            finally:
-                sys.settrace(None)
+
+            count += interrupted(steps, line, files)
             rows = [llm.model(tokens[:64], cache := llm.session().cache, prompt=True)]
             rows += [llm.model(tokens[t : t + 1], cache) for t in range(64, 68)]
             assert np.array_equal(np.concatenate(rows), logits[:5]), line
             assert llm.experts.vram.complete
             check_places(llm)
-        assert interrupted > 4
+        assert count > 4
 
 
 def test_when_the_card_holds_all_the_host_holds_none(pack_folder: Path) -> None:

@@ -19,6 +19,7 @@ from expertstream.models import scratch_bytes
 
 from .. import oracle
 from ..conftest import SMALL
+from ..interrupts import interrupted
 
 # Where an interrupt may fall.
 INTERRUPTED = tuple(f"experts/{name}.py" for name in ("cache", "tier", "link", "fetch", "policy"))
@@ -341,38 +342,19 @@ def test_slots_come_and_go_with_memory(pack_folder: Path, expected: np.ndarray, 
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expected: np.ndarray, eager: bool) -> None:
     """KeyboardInterrupt at every line of the cache in turn, as Ctrl-C would; whoever catches it may go on with the same model."""
-    import sys
-
-    class Interrupt(KeyboardInterrupt):
-        pass
-
-    lines_until: list[int] = [0]
-
-    def tracer(frame: Any, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(INTERRUPTED):
-            return None
-        if event == "line":
-            lines_until[0] -= 1
-            if lines_until[0] == 0:
-                raise Interrupt
-        return tracer
-
     with LLM(pack_folder, memory=budget_for(pack_folder, 12 + 8 * eager), context_length=256, prefill_chunk=64) as llm:
-        interrupted = 0
+        count = 0
         if eager:
             llm.experts.prefetcher.threshold = 0.0
         for line in [*range(1, 400, 3 + 4 * eager), *range(400, 4000, 37)]:
             cache = llm.session().cache
-            lines_until[0] = line
-            sys.settrace(tracer)
-            try:
+
+            def passes(cache: Any = cache) -> None:
                 llm.model(TOKENS[:30], cache)
                 for t in range(30, 36):
                     llm.model(TOKENS[t : t + 1], cache)
-            except Interrupt:
-                interrupted += 1
-            finally:
-                sys.settrace(None)
+
+            count += interrupted(passes, line, INTERRUPTED)
             again = llm.session().cache
             parts = [llm.model(TOKENS[:30], again, all_logits=True)]
             parts += [llm.model(TOKENS[t : t + 1], again) for t in range(30, 40)]
@@ -386,4 +368,4 @@ def test_an_interrupt_anywhere_leaves_the_cache_right(pack_folder: Path, expecte
             )
             slots += [load.slot for load in [*experts._prefetched.values(), *experts._wasted]]
             assert sorted(slots) == list(range(llm.plan.slots)), line
-        assert interrupted > 120
+        assert count > 120

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from expertstream.experts.stats import LayerStats
 
 from .. import oracle
 from ..conftest import SMALL
+from ..interrupts import interrupted
 from .test_cache import INTERRUPTED, budget_for, logits_of
 
 TRACE = Path(__file__).resolve().parent.parent / "data" / "embedded-trace.npz"
@@ -70,36 +70,15 @@ def test_a_prompt_does_not_flush_what_decoding_keeps() -> None:
 def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder: Path, reader: str) -> None:
     """KeyboardInterrupt at every line of resize() in turn, smaller and larger; no layer owns more than its share afterwards."""
 
-    class Interrupt(KeyboardInterrupt):
-        pass
-
     expected = logits_of(pack_folder, memory="1GiB", threads=1)
-    left = [0]
-
-    def tracer(frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(INTERRUPTED):
-            return None
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                raise Interrupt
-        return tracer
-
     with LLM(
         pack_folder, memory=budget_for(pack_folder, 60), context_length=256, prefill_chunk=64, reader=reader
     ) as llm:
-        experts, interrupted = llm.experts, 0
+        experts, count = llm.experts, 0
         registered = experts.link.reader.registered_buffers
         for line in [*range(1, 40), *range(40, 400, 9)]:
             for size in (experts.tier.planned, 7, 20, 0):
-                left[0] = line
-                sys.settrace(tracer)
-                try:
-                    experts.resize(size)
-                except Interrupt:
-                    interrupted += 1
-                finally:
-                    sys.settrace(None)
+                count += interrupted(partial(experts.resize, size), line, INTERRUPTED)
                 cache = llm.session().cache
                 parts = [llm.model(TOKENS[:30], cache, all_logits=True)]
                 parts += [llm.model(TOKENS[t : t + 1], cache) for t in range(30, 32)]
@@ -113,7 +92,7 @@ def test_an_interrupt_inside_a_change_of_size_leaves_the_cache_right(pack_folder
                 slots += [load.slot for load in [*experts._prefetched.values(), *experts._wasted]]
                 assert sorted(slots) == list(range(llm.plan.slots)), (line, size)
                 assert experts.link.reader.registered_buffers == (registered and not experts.tier.parked), (line, size)
-        assert interrupted > 100
+        assert count > 100
 
 
 @pytest.mark.parametrize("wrong", [False, True])

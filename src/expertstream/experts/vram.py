@@ -6,14 +6,12 @@ be kept (all of a prompt's, and those of layers whose share is used up by what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from functools import partial
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from ..checkpoint.format import ExpertLayout
-from ..formats import Bytes
 from ..formats.numbers import I64
 from ..ops import ExpertBlock, GpuOps
 from .link import DiskLink
@@ -103,44 +101,35 @@ class Vram:
             self._turn = (self._turn + 1) % len(self._buffers)
             table = np.zeros((rows, count), np.uint64)
             some = far[at : at + len(slots)]
-            self._copy_some(layer, [slot for _, slot in some], slots[: len(some)], last[0])
+            self._ops.copies_beside(*self._copies(layer, [slot for _, slot in some], slots[: len(some)]), last[0])
             table[[expert for expert, _ in some]] = self.addresses[slots[: len(some)], :count]
             at += len(some)
             self._ops.join()
             yield self._ops.send(table)
             last[0] = self._ops.mark()
 
-    def _copy_some(self, layer: int, slots: Sequence[int], to: Sequence[int], after: Any) -> None:
-        """Copies experts from slots of the arena to others on the card, beside other work that comes after the point `after`."""
-        sizes = self._sizes[layer]
-        offsets = self._link.table(layer, slots)
+    def _copies(self, layer: int, slots: Sequence[int], to: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """What copies experts from slots of the arena to others on the card: addresses there, addresses in the arena, and sizes. Parts that
+        follow one another are copied at once. Where they will be is entered."""
+        sizes, offsets = self._sizes[layer], self._link.table(layer, slots)
+        begins = self._memory.address + np.array(to)[:, None] * self._room
+        self.bytes_copied += len(slots) * sum(sizes)
         within = offsets - offsets[:, :1]
         lengths = within[:, -1] + sizes[-1]
-        if (within % _ALIGNMENT).any() or lengths.max() > self._room:
-            for slot, at in zip(slots, to, strict=True):
-                self._copy(layer, slot, at, partial(self._ops.copy_beside, after=after))
-            return
-        begins = self._memory.address + np.array(to) * self._room
-        self.addresses[list(to), : len(sizes)] = begins[:, None] + within
-        self._ops.copies_beside(begins.tolist(), (self._host + offsets[:, 0]).tolist(), lengths.tolist(), after)
-        self.bytes_copied += len(slots) * sum(sizes)
+        whole = not (within % _ALIGNMENT).any() and lengths.max() <= self._room
+        if not whole:
+            within = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes[:-1])])
+        places = self.addresses[list(to), : len(sizes)] = begins + within
+        sources = self._host + offsets
+        if whole:
+            return places[:, 0].tolist(), sources[:, 0].tolist(), lengths.tolist()
+        return places.ravel().tolist(), sources.ravel().tolist(), sizes * len(slots)
 
-    def _copy(self, layer: int, slot: int, to: int, copy: Callable[[int, Bytes], None] | None = None) -> None:
-        """Parts that follow one another in the arena are copied at once. copy: instead of GpuOps.copy_in()."""
-        copy = copy or self._ops.copy_in
-        begin, sizes = self._memory.address + to * self._room, self._sizes[layer]
-        offsets, memory = self._link.offsets(layer, slot), self._link.memory
-        first, end = offsets[0], offsets[-1] + sizes[-1]
-        self.bytes_copied += sum(sizes)
-        if end - first <= self._room and all((offset - first) % _ALIGNMENT == 0 for offset in offsets):
-            self.addresses[to, : len(offsets)] = [begin + offset - first for offset in offsets]
-            copy(begin, memory[first:end])
-            return
-        at = begin
-        for i, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            self.addresses[to, i] = at
-            copy(at, memory[offset : offset + size])
-            at += -(-size // _ALIGNMENT) * _ALIGNMENT
+    def _copy(self, layer: int, slot: int, to: int) -> None:
+        """Copies an expert from a slot of the arena to another on the card, in order with other work."""
+        for at, source, size in zip(*self._copies(layer, [slot], [to]), strict=True):
+            begin = source - self._host
+            self._ops.copy_in(at, self._link.memory[begin : begin + size])
 
     def make_table(self, below: Sequence[dict[int, int]]) -> None:
         """Enters every expert into the table; below: those in the arena, with their slots. Without effect if kernels cannot read one."""
@@ -189,7 +178,7 @@ class Vram:
 
     def copy_beside(self, layer: int, slot: int, to: int) -> None:
         """Copies an expert from a slot of the arena to a spare one, beside other work."""
-        self._copy(layer, slot, to, partial(self._ops.copy_beside, after=self._after))
+        self._ops.copies_beside(*self._copies(layer, [slot], [to]), self._after)
         self._after = None
 
     def mark(self) -> None:

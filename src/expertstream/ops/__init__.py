@@ -238,11 +238,8 @@ class GpuOps(Protocol):
     def mark(self) -> Any:
         """A point behind the work so far."""
 
-    def copy_beside(self, to: int, source: Bytes, after: Any) -> None:
-        """Copies registered host memory to the card, beside other work that comes after the point `after`, if given."""
-
     def copies_beside(self, to: Sequence[int], sources: Sequence[int], sizes: Sequence[int], after: Any) -> None:
-        """Several of them, from addresses in registered host memory."""
+        """Copies registered host memory, by its addresses, to the card, after the point `after`, if given, and beside the work after it."""
 
     def copy_out_beside(self, address: int, to: Bytes, after: Any) -> None:
         """Copies the card's memory to registered host memory, likewise."""

@@ -92,9 +92,6 @@ class CudaOps(Experts, Mixers):
     def mark(self) -> Any:
         return self.device.driver.mark()
 
-    def copy_beside(self, to: int, source: Bytes, after: Any) -> None:
-        self.device.driver.upload_beside(to, source.ctypes.data, source.nbytes, after)
-
     def copies_beside(self, to: Sequence[int], sources: Sequence[int], sizes: Sequence[int], after: Any) -> None:
         upload = self.device.driver.upload_beside
         for at, source, size in zip(to, sources, sizes, strict=True):
