@@ -46,7 +46,7 @@ class Rows:
             {"date": datetime.date.today().isoformat(), "card": self.card, "driver": driver_version(), "model": self.model, "vram": vram,
              "measure": measure, "value": round(value, 2), "unit": unit}
         )  # fmt: skip
-        print(f"{vram:8} {measure:40} {value:10.1f} {unit}", flush=True)
+        print(f"{vram:16} {measure:40} {value:10.1f} {unit}", flush=True)
 
 
 def measure_card(llm: Any, rows: Rows) -> None:
@@ -94,6 +94,13 @@ def measure_model(llm: Any, vram: str, rows: Rows, batches: bool, prompts: list[
         took = seconds(one, 200)
         used = 201 * llm.top_k * llm.model_config.num_hidden_layers
         rows.add(vram, name, 1 / took, "tokens/s")
+        if not llm.experts.vram.holds_all:
+            rows.add(
+                vram,
+                "of 8 experts in host memory, the CPU's",
+                0 if llm.ops.split is None else llm.ops.split.share(8)[8],
+                "",
+            )
         rows.add(vram, f"{name}: experts found on the card", 100 * (1 - (llm.experts.vram.far_reads - far) / used), "%")
     for count in (2, 4, 8, 16) if batches else ():
         caches = [llm.session().cache for _ in range(count)]
@@ -112,16 +119,21 @@ def main() -> None:
         "--prompts", type=int, nargs="*", default=[2048], help="tokens; decoding is measured after the last one"
     )
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt in one pass (the engine's choice)")
+    parser.add_argument(
+        "--cpu-experts", nargs="*", default=["auto"], help="who computes experts in host memory: auto, none, all"
+    )
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows: Rows | None = None
-    for vram in options.vram if options.skip_all else [None, *options.vram]:
+    runs: list[tuple[str | None, str]] = [] if options.skip_all else [(None, "auto")]
+    for vram, mode in [*runs, *((vram, mode) for vram in options.vram for mode in options.cpu_experts)]:
         begin = time.perf_counter()
         with LLM(
             options.model,
             device=options.device,
             memory=options.memory,
             vram=vram,
+            cpu_experts=mode,
             context_length=2 * max(options.prompts),
             verify="never",
             prefill_chunk=options.chunk,
@@ -130,8 +142,9 @@ def main() -> None:
             if rows is None:
                 rows = Rows(card.device.driver.name, options.model.name)
                 measure_card(llm, rows)
-            rows.add(vram or "all", "opened in", time.perf_counter() - begin, "s")
-            measure_model(llm, vram or "all", rows, vram is None, options.prompts)
+            name = "all" if vram is None else vram if mode == "auto" else f"{vram}, CPU {mode}"
+            rows.add(name, "opened in", time.perf_counter() - begin, "s")
+            measure_model(llm, name, rows, vram is None, options.prompts)
     if options.csv and rows:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows.rows[0]))

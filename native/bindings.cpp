@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/unique_ptr.h>
 
+#include <chrono>
 #include <cstring>
 
 #include "io/aligned.h"
@@ -42,21 +43,12 @@ void embed(Engine& engine, const BoundMatrix& w, Ids rows, Out y) {
   engine.embed(w.m, rows.data(), size_of(rows), y.data());
 }
 
-// Experts in an arena, checked. offsets (experts, parts): of the parts of each one's gate, up and down, a matrix's bias
+// Experts in an arena, checked. offsets (count, parts): of the parts of each one's gate, up and down, a matrix's bias
 // (float32) after its other parts.
-std::vector<Expert> bind_experts(const Arena& arena, const ExpertFormat& format, const Ids& offsets, const In& x,
-                                 const Ids& pair_start, const Ids& pair_token) {
-  const int64_t parts = format.parts(), count = size_of(offsets) / parts, pairs = size_of(pair_token),
-                hidden = format.matrices[0].cols, tokens = size_of(x) / hidden;
-  require(size_of(offsets) == count * parts && size_of(pair_start) == count + 1, "experts: offsets and pair_start");
-  require(tokens * hidden == size_of(x), "experts: x");
-  require(pair_start.data()[0] == 0 && pair_start.data()[count] == pairs, "experts: pair_start");
-  for (int64_t e = 0; e < count; ++e)
-    require(pair_start.data()[e] <= pair_start.data()[e + 1], "experts: pair_start ascends");
-  for (int64_t p = 0; p < pairs; ++p)
-    require(pair_token.data()[p] >= 0 && pair_token.data()[p] < tokens, "experts: pair_token out of range");
+std::vector<Expert> bind_experts(const Arena& arena, const ExpertFormat& format, const int64_t* offsets,
+                                 int64_t count) {
   std::vector<Expert> bound(static_cast<size_t>(count));
-  const int64_t* at = offsets.data();
+  const int64_t* at = offsets;
   const auto next = [&](int64_t bytes) {
     require(*at >= 0 && *at + bytes <= static_cast<int64_t>(arena.size()), "experts: offset outside the arena");
     return arena.data() + *at++;
@@ -77,6 +69,24 @@ std::vector<Expert> bind_experts(const Arena& arena, const ExpertFormat& format,
   return bound;
 }
 
+// pair_start (count + 1) and pair_token (pairs), as Engine::experts takes them.
+void check_pairs(const int64_t* pair_start, int64_t count, const int64_t* pair_token, int64_t pairs, int64_t tokens) {
+  require(pair_start[0] == 0 && pair_start[count] == pairs, "experts: pair_start");
+  for (int64_t e = 0; e < count; ++e) require(pair_start[e] <= pair_start[e + 1], "experts: pair_start ascends");
+  for (int64_t p = 0; p < pairs; ++p)
+    require(pair_token[p] >= 0 && pair_token[p] < tokens, "experts: pair_token out of range");
+}
+
+std::vector<Expert> bind_experts(const Arena& arena, const ExpertFormat& format, const Ids& offsets, const In& x,
+                                 const Ids& pair_start, const Ids& pair_token) {
+  const int64_t parts = format.parts(), count = size_of(offsets) / parts, hidden = format.matrices[0].cols,
+                tokens = size_of(x) / hidden;
+  require(size_of(offsets) == count * parts && size_of(pair_start) == count + 1, "experts: offsets and pair_start");
+  require(tokens * hidden == size_of(x), "experts: x");
+  check_pairs(pair_start.data(), count, pair_token.data(), size_of(pair_token), tokens);
+  return bind_experts(arena, format, offsets.data(), count);
+}
+
 void experts(Engine& engine, const Arena& arena, const ExpertFormat& format, Ids offsets, In x, Ids pair_start,
              Ids pair_token, Out y) {
   const std::vector<Expert> bound = bind_experts(arena, format, offsets, x, pair_start, pair_token);
@@ -91,6 +101,59 @@ void moe(Engine& engine, const Arena& arena, const ExpertFormat& format, Ids off
   require(size_of(weights) == size_of(pair_token) && size_of(acc) == size_of(x), "moe: weights and acc");
   nb::gil_scoped_release release;
   engine.moe(bound, format.act, x.data(), pair_start.data(), pair_token.data(), weights.data(), acc.data());
+}
+
+// Computes what a GPU asks for in a mailbox (cuda/kernels/exchange.cu), from the question after `step` + layer on,
+// until it has asked about the last layer. base: the address at which the GPU reads the arena. counts (layers) +=
+// experts. Returns the layer that it has asked about where an expert has no address: the caller is to answer; the
+// number of layers at the end; −1 if it has asked nothing for `patience` seconds.
+int64_t answer(Engine& engine, const Arena& arena, int64_t base, const std::vector<const ExpertFormat*>& formats,
+               IdsOut control, Ids addresses, Ids pair_start, Ids pair_token, In x, Out y, int64_t step,
+               double patience, IdsOut counts) {
+  constexpr int64_t kAsked = 0, kAnswered = 8, kExperts = 24, kPairs = 25;
+  const auto layers = static_cast<int64_t>(formats.size());
+  require(size_of(control) > kPairs && x.ndim() == 2 && y.ndim() == 2 && x.shape(1) == y.shape(1), "answer: shapes");
+  require(addresses.ndim() == 2 && size_of(counts) == layers, "answer: addresses and counts");
+  const auto stride = static_cast<int64_t>(addresses.shape(1)), most = static_cast<int64_t>(y.shape(0));
+  require(static_cast<int64_t>(addresses.shape(0)) >= most && size_of(pair_start) > most && size_of(pair_token) >= most,
+          "answer: room");
+  nb::gil_scoped_release release;
+  int64_t* words = control.data();
+  std::vector<int64_t> starts, tokens, offsets;
+  for (int64_t done = __atomic_load_n(words + kAnswered, __ATOMIC_ACQUIRE);;) {
+    const auto limit = std::chrono::steady_clock::now() + std::chrono::duration<double>(patience);
+    int64_t asked;
+    for (int64_t spins = 1; (asked = __atomic_load_n(words + kAsked, __ATOMIC_ACQUIRE)) <= done; ++spins) {
+      relax();
+      if (spins % 1024 == 0 && std::chrono::steady_clock::now() > limit) return -1;
+    }
+    // Copied and checked: the other side may have given up waiting and write its next question.
+    const int64_t layer = asked - step - 1, count = words[kExperts], pairs = words[kPairs];
+    require(layer >= 0 && layer < layers && count >= 0 && count <= pairs && pairs <= most, "answer: question");
+    if (pairs) {
+      const ExpertFormat& format = *formats[static_cast<size_t>(layer)];
+      const int64_t parts = format.parts();
+      require(parts <= stride && static_cast<int64_t>(x.shape(1)) == format.matrices[0].cols, "answer: format");
+      starts.assign(pair_start.data(), pair_start.data() + count + 1);
+      tokens.assign(pair_token.data(), pair_token.data() + pairs);
+      offsets.clear();
+      bool missing = false;
+      for (int64_t e = 0; e < count; ++e)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t at = addresses.data()[e * stride + part];
+          missing = missing || at == 0;
+          offsets.push_back(at - base);
+        }
+      counts.data()[layer] += count;
+      if (missing) return layer;
+      check_pairs(starts.data(), count, tokens.data(), pairs, static_cast<int64_t>(x.shape(0)));
+      const std::vector<Expert> bound = bind_experts(arena, format, offsets.data(), count);
+      engine.experts(bound, format.act, x.data(), starts.data(), tokens.data(), y.data());
+    }
+    __atomic_store_n(words + kAnswered, asked, __ATOMIC_RELEASE);
+    done = asked;
+    if (layer == layers - 1) return layers;
+  }
 }
 
 void accumulate(Engine& engine, Out acc, In y, Ids pair_token, In weights) {
@@ -372,6 +435,9 @@ NB_MODULE(_native, m) {
       .def("project", &project, "w"_a, "x"_a)
       .def("embed", &embed)
       .def("experts", &experts)
+      .def("answer", &answer, "arena"_a, "base"_a, "formats"_a, "control"_a.noconvert(), "addresses"_a.noconvert(),
+           "pair_start"_a.noconvert(), "pair_token"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(), "step"_a,
+           "patience"_a, "counts"_a.noconvert())
       .def("moe", &moe, "arena"_a, "format"_a, "offsets"_a, "x"_a, "pair_start"_a, "pair_token"_a, "weights"_a,
            "acc"_a.noconvert())
       .def("shared_expert", &shared_expert, "gate"_a, "up"_a, "down"_a, "scale"_a, "x"_a, "y"_a.noconvert())

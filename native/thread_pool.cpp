@@ -4,24 +4,12 @@
 
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace expertstream {
 
 namespace {
 // The loops of one token follow each other within microseconds; a worker that sleeps between them costs more than one
 // that spins this long. After that it sleeps, so that an idle engine uses no CPU.
 constexpr int kSpins = 4000;
-
-inline void relax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) : process_(getpid()) {

@@ -40,7 +40,7 @@ ARROWS = {
     "models": {"layers", "formats", "checkpoint", "kv_cache"},
     "layers": {"batch", "checkpoint", "formats", "kv_cache", "ops"},
     "ops": {"batch", "cuda", "formats", "kv_cache", "_native"},
-    "cuda": {"batch", "formats", "kv_cache"},
+    "cuda": {"batch", "formats", "kv_cache", "_native"},
     "experts": {"checkpoint", "formats", "ops", "_native"},
     "checkpoint": {"formats", "ops"},
     "sampling": {"ops"},

@@ -21,6 +21,7 @@ RESIDENCIES = ("auto", "slots", "os")
 READERS = ("auto", "uring", "pread")
 POLICIES = ("lru", "lfu", "s3fifo")
 KV_DTYPES = ("bf16", "f32", "int8")
+CPU_EXPERTS = ("auto", "none", "all")
 VERIFY = ("first", "always", "never")
 
 
@@ -41,6 +42,7 @@ class EngineOptions(TypedDict, total=False):
     device: str | None
     vram: str | int | None
     vram_bytes: int | None
+    cpu_experts: str | None
     sequences: int | None
     prefix_cache_bytes: int | None
     context_length: int | None
@@ -75,6 +77,9 @@ class EngineConfig:
     vram_bytes: int | None = (
         None  # of the GPU's memory, for trunk, context and experts; None: what is free, less a margin
     )
+    # Who computes experts that are in the host's memory while a GPU decodes: the CPU all of them (all), the GPU (none), or both, as fast
+    # as they are (auto).
+    cpu_experts: str = "auto"
     sequences: int = 1  # sequences that may run at the same time, each with its own context
     prefix_cache_bytes: int = 0  # part of the memory budget, for cached prompt states
     context_length: int = 0  # 0: 8,192, or the context that the model was trained for if that is shorter
@@ -96,6 +101,7 @@ class EngineConfig:
             ("kv_dtype", KV_DTYPES),
             ("verify", VERIFY),
             ("ops", ("cpu", "reference")),
+            ("cpu_experts", CPU_EXPERTS),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")

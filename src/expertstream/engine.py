@@ -170,7 +170,7 @@ class LLM:
             gpu = 0
         if gpu is None and c.vram_bytes is not None:
             raise UsageError("vram needs a GPU; device is cpu, or no NVIDIA GPU can be used (device=cuda says why)")
-        return make_ops(c.ops, c.thread_count, c.isa, c.activation_bits, gpu)
+        return make_ops(c.ops, c.thread_count, c.isa, c.activation_bits, gpu, c.cpu_experts)
 
     def _plan_vram(self, store: ExpertStore) -> tuple[MemoryPlan | None, int]:
         """With a GPU, the plan of its memory, and the chunk size of prompts in tokens. With "auto", the CPU takes over if the GPU's memory

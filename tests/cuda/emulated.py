@@ -7,6 +7,7 @@ import hashlib
 import mmap
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class EmulatedDriver:
         self._sizes: dict[int, tuple[int, int, int]] = {}
         self._registered: set[int] = set()
         self._captured: list[Callable[[], object]] | None = None
+        self._running: threading.Thread | None = None  # a replay
 
     def free_bytes(self) -> int:
         return self.total_bytes - sum(size for _, _, size in self._sizes.values())
@@ -86,10 +88,12 @@ class EmulatedDriver:
 
     def upload(self, to: int, source: int, size: int) -> None:
         assert self._captured is None, "an upload from memory that may be gone must not be recorded"
+        self.join()
         ctypes.memmove(to, source, size)
 
     def download(self, to: int, source: int, size: int) -> None:
         assert self._captured is None, "values cannot be read while a graph is recorded"
+        self.join()
         ctypes.memmove(to, source, size)
 
     def copy(self, to: int, source: int, size: int) -> None:
@@ -130,6 +134,7 @@ class EmulatedDriver:
             own = (ctypes.c_void_p * count)(*(base + at - old[0] for at in old))
             self._captured.append(lambda: self._launch(kernel, grid, threads, shared, ctypes.addressof(own), values))
             return
+        self.join()
         self._launch(kernel, grid, threads, shared, addresses)
 
     def _launch(self, kernel: Any, grid: Any, threads: int, shared: int, parameters: int, *_: Any) -> None:
@@ -144,8 +149,15 @@ class EmulatedDriver:
         return captured
 
     def replay(self, graph: Any) -> None:
-        for step in graph:
-            step()
+        self.join()
+
+        def run() -> None:
+            for step in graph:
+                step()
+
+        # As on a card, the host goes on meanwhile, and a kernel may wait for it.
+        self._running = threading.Thread(target=run)
+        self._running.start()
 
     def drop(self, graph: Any) -> None:
         graph.clear()
@@ -160,27 +172,32 @@ class EmulatedDriver:
         return ctypes.addressof(self._staged)
 
     def mark(self) -> Any:
-        return None
+        self.join()
 
     def upload_beside(self, to: int, source: int, size: int, after: Any) -> None:
         assert self._captured is None
+        self.join()
         ctypes.memmove(to, source, size)
 
     def bring_beside(self, to: int, source: int, size: int, after: Any) -> None:
         assert self._captured is None
+        self.join()
         ctypes.memmove(to, source, size)
 
     def join(self) -> None:
-        return
+        running, self._running = self._running, None
+        if running is not None:
+            running.join()
 
     def _do(self, step: Callable[[], object]) -> None:
         if self._captured is not None:
             self._captured.append(step)
         else:
+            self.join()
             step()
 
     def synchronize(self) -> None:
-        return
+        self.join()
 
     def release(self) -> None:
         self._staged = None

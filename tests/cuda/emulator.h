@@ -2,6 +2,10 @@
 // for each other. Only what the kernels in src/expertstream/cuda use. Slow, and exact.
 #pragma once
 
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -193,6 +197,16 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 inline void __syncthreads() { emulator::wait_for_block(); }
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline bool wait_for_host(const long long* word, long long value, long long patience) {
+  const auto begin = std::chrono::steady_clock::now();
+  while (*static_cast<const volatile long long*>(word) < value) {
+    if ((std::chrono::steady_clock::now() - begin).count() > patience) return false;
+    sched_yield();
+  }
+  __threadfence_system();
+  return true;
+}
 inline void __syncwarp() { emulator::wait_for_warp(); }
 
 template <class T>

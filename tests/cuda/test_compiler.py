@@ -18,6 +18,7 @@ FORMATS = [
 ]  # fmt: skip
 KERNELS = [
     ("rows.cu", {}),
+    ("exchange.cu", {}),
     *(("products.cu", macros) for macros in FORMATS),
     *(("attention.cu", {"HEAD_DIM": d, "KV_DTYPE": kept}) for d, kept in [(64, 0), (128, 1), (256, 1), (256, 3), (40, 3)]),
     *(("delta.cu", {"KEY_DIM": dk, "VALUE_DIM": dv}) for dk, dv in [(128, 128), (24, 40)]),

@@ -83,9 +83,9 @@ class Profiler:
             self.spans.append((begin, time.perf_counter(), int(batch.tokens.shape[0])))
             return result
 
-        def counted(layer: int, experts: list[int], prompt: bool = False) -> Any:
+        def counted(layer: int, experts: list[int], prompt: bool = False, here: bool = False) -> Any:
             self._count(layer, experts)
-            return fetch(layer, experts, prompt)
+            return fetch(layer, experts, prompt, here)
 
         def counted_resident(layer: int, experts: list[int]) -> Any:
             block = resident(layer, experts)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..config import KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY
+from ..config import CPU_EXPERTS, KV_DTYPES, POLICIES, READERS, RESIDENCIES, VERIFY
 
 __all__ = ["ENGINE_OPTIONS", "SAMPLING_OPTIONS", "add_engine_options", "as_options"]
 
 # As argparse names them; EngineConfig.from_options() takes them.
 ENGINE_OPTIONS = (
-    "memory", "device", "vram", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa", "context_length", "verify",
-    "exact", "kv_dtype", "experts_per_token", "beyond_trained_context",
+    "memory", "device", "vram", "cpu_experts", "residency", "policy", "reader", "queue_depth", "prefetch", "threads", "isa",
+    "context_length", "verify", "exact", "kv_dtype", "experts_per_token", "beyond_trained_context",
 )  # fmt: skip
 
 
@@ -55,6 +55,11 @@ def add_engine_options(parser: Any) -> None:
         "--vram",
         metavar="SIZE",
         help="budget of the GPU's memory for trunk, context and experts (what is free, less a reserve)",
+    )
+    memory.add_argument(
+        "--cpu-experts",
+        choices=CPU_EXPERTS,
+        help="with a GPU, which of the experts in the host's memory the CPU computes while decoding (auto: as many as is fastest)",
     )
     memory.add_argument(
         "--residency", choices=RESIDENCIES, help="cache experts in the engine's own slots or in the page cache (auto)"

@@ -27,7 +27,8 @@ _OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([\w, ]+\)\s+)?(\w+)\(([^)]*)\)')
 
-_CODES = {"int": "i4x", "float": "f4x", "i64": "q", "const Places": "28Q", "const Sum": "6Q"}  # as in common.cuh
+# Numbers, and the records of common.cuh and exchange.cu.
+_CODES = {"int": "i4x", "float": "f4x", "i64": "q", "const Places": "28Q", "const Sum": "6Q", "const Mailbox": "9Q"}
 
 
 @cache

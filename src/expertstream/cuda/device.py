@@ -235,6 +235,10 @@ class Device:
         if self._registered.pop(memory.ctypes.data, None) is not None:
             self.driver.unregister(memory.ctypes.data)
 
+    def is_registered(self, memory: NDArray[np.uint8]) -> bool:
+        """Whether kernels can read host memory."""
+        return memory.ctypes.data in self._registered
+
     def registered(self, memory: NDArray[np.uint8]) -> int:
         """The address that kernels use for registered host memory."""
         return self._registered[memory.ctypes.data][0]

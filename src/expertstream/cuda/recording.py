@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _native
 from ..batch import Batch
 from ..formats.numbers import F32, I64
 from ..kv_cache import KVCache, State, WindowState
 from .device import Device, DeviceArray
+from .exchange import Compute, Exchange
 
 __all__ = ["LayerStates", "RecordedBatch", "Recording"]
 
@@ -72,6 +74,11 @@ class Recording:
             weakref.ref[KVCache]
         ] = []  # of the last replay; a sequence that has ended gives its memory back
         self.ids: NDArray[np.int64] = np.empty((0, sequences, 0), np.int64)
+        # What the host computes: the arena with these experts, the mailbox, and its inputs.
+        self.exchange: Exchange | None = None
+        self.guess: tuple[DeviceArray, DeviceArray] | None = None  # of the layer that follows, for ask()
+        self._arena: tuple[_native.Arena, int] | None = None  # and the card's address of it
+        self._step, self._share = self._reserve((1,), np.int64), self._reserve((0,), np.int32)
 
     def _reserve(self, shape: Sequence[int], dtype: Any) -> tuple[NDArray[Any], DeviceArray]:
         """Room in the inputs: the host's view and the card's."""
@@ -112,7 +119,7 @@ class Recording:
         self.device.driver.drop(self._graph)
         self._kept.clear()
         self._selected = None
-        self.device.unpin(self._pinned)
+        self.device.unpin(self._pinned if self.exchange is None else [*self._pinned, self.exchange.memory])
         self.device.absorb(self._pool)
 
     # What the ops ask for while they are recorded.
@@ -145,6 +152,36 @@ class Recording:
         self._layers += 1
         return self._selected[self._layers - 1]
 
+    def ask(
+        self,
+        layer: int,
+        format: _native.ExpertFormat,
+        table: DeviceArray,
+        arena: _native.Arena,
+        selected: DeviceArray,
+        x: DeviceArray,
+        share: Callable[[int], NDArray[np.int32]],
+        last: bool,
+    ) -> int:
+        """Has the host compute a part of a layer's pairs whose experts lie in the arena, for x (T, H); where the experts of all pairs are,
+        −1 for those of the host. share: of n experts, 0 to the number given, how many are the host's."""
+        if self.exchange is None:
+            top_k, hidden = selected.shape[1], x.shape[1]
+            self.exchange = Exchange(self.device, self.sequences, top_k, hidden)
+            memory = arena.view()
+            self._arena = arena, self.device.registered(memory) if self.device.is_registered(memory) else 0
+            self._share = self._reserve((self.exchange.pairs + 1,), np.int32)
+            self._share[0][:] = share(self.exchange.pairs)
+        assert self._arena is not None and self._arena[0] is arena
+        place = self._arena[1], arena.size if self._arena[1] else 0
+        guess, self.guess = self.guess, None
+        return self.exchange.ask(layer, format, table, place, selected, x, self._share[1], self._step[1], last, guess)
+
+    def collect(self, y: DeviceArray) -> None:
+        """Puts what the host has computed into y (pairs, H)."""
+        assert self.exchange is not None
+        self.exchange.collect(y, self._step[1])
+
     # Replays.
 
     def launch(self, batch: Batch) -> None:
@@ -155,6 +192,8 @@ class Recording:
             cos[:], sin[:] = self._angles(positions, frequencies, scale)
         self._place([segment.cache for segment in batch.segments], positions)
         self._host[:8].view(np.int64)[0] = self._used // 4
+        if self.exchange is not None:
+            self._step[0][0] = self.exchange.begin()
         self.device.driver.replay(self._graph)
 
     def _place(self, caches: Sequence[KVCache], positions: I64) -> None:
@@ -175,9 +214,22 @@ class Recording:
                 table[s] = own.conv_state.address, own.recurrent_state.address, s, 1
         self._caches = [weakref.ref(cache) for cache in caches]
 
+    def answer(self, engine: _native.Engine, compute: Compute) -> None:
+        """Computes the host's part of a replay that was launched; returns when it is done with the last layer. Raises DeviceError, and what
+        compute() raises."""
+        if self.exchange is not None and self._arena is not None:
+            self.exchange.answer(engine, *self._arena, compute)
+
+    @property
+    def computed(self) -> I64:
+        """(layers,): experts that the host has computed in the last replay."""
+        return np.zeros(self._layers, np.int64) if self.exchange is None else self.exchange.computed
+
     def finish(self) -> F32:
-        """Waits for the replay; its logits."""
+        """Waits for the replay; its logits. Raises DeviceError."""
         self.device.wait()
+        if self.exchange is not None:
+            self.exchange.check()
         if self._selected is not None:
             self.ids = self._ids.copy()
         return np.array(self._logits)

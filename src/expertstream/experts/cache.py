@@ -6,7 +6,7 @@ With residency "os" there are only ring slots, and the page cache decides what s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import cast
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import _native
 from ..errors import RequestError
-from ..ops import F32, I64, ExpertBlock, GpuOps, Ops
+from ..ops import F32, I64, Below, ExpertBlock, GpuOps, Ops
 from .fetch import Fetch, Load
 from .link import DiskLink
 from .prefetch import Prefetcher
@@ -95,6 +95,12 @@ class ExpertCache:
         """Whether every expert is on the GPU or where it can read it, so that a table of addresses finds them all."""
         return self.vram is not None and self.vram.complete and not self._busy and not self.store.closed
 
+    @property
+    def partial(self) -> bool:
+        """Whether a table of addresses finds the experts on the GPU, and the host computes all others."""
+        vram = self.vram
+        return vram is not None and vram.partial and not self._busy and not self.store.closed
+
     def count_found(self, layer: int, pairs: int) -> None:
         """Counts the hits of a pass whose selection stayed on the GPU."""
         self.stats.layers[layer].hits += pairs
@@ -105,21 +111,23 @@ class ExpertCache:
         assert vram is not None
         in_turn = None if vram.holds_all else partial(vram.in_turn, layer, self.tier.resident[layer])
         format = self.store.layouts[layer].format
-        cast(GpuOps, ops).routed(format, vram.table[layer], acc, x, weights, selected, in_turn)
+        last = layer + 1 == len(vram.table)
+        below = None if vram.holds_all else Below(layer, self.link.arena, vram.partial, last)
+        cast(GpuOps, ops).routed(format, vram.table[layer], acc, x, weights, selected, in_turn, below)
 
-    def count(self, experts: I64) -> None:
-        """Counts what was selected (layers, T, top_k) in a recorded pass."""
+    def count(self, experts: I64, computed: I64) -> None:
+        """Counts what was selected (layers, T, top_k) in a recorded pass, and how many of each layer the host computed (layers,)."""
         assert self.shares is not None
-        self.shares.count(experts, self.stats)
+        self.shares.count(experts, computed, self.stats)
 
     def move(self) -> None:
         """Moves experts between the memories, as what was counted suggests, while a recorded pass runs."""
         assert self.shares is not None
         self.shares.move()
 
-    def fetch(self, layer: int, experts: list[int], prompt: bool = False) -> Fetch:
+    def fetch(self, layer: int, experts: list[int], prompt: bool = False, here: bool = False) -> Fetch:
         """Starts to fetch experts (ascending, distinct) of one layer; use as a context manager and iterate. `prompt`: the pass touches
-        nearly every expert once, so it must not evict the experts that decoding uses."""
+        nearly every expert once, so it must not evict the experts that decoding uses. here: into host memory, for a recorded pass."""
         self.store.check_process()
         if self.store.closed:
             raise RequestError("this model is closed")
@@ -127,12 +135,18 @@ class ExpertCache:
             self._recover()
         self._busy = True
         self.prefetcher.learn(layer, experts)
-        self.uses[layer, experts] += 1
-        return Fetch(self, layer, experts, prompt)
+        if not here:  # counted with what the card has found
+            self.uses[layer, experts] += 1
+        return Fetch(self, layer, experts, prompt, here)
 
     def hint(self, layer: int, ranked: list[int]) -> None:
         """Prefetches missing experts among those that a layer will probably request. ranked: most likely first."""
         loads = []
+        before, self._busy = self._busy, True  # an interrupt here is handled like one in a fetch
+        for other in {key[0] for key in self._prefetched} - {layer}:  # which a GPU did not need
+            self.drop_predictions(other)
+        if self.vram is not None:
+            ranked = [expert for expert in ranked if self.vram.find(layer, expert) is None]
         for expert in self.prefetcher.guess(layer, ranked):
             if self._spare_slots() <= 0 or not self.tier.free_ring:
                 break
@@ -141,6 +155,7 @@ class ExpertCache:
                 self._prefetched[layer, expert] = load
                 loads.append(load)
         self.link.start(layer, loads)
+        self._busy = before
 
     def _spare_slots(self) -> int:
         """Ring slots that are reserved for prefetching and not in use."""
@@ -166,6 +181,19 @@ class ExpertCache:
         block = self.block(layer, dict(zip(experts, slots, strict=True)), experts, False)
         self._busy = False
         return block
+
+    def block_here(self, layer: int, experts: list[int]) -> ExpertBlock | None:
+        """The same for experts in host memory, whatever a GPU has."""
+        slots = None if self._busy else self.tier.lookup(layer, experts)
+        if slots is None:
+            return None
+        self.prefetcher.learn(layer, experts)
+        if self._prefetched:
+            self._busy = True
+            self.drop_predictions(layer)
+            self._busy = False
+        self.stats.layers[layer].hits += len(experts)
+        return self.link.block(layer, slots)
 
     def _find(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of experts that are all in memory, counted as a use of each; those on a GPU have numbers from tier.slots on."""
@@ -217,7 +245,8 @@ class ExpertCache:
             return
         self._busy = True  # an interrupt here is handled like one in a fetch
         if self.vram is not None:
-            self.vram.complete, self._incomplete = False, cached == self.tier.planned
+            self.vram.complete = self.vram.partial = False
+            self._incomplete = self.shares is not None
         if self.shares is not None:
             self.shares.abandon()
         self.drain()
@@ -262,17 +291,19 @@ class ExpertCache:
 
     # The methods below are for Fetch.
 
-    def lookup(self, layer: int, expert: int) -> int | None:
-        """The slot of a resident expert, counted as a use of it; None if it is not resident."""
-        slots = self._find(layer, (expert,))
+    def lookup(self, layer: int, expert: int, here: bool) -> int | None:
+        """The slot of a resident expert, counted as a use of it; None if it is not resident. here: in host memory."""
+        slots = self.tier.lookup(layer, (expert,)) if here else self._find(layer, (expert,))
         if slots is None:
             return None
         self.stats.layers[layer].hits += 1
         return slots[0]
 
-    def take_slot(self, layer: int, keep: set[int], evict: bool) -> tuple[int, bool] | None:
+    def take_slot(self, layer: int, keep: Set[int], evict: bool) -> tuple[int, bool] | None:
         """A slot for a miss and whether it is a cached one; None if all are in use. `evict` (decoding): evicts a resident expert that is
         not in `keep` if necessary, and leaves the ring slots for prefetching free."""
+        if self.shares is not None:
+            keep = keep | self.shares.copying(layer)
         taken = self.tier.take(layer, keep, evict, max(0, self._spare_slots()))
         if taken is None:
             return None

@@ -47,6 +47,7 @@ class Fetch:
     layer: int
     experts: list[int]
     prompt: bool = False
+    here: bool = False  # into host memory, whatever a GPU has
     ordered: bool = field(init=False)
     _slots: dict[int, int] = field(default_factory=dict)  # position → slot, ready
     _loads: list[Load] = field(default_factory=list)
@@ -81,7 +82,7 @@ class Fetch:
         keep, loads, missing = set(self.experts), [], False
         while self._issued < len(self.experts):
             position, expert = self._issued, self.experts[self._issued]
-            slot = self.cache.lookup(self.layer, expert)
+            slot = self.cache.lookup(self.layer, expert, self.here)
             if slot is not None:
                 self._slots[position] = slot
             else:
@@ -103,6 +104,8 @@ class Fetch:
         self.cache.link.start(self.layer, loads)
 
     def _part(self, positions: list[int]) -> Part:
+        if self.here:
+            return Part(positions, self.cache.link.block(self.layer, [self._slots[p] for p in positions]))
         slots = {self.experts[p]: self._slots[p] for p in positions}
         return Part(positions, self.cache.block(self.layer, slots, self.experts, self.prompt))
 
@@ -133,7 +136,7 @@ class Fetch:
             yield self._part(ready)
             finished = [load for load in self._loads if load.position < position]
             self._loads = [load for load in self._loads if load.position >= position]
-            if finished:
+            if finished and not self.here:  # the host has read them; a GPU may be waiting for it
                 self.cache.link.settle()
             self._release(finished)
             self._issue()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 
-from ..ops import F32, I64, Ops
+from ..ops import F32, I64, ExpertBlock, GpuOps, Ops
 from .cache import ExpertCache
 
 __all__ = ["RoutedExperts"]
@@ -26,12 +27,33 @@ class RoutedExperts:
 
     @property
     def recordable(self) -> bool:
-        """Whether a backend finds every expert by itself, so that a pass may be recorded."""
-        return self._cache.complete
+        """Whether a backend finds experts by itself, so that a pass may be recorded."""
+        return self._cache.complete or self._cache.partial
 
-    def selected(self, experts: I64) -> None:
-        """Counts what the layers' routers selected (layers, T, top_k) in a recorded pass."""
-        self._cache.count(experts)
+    @property
+    def partial(self) -> bool:
+        """Whether it is the host that computes, in a recorded pass, what is not on the card."""
+        return self._cache.partial
+
+    def fetched(self, layer: int, experts: list[int], guess: list[int]) -> Iterator[tuple[list[int], ExpertBlock]]:
+        """Experts (ascending) that are not on the card, for the host, as they arrive: positions in the list, and where they are. guess:
+        what the next layer will probably select. Raises ReadError."""
+        block = self._cache.block_here(layer, experts)
+        if block is not None:
+            if guess:
+                self._cache.hint(layer + 1, guess)
+            yield list(range(len(experts))), block
+            return
+        with self._cache.fetch(layer, experts, here=True) as fetch:
+            if guess:
+                self._cache.hint(layer + 1, guess)
+            for part in fetch:
+                yield part.positions, part.block
+
+    def selected(self, experts: I64, computed: I64) -> None:
+        """Counts what the layers' routers selected (layers, T, top_k) in a recorded pass, and the experts of each layer that the host
+        computed (layers,)."""
+        self._cache.count(experts, computed)
 
     def meanwhile(self) -> None:
         """Moves experts between memories as the last recorded pass suggests. Call while the next one runs."""
@@ -40,6 +62,9 @@ class RoutedExperts:
     def expect(self, layer: int, weights: F32, selected: I64) -> None:
         """Prefetches experts of `layer`, the most likely first. weights, selected (T, k): what its router selects for the hidden states of
         the layer before."""
+        if self._ops.recording is not None:
+            cast(GpuOps, self._ops).guess(weights, selected)
+            return
         likeliest_first = np.argsort(-self._ops.host(weights), axis=None, kind="stable")
         self._cache.hint(layer, list(dict.fromkeys(self._ops.host(selected).ravel()[likeliest_first].tolist())))
 
@@ -60,6 +85,8 @@ class RoutedExperts:
         layer, run while missing experts are read. Raises ReadError."""
         ops = self._ops
         if ops.recording is not None or self._cache.complete:
+            if ahead is not None and self._cache.partial and self._cache.prefetcher.most:
+                cast(GpuOps, ops).ahead(ahead)
             acc = ops.zeros_like(x) if shared is None else shared()
             self._cache.table_routed(ops, layer, acc, x, weights, selected)
             if ops.recording is None:

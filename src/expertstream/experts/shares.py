@@ -1,8 +1,8 @@
-"""Which experts are on the GPU and which in the host's memory, where the two hold all of them: filled when a model is opened, and changed
+"""Which experts are on the GPU and which in the host's memory: filled when a model is opened, if the two hold all experts, and changed
 between decode steps as experts are used.
 
-Kernels find every expert in the GPU's table, so a step needs nothing of this. Copies run beside the next step, which still finds experts
-where they were; the table is changed between the two steps after it, in the order of the card's work, so that nothing waits.
+Kernels find experts in the GPU's table, so a step needs nothing of this. Copies run beside the next step, which still finds experts where
+they were; the table is changed between the two steps after it, in the order of the card's work, so that nothing waits.
 """
 
 from __future__ import annotations
@@ -22,33 +22,36 @@ if TYPE_CHECKING:
 
 __all__ = ["Shares"]
 
-_AT_ONCE = 8  # experts that come to the card between two steps, at most
+_AT_ONCE = 8  # experts that come to the card between two steps in place of others, at most
+_FILL = 64  # and into slots that have none
 _GROWTH = 1.0005  # of what a use counts, from step to step: the last 1,400 steps count as much as all before
 _MARGIN = 2  # uses by which an expert must be ahead of the one whose place it takes
 
 
 @dataclass
 class _Move:
-    """An expert that is being copied to a spare slot of the card. `victim` leaves the card: for a slot of the arena, if given, or it is
-    there already."""
+    """An expert that is being copied to a slot of the card: a spare one, if a `victim` leaves the card. That goes to a slot of the arena,
+    if given; otherwise it is there already, or lost."""
 
     layer: int
     expert: int
-    victim: int
+    victim: int | None
     spare: int
     slot: int | None
 
 
 class Shares:
-    """Of one model. Without effect while the two memories do not hold all experts."""
+    """Of one model."""
 
     def __init__(self, cache: ExpertCache, vram: Vram) -> None:
         self._cache, self._vram = cache, vram
         self._moves: list[_Move] = []
+        self._entered: list[_Move] = []  # whose copies are done when the next step has begun
         self._heat = np.zeros(vram.near.shape)  # how often each expert was used, newer uses counting more
         self._unit = 1.0
         self._layers = np.arange(vram.near.shape[0])[:, None]
         self._last: I64 | None = None  # (layers, T·top_k): what the last recorded step selected
+        self._computed: I64 = np.zeros(0, np.int64)  # (layers,): experts that the host computed for it
         self.moved = 0
 
     def fill(self) -> None:
@@ -60,7 +63,10 @@ class Shares:
         sizes = list(zip(near.quotas, below.quotas, counts, strict=True))
         only = all(card >= count for card, _, count in sizes)
         twice = not only and all(arena >= count for _, arena, count in sizes)
-        if vram.complete or any(card + arena < count for card, arena, count in sizes):
+        if vram.complete or vram.partial:
+            return
+        if any(card + arena < count for card, arena, count in sizes):
+            vram.make_table(None)
             return
         before = [(layer.hits, layer.misses) for layer in cache.stats.layers]
         cache.begin()
@@ -82,6 +88,8 @@ class Shares:
         for counters, (hits, misses) in zip(cache.stats.layers, before, strict=True):
             counters.hits, counters.misses = hits, misses
         vram.make_table(below.resident)
+        if vram.complete and not vram.holds_all:
+            vram.rate(below.resident)
 
     def _read(self, layer: int, experts: list[int]) -> None:
         """Reads experts into cached slots of the arena."""
@@ -110,13 +118,16 @@ class Shares:
         while left:
             left -= len(self._cache.wait(layer, 1))
 
-    def count(self, experts: I64, stats: ExpertStats) -> None:
-        """Counts what a recorded step selected (layers, T, top_k)."""
+    def count(self, experts: I64, computed: I64, stats: ExpertStats) -> None:
+        """Counts what a recorded step selected (layers, T, top_k), and how many experts of each layer the host computed."""
         flat = experts.reshape(experts.shape[0], -1)
         layers, once = self._layers[: experts.shape[0]], experts.shape[1] == 1
         _add(self._cache.uses, layers, flat, 1, once)
-        for counters in stats.layers:
-            counters.hits += flat.shape[1]
+        for layer, counters in enumerate(stats.layers):
+            if not self._vram.partial:
+                counters.hits += flat.shape[1]
+            else:  # what the host computed was counted when it was fetched
+                counters.hits += (flat.shape[1] if once else len(set(flat[layer].tolist()))) - int(computed[layer])
         if self._vram.holds_all:
             return
         self._unit *= _GROWTH
@@ -124,20 +135,26 @@ class Shares:
         if self._unit > 1e9:
             self._heat /= self._unit
             self._unit = 1.0
-        self._last = flat
+        self._last, self._computed = flat, computed
+
+    def copying(self, layer: int) -> set[int]:
+        """Experts of the arena that are being copied to the card: their slots must not be written."""
+        return {move.expert for move in (*self._moves, *self._entered) if move.layer == layer}
 
     def move(self) -> None:
         """Enters in the table what was copied during the last step, and begins to bring some of what kernels read from the arena then to
         the card, in place of what is used less. Call when the next step was launched: all of it takes effect after that one."""
         vram, cache, flat = self._vram, self._cache, self._last
-        if flat is None or not vram.complete:
+        if flat is None or not (vram.complete or vram.partial):
             return
         cache.begin()
         vram.mark()
         self._enter_moves()
         layers, self._last = self._layers[: flat.shape[0]], None
         far = ~vram.near[layers, flat]
-        vram.count_far(far.sum(1))
+        vram.count_far(far.sum(1), self._computed)
+        if vram.partial:
+            far = self._fill_up(flat, far)
         if far.any():
             on_card = np.where(vram.near, self._heat, np.inf)
             victims = on_card.argmin(1)
@@ -150,10 +167,29 @@ class Shares:
                     break
         cache.finish()
 
+    def _fill_up(self, flat: Any, far: Any) -> Any:
+        """Starts to copy experts that the host has into slots without one; which of the far ones (layers, n) may take another's place."""
+        tier, vram = self._cache.tier, self._vram
+        movable = far & (self._heat[self._layers[: flat.shape[0]], flat] > 0)
+        for layer, at in np.argwhere(far).tolist():
+            expert = int(flat[layer, at])
+            below = tier.resident[layer].get(expert)
+            if below is None or expert in self.copying(layer):
+                movable[layer, at] = False
+                continue
+            slot = vram.take(layer) if len(self._moves) < _FILL else None
+            if slot is not None:
+                self._moves.append(_Move(layer, expert, None, slot, None))
+                vram.copy_beside(layer, below, slot)
+                movable[layer, at] = False
+            elif vram.tier.owned[layer] < vram.tier.quotas[layer]:
+                movable[layer, at] = False  # later
+        return movable
+
     def _begin(self, layer: int, expert: int, victim: int) -> bool:
         """Starts to copy; False if there is no room."""
         tier, vram = self._cache.tier, self._vram
-        twice = victim in tier.resident[layer]
+        twice = vram.partial or victim in tier.resident[layer]
         if not vram.spares or not (twice or tier.free_ring):
             return False
         move = _Move(layer, expert, victim, vram.spares.pop(), None if twice else tier.free_ring.pop())
@@ -165,16 +201,21 @@ class Shares:
 
     def _enter_moves(self) -> None:
         """Enters what was copied: an expert is in its new place before it leaves the old one."""
+        self._entered.clear()
         if not self._moves:
             return
         tier, vram = self._cache.tier, self._vram
         vram.join()
         for m in self._moves:
-            if m.slot is not None:
-                tier.free_ring.append(tier.replace(m.layer, m.expert, m.victim, m.slot))
-            vram.swap(m.layer, m.expert, m.victim, m.spare, tier.resident[m.layer][m.victim])
+            if m.victim is None:
+                vram.add(m.layer, m.expert, m.spare)
+            else:
+                if m.slot is not None:
+                    tier.free_ring.append(tier.replace(m.layer, m.expert, m.victim, m.slot))
+                slot = None if vram.partial else tier.resident[m.layer][m.victim]
+                vram.swap(m.layer, m.expert, m.victim, m.spare, slot)
             self.moved += 1
-        self._moves.clear()
+        self._entered, self._moves = self._moves, []
         vram.update_table()
 
     def abandon(self) -> None:
@@ -183,10 +224,14 @@ class Shares:
             self._vram.join()
             self._cache.link.settle()
         for move in self._moves:
-            self._vram.spares.append(move.spare)
+            if move.victim is None:
+                self._vram.untake(move.layer, move.spare)
+            else:
+                self._vram.spares.append(move.spare)
             if move.slot is not None:
                 self._cache.tier.free_ring.append(move.slot)
         self._moves.clear()
+        self._entered.clear()
 
 
 def _add(counts: Any, layers: I64, flat: I64, value: float, once: bool) -> None:

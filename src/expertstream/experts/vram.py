@@ -20,6 +20,7 @@ from .tier import Tier
 __all__ = ["Vram"]
 
 _ALIGNMENT = 64
+_RATED, _TOGETHER = 12, 8  # layers, and experts of each, whose computation is timed
 _BUFFERS = 10  # of the ring, for prompts: copies go on while what is on the card is computed
 
 
@@ -52,6 +53,8 @@ class Vram:
         # Where every expert is, once all of them are on the card or in the arena: addresses (layers, experts, parts) for kernels, and
         # whether an expert is on the card.
         self.complete = False
+        self.partial = False  # the table has the experts on the card, and 0 for all others
+        self.host_computed = 0  # experts that the host computed for recorded passes
         self._after: Any = None  # the point that the next copy beside other work is to wait for
         self.holds_all = False  # whether every expert is on the card
         self.near = np.zeros((len(num_experts), max(num_experts)), np.bool_)
@@ -60,8 +63,13 @@ class Vram:
         self._places = np.zeros((len(num_experts), max(num_experts), parts), np.uint64)
         self._changed: list[tuple[int, int]] = []
 
-    def count_far(self, experts: I64) -> None:
-        """Counts what a step's kernels read from the arena: so many experts of each layer."""
+    def count_far(self, experts: I64, computed: I64) -> None:
+        """Counts what a step needed of each layer besides what is on the card: experts, and how many of them the host computed. Kernels
+        have read the others from the arena."""
+        self.host_computed += int(computed.sum())
+        if self.partial:
+            return
+        experts = np.maximum(experts - computed, 0)
         self.far_reads += int(experts.sum())
         self.bytes_read += int((experts * self._bytes[: experts.shape[0]]).sum())
 
@@ -76,8 +84,8 @@ class Vram:
 
     def bring(self, layer: int, expert: int, slot: int, keep: Set[int], prompt: bool) -> int:
         """Copies an expert from a slot of the arena to one on the card, and returns that. keep: experts that must not be evicted."""
-        # Once the table is complete, an expert that left the card would be nowhere: only exchange() moves them.
-        taken = None if prompt or self.complete else self.tier.take(layer, keep, True, 0)
+        # What the table has is moved by Shares alone.
+        taken = None if prompt or self.complete or self.partial else self.tier.take(layer, keep, True, 0)
         if taken is None:
             to = self.tier.slots + self._next
             self._next = (self._next + 1) % self.ring
@@ -131,12 +139,21 @@ class Vram:
             begin = source - self._host
             self._ops.copy_in(at, self._link.memory[begin : begin + size])
 
-    def make_table(self, below: Sequence[dict[int, int]]) -> None:
-        """Enters every expert into the table; below: those in the arena, with their slots. Without effect if kernels cannot read one."""
-        base = self._ops.readable(self._link.arena)
-        if base is None:
-            return
+    def make_table(self, below: Sequence[dict[int, int]] | None) -> None:
+        """Enters every expert into the table; below: those in the arena, with their slots. If that is None, or kernels cannot read them
+        there, the table has only what is on the card, for passes whose host computes the others."""
+        layouts, base = self._link.store.layouts, self._ops.readable(self._link.arena)
+        if below is not None and base is not None and self._fill_table(below, base):
+            self.holds_all = sum(map(len, self.tier.resident)) == sum(layout.num_experts for layout in layouts)
+            self.complete = True
+        elif self._ops.host_computes:
+            self._fill_table([{} for _ in layouts], 0)
+            self.holds_all, self.partial = False, True
+
+    def _fill_table(self, below: Sequence[dict[int, int]], base: int) -> bool:
+        """Whether kernels can read all that is in it."""
         self.near[:] = False
+        self._places[:] = 0
         for layer, resident in enumerate(self.tier.resident):
             for expert, slot in below[layer].items():
                 self._enter(layer, expert, [base + offset for offset in self._link.offsets(layer, slot)], False)
@@ -145,15 +162,25 @@ class Vram:
         layouts = self._link.store.layouts
         used = [self._places[i, : layout.num_experts, : len(layout.format.parts)] for i, layout in enumerate(layouts)]
         if any((rows % 16).any() for rows in used):
-            return
+            return False
         for i, rows in enumerate(map(np.ascontiguousarray, used)):
             if i < len(self.table):  # recordings know where it is
                 self._ops.copy_in(self.table[i].address, rows.reshape(-1).view(np.uint8))
             else:
                 self.table.append(self._ops.send(rows))
         self._changed.clear()
-        self.holds_all = int(self.near.sum()) == sum(layout.num_experts for layout in layouts)
-        self.complete = True
+        return True
+
+    def rate(self, below: Sequence[dict[int, int]]) -> None:
+        """Has the ops measure who is to compute experts of the arena (below: expert → slot)."""
+        some = []
+        for layer in range(0, len(below), max(1, len(below) // _RATED)):
+            far = [expert for expert in below[layer] if not self.near[layer, expert]][:_TOGETHER]
+            if far:
+                places = self._places[layer, far, : len(self._sizes[layer])]
+                block = self._link.block(layer, [below[layer][expert] for expert in far])
+                some.append((self._ops.send(np.ascontiguousarray(places)), block))
+        self._ops.rate(some)
 
     def _enter(self, layer: int, expert: int, addresses: Sequence[int], near: bool) -> None:
         count = len(self._sizes[layer])
@@ -161,17 +188,36 @@ class Vram:
         self.near[layer, expert] = near
         self._changed.append((layer, expert))
 
-    def swap(self, layer: int, expert: int, victim: int, spare: int, victim_slot: int) -> None:
-        """An expert that was copied to a spare slot takes the place of `victim`, which lies in a slot of the arena."""
+    def take(self, layer: int) -> int | None:
+        """A slot of a layer's share that has no expert yet."""
+        taken = self.tier.take(layer, set(), False, 0)
+        return None if taken is None else taken[0]
+
+    def untake(self, layer: int, slot: int) -> None:
+        """Undoes take()."""
+        self.tier.free.append(slot)
+        self.tier.owned[layer] -= 1
+
+    def add(self, layer: int, expert: int, slot: int) -> None:
+        """An expert that was copied to a slot from take() is on the card."""
+        self.tier.insert(layer, expert, slot)
+        self._enter(layer, expert, self.addresses[slot].tolist(), True)
+
+    def swap(self, layer: int, expert: int, victim: int, spare: int, victim_slot: int | None) -> None:
+        """An expert that was copied to a spare slot takes the place of `victim`, which lies in a slot of the arena, if kernels read it
+        there."""
         self.spares.append(self.tier.replace(layer, victim, expert, spare))
-        base = self._ops.readable(self._link.arena)
-        assert base is not None
-        self._enter(layer, victim, [base + offset for offset in self._link.offsets(layer, victim_slot)], False)
+        if victim_slot is None:
+            self._enter(layer, victim, [0] * len(self._sizes[layer]), False)
+        else:
+            base = self._ops.readable(self._link.arena)
+            assert base is not None
+            self._enter(layer, victim, [base + offset for offset in self._link.offsets(layer, victim_slot)], False)
         self._enter(layer, expert, self.addresses[spare].tolist(), True)
 
     def rebuild(self) -> None:
         """Recovers after an exception at any point; the table is to be made again."""
-        self.complete = False
+        self.complete = self.partial = False
         self.tier.rebuild()
         kept = {slot for resident in self.tier.resident for slot in resident.values()}.union(self.tier.free)
         self.spares = [slot for slot in (*range(self.tier.slots), *self._spare_slots) if slot not in kept]

@@ -82,11 +82,11 @@ class Decoder:
         if not single or asks or not self.experts.recordable:
             return None
         batch.between_layers()
-        found = self.ops.recorded(batch, lambda recorded: self._forward(recorded, False), self.experts.meanwhile)
+        found = self.ops.recorded(batch, lambda recorded: self._forward(recorded, False), self.experts)
         if found is None:
             return None
-        logits, selected = found
-        self.experts.selected(selected)
+        logits, selected, computed = found
+        self.experts.selected(selected, computed)
         return logits
 
     def _forward(self, batch: Batch, all_logits: bool) -> F32:

@@ -6,19 +6,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..checkpoint.format import ExpertSpec
-from ..ops import F32, I64
+from ..ops import F32, I64, Elsewhere
 from .weights import Weights
 
 __all__ = ["Experts", "SparseMoeBlock"]
 
 
-class Experts(Protocol):
+class Experts(Elsewhere, Protocol):
     """A model's interface to its experts: experts.routed.RoutedExperts."""
 
     @property
     def recordable(self) -> bool: ...
-    def selected(self, experts: I64) -> None: ...
-    def meanwhile(self) -> None: ...
+    def selected(self, experts: I64, computed: I64) -> None: ...
     def adapt(self) -> None: ...
     def expect(self, layer: int, weights: F32, selected: I64) -> None: ...
     def apply(

@@ -40,13 +40,16 @@ class _Experts:
     def __init__(self, ops: SizedOps, config: DecoderConfig) -> None:
         self._ops, self._config = ops, config
 
-    recordable = False
+    recordable = partial = False
 
     def adapt(self) -> None:
         pass
 
-    def selected(self, experts: Any) -> None:
+    def selected(self, experts: Any, computed: Any) -> None:
         pass
+
+    def fetched(self, layer: int, experts: Any, guess: Any) -> Any:
+        return iter(())
 
     def meanwhile(self) -> None:
         pass

@@ -22,8 +22,10 @@ __all__ = [
     "I64",
     "Arena",
     "AttentionWeights",
+    "Below",
     "BySequence",
     "DeltaWeights",
+    "Elsewhere",
     "ExpertBlock",
     "GpuOps",
     "HostArrays",
@@ -205,17 +207,40 @@ class Ops(Protocol):
     recording: object | None
     """Not None while a pass is being recorded."""
 
-    def recorded(
-        self, batch: Batch, run: Callable[[Batch], F32], meanwhile: Callable[[], None]
-    ) -> tuple[F32, I64] | None:
-        """A batch of single tokens by a recording of run(batch): logits, and the experts selected in each layer (layers, T, top_k). None
-        if this backend has no recording of it; then the pass is to be run. meanwhile: called while the recording runs."""
+    def recorded(self, batch: Batch, run: Callable[[Batch], F32], elsewhere: Elsewhere) -> tuple[F32, I64, I64] | None:
+        """A batch of single tokens by a recording of run(batch): logits, the experts selected in each layer (layers, T, top_k), and how
+        many of each layer the host computed (layers,). None if this backend has no recording of it; then the pass is to be run."""
 
     def wait(self) -> None:
         """Waits for everything that was launched: afterwards the memory that it read may be written."""
 
     def close(self) -> None:
         """Gives back what the backend holds besides what callers do."""
+
+
+@dataclass
+class Below:
+    """Where a layer's experts lie that are not on a card: in an arena, or, if `partial`, elsewhere. last: no layer with experts follows."""
+
+    layer: int
+    arena: Arena
+    partial: bool
+    last: bool
+
+
+class Elsewhere(Protocol):
+    """The experts that a GPU does not have, while a recorded pass runs."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether there are experts that are neither on the card nor where it can read them: the host computes those."""
+
+    def fetched(self, layer: int, experts: list[int], guess: list[int]) -> Iterator[tuple[list[int], ExpertBlock]]:
+        """Experts (ascending) for the host, as they arrive: their positions in the list, and where they are. guess: what the next layer
+        will probably select, the most likely first. Raises ReadError."""
+
+    def meanwhile(self) -> None:
+        """Called when the host has nothing more to compute for a pass that is still running."""
 
 
 @runtime_checkable
@@ -225,6 +250,10 @@ class GpuOps(Protocol):
     @property
     def wait_seconds(self) -> float:
         """How long the host has waited for the card."""
+
+    @property
+    def host_computes(self) -> bool:
+        """Whether the host may compute experts in recorded passes."""
 
     def free_bytes(self) -> int:
         """Free memory of the card."""
@@ -262,10 +291,22 @@ class GpuOps(Protocol):
         weights: Any,
         selected: Any,
         in_turn: Callable[[], Iterator[Any]] | None = None,
+        below: Below | None = None,
     ) -> None:
         """In place: acc (T, H) += Σ weights·expert(x), with the experts (T, top_k) that the card selected and finds in a table (experts, P)
         of the addresses of their parts. in_turn: yields tables for many tokens, to be used in order: each has some of the experts
-        in the card's own memory, and 0 for the others; together they have all."""
+        in the card's own memory, and 0 for the others; together they have all. below: for a recorded pass, where experts lie that
+        the host may compute."""
+
+    def ahead(self, run: Callable[[], None]) -> None:
+        """While a pass is recorded: run() calls route() for the next layer, and guess() with what that returns."""
+
+    def guess(self, weights: Any, selected: Any) -> None:
+        """What the next layer will probably select (T, top_k), for Elsewhere.fetched()."""
+
+    def rate(self, some: Sequence[tuple[Any, ExpertBlock]]) -> None:
+        """Measures how fast kernels and the host compute experts that lie in an arena, and divides them accordingly in passes that are
+        recorded from now on. some: layers' tables (experts, P) of the addresses of experts in the arena, and the same experts there."""
 
 
 class BySequence(ABC):
@@ -374,9 +415,7 @@ class HostArrays(BySequence):
 
     recording: object | None = None
 
-    def recorded(
-        self, batch: Batch, run: Callable[[Batch], F32], meanwhile: Callable[[], None]
-    ) -> tuple[F32, I64] | None:
+    def recorded(self, batch: Batch, run: Callable[[Batch], F32], elsewhere: Elsewhere) -> tuple[F32, I64, I64] | None:
         return None
 
     def close(self) -> None:
@@ -390,9 +429,11 @@ def aligned_empty(size: int) -> Bytes:
     return room[begin : begin + size]
 
 
-def make_ops(name: str, threads: int, isa: str, activation_bits: int = 8, gpu: int | None = None) -> Ops:
-    """ "cpu" or "reference"; gpu: the number of a card, on which the ops then run. Raises UsageError for an instruction set that this
-    machine does not have, and DeviceError."""
+def make_ops(
+    name: str, threads: int, isa: str, activation_bits: int = 8, gpu: int | None = None, cpu_experts: str = "auto"
+) -> Ops:
+    """ "cpu" or "reference"; gpu: the number of a card, on which the ops then run, and cpu_experts: which experts the CPU computes
+    nevertheless (EngineConfig). Raises UsageError for an instruction set that this machine does not have, and DeviceError."""
     if name == "reference":
         from .reference import ReferenceOps
 
@@ -401,7 +442,7 @@ def make_ops(name: str, threads: int, isa: str, activation_bits: int = 8, gpu: i
         from ..cuda.driver import open_driver
         from .cuda import CudaOps
 
-        return cast(Ops, CudaOps(open_driver(gpu), threads, isa, activation_bits))
+        return cast(Ops, CudaOps(open_driver(gpu), threads, isa, activation_bits, cpu_experts))
     from .cpu import CpuOps
 
     return CpuOps(threads, isa, activation_bits)

@@ -136,7 +136,8 @@ class CpuOps(HostArrays):
         self.engine.shared_expert(gate.handle, up.handle, down.handle, scale.handle, x, y)
         return y
 
-    def _of(self, format: ExpertFormat) -> _native.ExpertFormat:
+    def native_format(self, format: ExpertFormat) -> _native.ExpertFormat:
+        """An expert's format for the engine, made once."""
         known = self._formats.get(id(format))
         if known is None:
             gate, up, down = map(_format, format.matrices)
@@ -146,11 +147,13 @@ class CpuOps(HostArrays):
 
     def experts(self, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64) -> F32:
         y = np.empty((pair_token.shape[0], x.shape[1]), np.float32)
-        self.engine.experts(block.arena, self._of(block.format), block.offsets, x, pair_start, pair_token, y)
+        self.engine.experts(block.arena, self.native_format(block.format), block.offsets, x, pair_start, pair_token, y)
         return y
 
     def moe(self, acc: F32, x: F32, block: ExpertBlock, pair_start: I64, pair_token: I64, weights: F32) -> None:
-        self.engine.moe(block.arena, self._of(block.format), block.offsets, x, pair_start, pair_token, weights, acc)
+        self.engine.moe(
+            block.arena, self.native_format(block.format), block.offsets, x, pair_start, pair_token, weights, acc
+        )
 
     def accumulate(self, acc: F32, y: F32, pair_token: I64, weights: F32) -> None:
         self.engine.accumulate(acc, y, pair_token, weights)

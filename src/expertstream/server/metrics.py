@@ -82,6 +82,7 @@ class Metrics:
                 "Bytes of experts that a GPU's kernels read from host memory",
                 vram.bytes_read,
             )
+            counters["vram_host_computed"] = ("Experts that the CPU computed for a GPU", vram.host_computed)
             counters["vram_bytes_copied"] = ("Bytes of experts copied to a GPU", vram.bytes_copied)
             if isinstance(llm.ops, GpuOps):
                 counters["gpu_wait_seconds"] = ("Seconds that the engine waited for a GPU", llm.ops.wait_seconds)

@@ -62,6 +62,18 @@ __device__ __forceinline__ uint4 load_once(const u8* p) {
                : "l"(p));
   return v;
 }
+
+// Waits until the host has written at least `value`; false if that takes longer than `patience`, in ns.
+__device__ __forceinline__ bool wait_for_host(const i64* word, i64 value, i64 patience) {
+  u64 begin, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  while (*static_cast<const volatile i64*>(word) < value) {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (static_cast<i64>(now - begin) > patience) return false;
+  }
+  __threadfence_system();
+  return true;
+}
 #endif
 
 __device__ __forceinline__ void after_previous() {

@@ -399,9 +399,11 @@ extern "C" __global__ void __launch_bounds__(256, kBlocks) multiply_pairs(const 
   const int pair = blockIdx.y, groups = cols / GROUP;
   const bool shared = pair >= routed;
   const i64 token = !pair_token ? pair : shared ? pair - routed : pair_token[pair];
+  const i64 expert = shared ? 0 : pair_expert[pair];
+  if (expert < 0) return;  // the host's
   Place w = own.at[0];
   if (!shared)
-    w = place_of(parts, pair_expert[pair], stride, first + static_cast<int>(blockIdx.z) * step, biased, rows);
+    w = place_of(parts, expert, stride, first + static_cast<int>(blockIdx.z) * step, biased, rows);
   else if (blockIdx.z != 0)
     w = own.at[1];
   multiply_tile<false, false>(w, blockIdx.x, cols, q + token * PLANES * cols, scale + token * groups, sum + token * groups,
@@ -415,9 +417,13 @@ extern "C" __global__ void multiply_down(const u64* parts, int stride, int first
                                          int routed, int rows, int cols, const float* gate, const float* up, float alpha, float limit,
                                          float* y) {
   DYNAMIC_SHARED(memory);
-  const i64 pair = blockIdx.y;
+  const i64 pair = blockIdx.y, expert = pair < routed ? pair_expert[pair] : 0;
+  if (expert < 0) {  // the host's
+    after_previous();
+    return;
+  }
   Place w = own.at[0];
-  if (pair < routed) w = place_of(parts, pair_expert[pair], stride, first, biased, rows);
+  if (pair < routed) w = place_of(parts, expert, stride, first, biased, rows);
   const Raw raw = {gate + pair * cols, up + pair * cols, alpha, limit};
   multiply_tile<true, true>(w, blockIdx.x, cols, nullptr, nullptr, nullptr, nullptr, raw, 1, memory, y + pair * rows);
 }

@@ -196,6 +196,7 @@ extern "C" __global__ void dense_pairs(const u64* parts, int stride, int first, 
                                        int dtype, int rows, int cols, const float* x, float* y) {
   after_previous();
   const int pair = blockIdx.y, row = blockIdx.x * 16 + threadIdx.x / 16;
+  if (pair_expert[pair] < 0) return;  // the host's
   const u64* at = parts + pair_expert[pair] * stride + first;
   const u8* data = reinterpret_cast<const u8*>(at[0]);
   if (!data) return;  // not here yet

@@ -7,6 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ...cuda.recording import SEGMENT, Recording
 from ...errors import BudgetError, DeviceError
 from ...formats import Bytes, ExpertFormat, MatrixFormat
 from ...formats.numbers import F32, I64
-from .. import Arena, Weight
+from .. import Arena, Elsewhere, Weight
 from .experts import Experts
 from .mixers import Mixers
 from .rows import MOST_RECORDED, BoundMatrix, cdiv
@@ -74,6 +75,10 @@ class CudaOps(Experts, Mixers):
 
     def attach(self, arena: Arena) -> None:
         self.device.register(arena.view())
+        base = self.device.registered(arena.view())
+        if self._bases.setdefault(id(arena), base) != base:  # recordings have it
+            self._bases[id(arena)] = base
+            self._drop_recordings(0)
 
     def detach(self, arena: Arena) -> None:
         with suppress(DeviceError):  # a card that has failed reads nothing any more
@@ -105,10 +110,8 @@ class CudaOps(Experts, Mixers):
         self.device.driver.join()
 
     def readable(self, arena: Arena) -> int | None:
-        try:
-            return self.device.registered(arena.view())
-        except KeyError:
-            return None
+        memory = arena.view()
+        return self.device.registered(memory) if self.device.is_registered(memory) else None
 
     def send(self, values: NDArray[Any]) -> DeviceArray:
         return self.device.send(values)
@@ -116,15 +119,12 @@ class CudaOps(Experts, Mixers):
     def state(self, shape: Sequence[int], dtype: Any) -> Any:
         return StateArray(self.device, shape, dtype)
 
-    def recorded(
-        self, batch: Batch, run: Callable[[Batch], Any], meanwhile: Callable[[], None]
-    ) -> tuple[F32, I64] | None:
-        """Logits and selected experts of a batch of single tokens, by a recording of run(batch) made at its second use; None at the
-        first, which loads what a recording must not."""
+    def recorded(self, batch: Batch, run: Callable[[Batch], Any], elsewhere: Elsewhere) -> tuple[F32, I64, I64] | None:
+        """By a recording of run(batch) made at its second use; None at the first, which loads what a recording must not."""
         longest = max(segment.position for segment in batch.segments) + 1
         if len(batch.segments) > MOST_RECORDED:
             return None
-        key = len(batch.segments), 1 << max(0, (cdiv(longest, SEGMENT) - 1).bit_length())
+        key = len(batch.segments), 1 << max(0, (cdiv(longest, SEGMENT) - 1).bit_length()), elsewhere.partial
         if self._seen.get(key) != "recordable":
             self._seen.setdefault(key, "recordable")
             return None
@@ -138,13 +138,14 @@ class CudaOps(Experts, Mixers):
                 return None
         self._recordings[key] = found  # the last that was used
         found.launch(batch)
-        meanwhile()
+        found.answer(self.cpu.engine, partial(self.compute, elsewhere))
+        elsewhere.meanwhile()
         logits = found.finish()
-        return logits, found.ids
+        return logits, found.ids, found.computed
 
-    def _record(self, key: tuple[int, int], batch: Batch, run: Callable[[Batch], Any]) -> Recording:
+    def _record(self, key: tuple[int, int, bool], batch: Batch, run: Callable[[Batch], Any]) -> Recording:
         self._constant("blocks", key[0], 1)
-        found = Recording(self.device, *key, self.cpu.rotary)
+        found = Recording(self.device, *key[:2], self.cpu.rotary)
         self.recording = found
         try:
             found.record(batch, run)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ... import _native
 from ...cuda.device import DeviceArray
+from ...cuda.exchange import Question
 from ...formats import ExpertFormat, KernelFormat, MatrixFormat
 from ...formats.numbers import I64
-from .. import ExpertBlock, Weight
+from .. import Below, Elsewhere, ExpertBlock, Weight
+from .hybrid import Split, measure
 from .products import TILES, TOKENS, Activations, Combination, Products
 from .rows import DTYPES, MOST_RECORDED, cdiv
 
@@ -64,6 +67,38 @@ class Experts(Products):
         self._gate_after: dict[int, tuple[Weight, Weight]] = {}
         self._gates: dict[int, tuple[DeviceArray, int, DeviceArray]] = {}
         self._routed: tuple[DeviceArray, Weight] | None = None
+        self._guessing = False
+        # Who computes experts in host memory in a recorded pass; None: kernels.
+        self.split: Split | None = Split(card=1.0, host=0.0) if self.cpu_experts == "all" else None
+        self.host_computes = self.cpu_experts != "none"
+        self.device.kernels("exchange.cu")  # a recording must not load it
+
+    def compute(self, elsewhere: Elsewhere, layer: int, question: Question) -> None:
+        """Computes experts of a layer on the host, as they arrive. Raises ReadError."""
+        experts, x, starts, tokens, y, guess = question
+        for positions, block in elsewhere.fetched(layer, experts, guess):
+            pairs = np.concatenate([np.arange(starts[p], starts[p + 1]) for p in positions])
+            counts = np.diff(starts)[positions]
+            y[pairs] = self.cpu.experts(x, block, np.concatenate([[0], np.cumsum(counts)]), tokens[pairs])
+
+    def ahead(self, run: Callable[[], None]) -> None:
+        """run() calls route() for the next layer, and guess() with what that returns."""
+        kept = self._last, self._normed, self._routed, self._gates
+        self._guessing = True
+        try:
+            run()
+        finally:
+            self._guessing = False
+            self._last, self._normed, self._routed, self._gates = kept
+
+    def guess(self, weights: DeviceArray, selected: DeviceArray) -> None:
+        """What the next layer will probably select (T, top_k): the host is told with this layer's question."""
+        assert self.recording is not None
+        self.recording.guess = selected, weights
+
+    def rate(self, some: Sequence[tuple[DeviceArray, ExpertBlock]]) -> None:
+        if self.cpu_experts == "auto":
+            self.split = measure(self, some)
 
     def shared_expert(self, x: DeviceArray, gate: Weight, up: Weight, down: Weight, scale: Weight) -> DeviceArray:
         y = self.device.empty((x.shape[0], down.format.rows))
@@ -122,13 +157,13 @@ class Experts(Products):
             logits, gate = self.project(x, [weight, known[1]])
             self._gates = {id(known[1].handle): (x, x.changes, gate)}
         tokens, experts = logits.shape
-        weights, recording = self.device.empty((tokens, top_k)), self.recording
+        weights, recording = self.device.empty((tokens, top_k)), None if self._guessing else self.recording
         selected = self.device.empty((tokens, top_k), np.int64) if recording is None else recording.selection(top_k)
         self._rows["route"](
             (tokens, 1, 1), 32, 4 * experts + 8 * top_k, logits.address, experts, top_k, int(renormalize), weights.address,
             selected.address,
         )  # fmt: skip
-        if recording is None and tokens <= MOST_RECORDED:
+        if self.recording is None and tokens <= MOST_RECORDED:
             self._starts(tokens, top_k)
             self._constant("pair_token", tokens, top_k)  # what a recording of such a pass needs must be there before
         return weights, selected
@@ -142,6 +177,7 @@ class Experts(Products):
         weights: DeviceArray,
         selected: DeviceArray,
         in_turn: Callable[[], Iterator[DeviceArray]] | None = None,
+        below: Below | None = None,
     ) -> None:
         """In place: acc (T, H) += Σ weights·expert(x) for experts that the card chose, which it finds in a table (experts, P) of
         addresses."""
@@ -154,7 +190,15 @@ class Experts(Products):
             if own is not None and not own.like(format):
                 own(acc)
                 own = None
-            y = self._experts(format, table, x, selected.address, pair_token.address, pairs, None, own)
+            recording, computed = self.recording, selected.address
+            asks = below is not None and (below.partial or (self.split is not None and self.split.worth(top_k)))
+            if recording is not None and below is not None and asks:
+                share = _none if below.partial or self.split is None else self.split.share
+                native, arena = self.cpu.native_format(format), cast(_native.Arena, below.arena)
+                computed = recording.ask(below.layer, native, table, arena, selected, x, share, below.last)
+            y = self._experts(format, table, x, computed, pair_token.address, pairs, None, own)
+            if recording is not None and asks:
+                recording.collect(y)
             shared = None if own is None else y[pairs:]
             factor = None if own is None else self.gate_of(x, own.scale)
             acc.changes += 1
@@ -299,6 +343,11 @@ class Experts(Products):
             (cdiv(hidden, 256), tokens, 1), 256, 0, acc.address, y.address, lists.address, lists.address + 4 * (tokens + 1), given.address,
             0, hidden,
         )  # fmt: skip
+
+
+def _none(most: int) -> NDArray[np.int32]:
+    """A share: no expert that kernels can read."""
+    return np.zeros(most + 1, np.int32)
 
 
 def _tasks(pair_start: I64) -> NDArray[np.int32]:

@@ -53,15 +53,19 @@ def three(m: BoundMatrix) -> tuple[int, int, int]:
 class Rows:
     """Arrays are on the card; Python sees NumPy's only where it says so."""
 
-    def __init__(self, driver: Driver, threads: int, isa: str = "", activation_bits: int = 8) -> None:
+    def __init__(
+        self, driver: Driver, threads: int, isa: str = "", activation_bits: int = 8, cpu_experts: str = "auto"
+    ) -> None:
         self.cpu = CpuOps(threads, isa, activation_bits)
-        self.device = Device(driver)
+        self.device, self.cpu_experts = Device(driver), cpu_experts
         self.planes = 1 if activation_bits == 8 else 2
         self._rows = self.device.kernels("rows.cu")
         self._tasks: dict[int, DeviceArray] = {}  # by number of tokens
         self.recording: Recording | None = None
-        self._recordings: dict[tuple[int, int], Recording] = {}  # by sequences and segments of attention
-        self._seen: dict[tuple[int, int], str] = {}
+        # By sequences, segments of attention, and whether some experts are neither on the card nor where it can read them.
+        self._recordings: dict[tuple[int, int, bool], Recording] = {}
+        self._bases: dict[int, int] = {}  # the card's address of an arena, by identity
+        self._seen: dict[tuple[int, int, bool], str] = {}
         self._pair_starts: dict[int, DeviceArray] = {}  # by top_k
         self._old_starts: list[DeviceArray] = []
         self._constants: dict[tuple[Any, ...], DeviceArray] = {}
