@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "cli": {"bench", "chat", "server", "checkpoint", "convert", "engine", "experts", "machine", "models", "responses", "sampling", "summary"},
     "bench": {
-        "batch", "engine", "generate", "models", "layers", "experts", "checkpoint", "kv_cache", "ops", "formats", "machine", "_native",
+        "batch", "cuda", "engine", "generate", "models", "layers", "experts", "checkpoint", "kv_cache", "ops", "formats", "machine", "_native",
     },
     "chat": {"engine"},
     "server": {"batch", "engine", "formats", "generate", "kv_cache", "ops", "responses", "sampling"},

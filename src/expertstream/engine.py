@@ -18,7 +18,7 @@ from .checkpoint.reader import Checkpoint, open_checkpoint
 from .config import DEFAULT_CHUNK, DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, EngineOptions
 from .cuda.driver import device_count
 from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
-from .experts.budget import MemoryPlan, MemoryWatch, chunk_beside_link, default_budget, plan_memory, plan_with_chunk
+from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_beside_vram, plan_vram, plan_with_chunk
 from .experts.cache import ExpertCache
 from .experts.routed import RoutedExperts
 from .experts.store import ExpertStore
@@ -39,11 +39,7 @@ from .text.tokenizer import Tokenizer
 from .units import format_bytes
 from .user_files import IoSettings
 
-_GPU_SCRATCH = 32 << 20  # bytes of a GPU's memory for what scratch_bytes() does not know
-_GPU_RING = 168  # slots through which experts pass to a GPU: the spare ones, and a prompt's buffers
-_GPU_SPARE = 8
-_GPU_CHUNK = 32768  # tokens of a prompt in one pass: a launch has at most 65,535 blocks in two of its dimensions
-_HOST_SCRATCH = 16 << 20  # bytes of host memory for logits and lists, where a GPU does the rest
+_GPU_SPARE = 8  # slots of a GPU to which experts are copied while those that they replace are in use
 # Incremented when a change makes stored states unusable: another layout, other arithmetic.
 STATE_VERSION = 2
 
@@ -178,34 +174,19 @@ class LLM:
         c, m = self.config, self.model_config
         if not isinstance(self.ops, GpuOps):
             return None, 0
-        trunk = self.checkpoint.trunk_bytes(weight_map(m))
-        states = c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype)
-        slot, free = Vram.slot_bytes(store.layouts), self.ops.free_bytes()
-
-        def scratch(tokens: int) -> int:
-            return 2 * scratch_bytes(m, tokens, self.context_length, 1) + _GPU_SCRATCH
-
-        left = (c.vram_bytes or default_budget(free)) - trunk - states
-        chunk = c.prefill_chunk or chunk_beside_link(
-            DEFAULT_CHUNK, scratch, left, m.num_hidden_layers * m.num_experts * slot
-        )
         try:
-            return plan_with_chunk(
-                scratch,
-                min(chunk, _GPU_CHUNK, -(-self.context_length // LEAST_CHUNK) * LEAST_CHUNK),
-                LEAST_CHUNK,
-                memory_bytes=c.vram_bytes,
-                available_bytes=free,
-                trunk_bytes=trunk,
-                state_bytes=states,
-                slot_bytes=slot,
+            return plan_vram(
+                lambda tokens: scratch_bytes(m, tokens, self.context_length, 1),
+                self.context_length,
+                c.prefill_chunk,
+                vram_bytes=c.vram_bytes,
+                free_bytes=self.ops.free_bytes(),
+                trunk_bytes=self.checkpoint.trunk_bytes(weight_map(m)),
+                state_bytes=c.sequences * state_bytes(m.states, self.context_length, c.kv_dtype),
+                slot_bytes=Vram.slot_bytes(store.layouts),
                 layers=m.num_hidden_layers,
                 num_experts=m.num_experts,
                 top_k=self.top_k,
-                residency="slots",
-                direct=True,
-                ring_slots=_GPU_RING,
-                name="vram",
             )
         except BudgetError as error:
             if c.device != "auto":
@@ -228,12 +209,8 @@ class LLM:
             "direct": store.direct,
             "prefetch": c.prefetch,
         }
-        if self.vram_plan is not None:  # trunk, contexts and scratch are the GPU's; logits and lists pass through here
-            kept = c.prefix_cache_bytes
-            plan = plan_memory(trunk_bytes=0, state_bytes=kept, scratch_bytes=_HOST_SCRATCH, **sizes)
-            if self.vram_plan.slots - self.vram_plan.ring_slots >= plan.total_experts and plan.residency == "slots":
-                plan = replace(plan, slots=plan.ring_slots)  # experts only pass through on their way to the card
-            return plan, self.prefill_chunk
+        if self.vram_plan is not None:
+            return plan_beside_vram(self.vram_plan, state_bytes=c.prefix_cache_bytes, **sizes), self.prefill_chunk
         return plan_with_chunk(
             lambda tokens: scratch_bytes(m, tokens, self.context_length, c.thread_count),
             # No larger than the context, rounded up to whole chunks of the gated-delta form.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.reader import Checkpoint, open_checkpoint
+from ..config import EngineConfig
 from ..engine import LLM
 from ..errors import BudgetError, UsageError
 from ..formats import MatrixFormat
@@ -21,13 +22,18 @@ from ..kv_cache import AttentionState, KVCache, WindowState
 from ..layers import DecoderConfig
 from ..models import config_of, weight_map
 from ..ops import Ops, Weight
+from ..ops.cuda import CudaOps
 from ..units import format_bytes
+from .card import Card, card_of, rates_of
 from .costs import TokenCost, token_cost
 from .geometry import TRACE
 from .machine import arithmetic_peak, disk_rates, memory_bandwidth
 from .traces import load_trace
 
-__all__ = ["bench_decode", "bench_prefill", "checkpoint_cost", "drop_page_cache"]
+__all__ = [
+    "bench_decode", "bench_prefill", "checkpoint_cost", "decode_header", "describe_decode", "describe_prefill", "drop_page_cache",
+    "prefill_header",
+]  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -58,26 +64,51 @@ def _expert_bytes(llm: LLM) -> int:
 
 
 def _open_with_share(path: Path, share: float, context: int, options: dict[str, Any]) -> LLM | None:
-    """A model with slots for this share of its experts; None if they do not fit this machine. Its other memory depends on the budget
-    (the scratch of a long prompt shrinks with it), so the budget is adjusted until the share is right."""
-    with LLM(path, device="cpu", context_length=context, **options) as llm:
-        budget, wanted = llm.plan.used_bytes, int(share * llm.plan.total_experts)
-        if wanted > llm.experts.tier.planned:
+    """A model with slots for this share of its experts, on the GPU if it has one; None if they do not fit this machine. Its other memory
+    depends on the budget (the scratch of a long prompt shrinks with it), so the budget is adjusted until the share is right."""
+
+    def spare(llm: LLM) -> int:
+        tier = llm.experts.tier if llm.experts.vram is None else llm.experts.vram.tier
+        return tier.planned - int(share * llm.plan.total_experts)
+
+    with LLM(path, context_length=context, **options) as llm:
+        on_card, plan = llm.vram_plan is not None, llm.vram_plan or llm.plan
+        if spare(llm) < 0:
             return None  # does not fit this machine
-        budget -= (llm.experts.tier.planned - wanted) * llm.plan.slot_bytes
+        budget = plan.used_bytes - spare(llm) * plan.slot_bytes
     del llm  # frees its memory before the next model checks how much is available
+    name = "vram_bytes" if on_card else "memory_bytes"
     for _ in range(6):
         try:
-            llm = LLM(path, device="cpu", context_length=context, memory_bytes=budget, **options)
+            llm = LLM(path, context_length=context, **{**options, name: budget})
         except BudgetError:
             return None
-        wrong = llm.experts.tier.planned - wanted
+        wrong = spare(llm)
         if abs(wrong) <= max(1, llm.plan.total_experts // 200):
             return llm
         llm.close()
-        budget -= wrong * llm.plan.slot_bytes
+        budget -= wrong * plan.slot_bytes
         del llm
-    return LLM(path, device="cpu", context_length=context, memory_bytes=budget, **options)
+    return LLM(path, context_length=context, **{**options, name: budget})
+
+
+def _card(llm: LLM) -> Card | None:
+    """The rates of the GPU that a model uses, measured beside it."""
+    if not isinstance(llm.ops, CudaOps):
+        return None
+    return rates_of(llm.ops, size=32 << 20, width=1024, tokens=1024)
+
+
+def _over_link(llm: LLM) -> int:
+    """Bytes of experts that have come to a GPU so far."""
+    vram = llm.experts.vram
+    return 0 if vram is None else vram.bytes_copied + vram.bytes_read
+
+
+def _off_card(llm: LLM) -> int:
+    """Uses of experts by decode steps so far that a GPU did not have."""
+    vram = llm.experts.vram
+    return 0 if vram is None else vram.far_reads + vram.host_computed
 
 
 class _Traced:
@@ -115,9 +146,12 @@ def read_trace(path: Path, c: DecoderConfig) -> I64:
 
 
 def _with_trace(path: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options that make a model follow the trace in its folder, if there is one. Prefetch is off: every prediction would be right."""
+    """Options that make a model follow the trace in its folder, if there is one. Prefetch is off: every prediction would be right. Raises
+    UsageError with a GPU, whose router is not asked."""
     if not (path / TRACE).is_file():
         return options
+    if card_of(EngineConfig.from_options({"device": options.get("device")}).device) is not None:
+        raise UsageError(f"{path} follows a recorded trace, which is possible on the CPU only: use --device cpu")
     c = config_of(open_checkpoint(path))
     trace = read_trace(path / TRACE, c)
 
@@ -170,7 +204,7 @@ def bench_decode(
     trunk in memory. Warm: once the slots are full. Disk and memory are measured again for each budget, since shared machines drift."""
     options = _with_trace(path, dict(options or {}))
     rng, rows = np.random.default_rng(0), []
-    longest = max(256, *contexts) + tokens + 64
+    longest = max(256, *contexts) + tokens + 320
     for fraction in fractions:
         llm = _open_with_share(path, fraction, longest, options)
         if llm is None:
@@ -179,8 +213,10 @@ def bench_decode(
         with llm:
             drop_page_cache(path)
             cost, slot = checkpoint_cost(llm), llm.plan.slot_bytes
-            bandwidth = memory_bandwidth(llm.config.thread_count)
+            bandwidth, card = memory_bandwidth(llm.config.thread_count), _card(llm)
             disk = disk_rates(path, slot, depths=(16,), splits=(256 << 10,), seconds=0.7)[0].bytes_per_second
+            # A GPU gets experts that are used more than others a few at a time.
+            warm = 16 if card is None or llm.experts.vram is None or llm.experts.vram.holds_all else 300
             cache = llm.session().cache
             cold = _decode(llm, cache, _random_tokens(llm, 8, rng))
             # A prompt fills free slots; a few decoded tokens then establish the eviction order.
@@ -189,14 +225,14 @@ def bench_decode(
             for context in contexts:
                 cache.reset()
                 _fill_context(cache, context, rng)
-                _decode(llm, cache, _random_tokens(llm, 16, rng))
-                before = llm.experts.stats.copy()
+                _decode(llm, cache, _random_tokens(llm, warm, rng))
+                before, link, off_card = llm.experts.stats.copy(), _over_link(llm), _off_card(llm)
                 seconds = _decode(llm, cache, _random_tokens(llm, tokens, rng))
                 spent = llm.experts.stats.since(before).total()
                 read = spent.bytes_read / tokens
-                row = {
+                row: Row = {
                     "fraction": fraction,
-                    "budget_bytes": llm.plan.budget_bytes,
+                    "budget_bytes": (llm.vram_plan or llm.plan).budget_bytes,
                     "model_bytes": llm.plan.trunk_bytes + _expert_bytes(llm),
                     "context": context,
                     "threads": llm.config.thread_count,
@@ -210,9 +246,18 @@ def bench_decode(
                     "memory_bytes_per_second": bandwidth,
                     "disk_bytes_per_second": disk,
                 }
-                row["memory_limit_tps"] = bandwidth / row["touched_bytes"]
                 row["disk_limit_tps"] = disk / read if read else float("inf")
-                row["limit_share"] = row["warm_tps"] / min(row["memory_limit_tps"], row["disk_limit_tps"])
+                if card is None:
+                    row["memory_limit_tps"] = bandwidth / row["touched_bytes"]
+                else:  # "memory" is the card's, hits are what it had
+                    crossed, uses = (_over_link(llm) - link) / tokens, cost.experts * tokens
+                    row["hit_rate"] = 1 - (_off_card(llm) - off_card) / uses
+                    own = row["touched_bytes"] - (1 - row["hit_rate"]) * cost.experts * cost.expert_bytes
+                    row |= {"card": card.name, "link_bytes_per_token": crossed, "link_bytes_per_second": card.link_rate}
+                    row["link_limit_tps"] = card.link_rate / crossed if crossed else float("inf")
+                    row |= {"memory_bytes_per_second": card.memory_rate, "memory_limit_tps": card.memory_rate / own}
+                limits = [row[f"{what}_limit_tps"] for what in ("memory", "disk", "link") if f"{what}_limit_tps" in row]
+                row["limit_share"] = row["warm_tps"] / min(limits)
                 rows.append(row)
                 report(row)
         del llm
@@ -239,22 +284,23 @@ def bench_prefill(
         with llm:
             drop_page_cache(path)
             cost = checkpoint_cost(llm)
-            peak = arithmetic_peak(llm.config.thread_count)
+            card = _card(llm)
+            peak = arithmetic_peak(llm.config.thread_count) if card is None else card.arithmetic_rate
             disk = disk_rates(path, llm.plan.slot_bytes, depths=(16,), splits=(256 << 10,), seconds=0.7)[
                 0
             ].bytes_per_second
             for length in lengths:
-                prompt, seconds, reads = _random_tokens(llm, length, rng), [], []
+                prompt, seconds, reads, crossed = _random_tokens(llm, length, rng), [], [], 0
                 for _ in range(3):
-                    cache, before = llm.session().cache, llm.experts.stats.total().bytes_read
+                    cache, before, crossed = llm.session().cache, llm.experts.stats.total().bytes_read, _over_link(llm)
                     begin = time.perf_counter()
                     prefill(llm.model, cache, prompt, llm.prefill_chunk)
                     seconds.append(time.perf_counter() - begin)
                     reads.append(llm.experts.stats.total().bytes_read - before)
                 warm, products = min(seconds[1:]), (cost.multiply_adds - cost.head_multiply_adds) * length
-                row = {
+                row: Row = {
                     "fraction": fraction,
-                    "budget_bytes": llm.plan.budget_bytes,
+                    "budget_bytes": (llm.vram_plan or llm.plan).budget_bytes,
                     "tokens": length,
                     "threads": llm.config.thread_count,
                     "cold_tps": length / seconds[0],
@@ -266,6 +312,9 @@ def bench_prefill(
                     "peak_multiply_adds_per_second": peak,
                     "peak_share": products / warm / peak,
                 }
+                if card is not None:
+                    link = _over_link(llm) - crossed
+                    row |= {"card": card.name, "link_bytes": link, "link_seconds": link / card.link_rate}
                 rows.append(row)
                 report(row)
         del llm
@@ -273,28 +322,44 @@ def bench_prefill(
 
 
 def describe_decode(row: Row) -> str:
+    """A row as a line of text."""
+    link = f" {row['link_limit_tps']:7.1f}" if "link_limit_tps" in row else ""
     return (
         f"{row['fraction']:5.0%} {format_bytes(row['budget_bytes']):>9} {row['context']:7,} {row['cold_tps']:7.2f} "
         f"{row['warm_tps']:7.2f} {row['hit_rate']:6.1%} {format_bytes(row['read_bytes_per_token']):>10} "
-        f"{row['memory_limit_tps']:7.1f} {row['disk_limit_tps']:7.1f} {row['limit_share']:6.0%}"
+        f"{row['memory_limit_tps']:7.1f} {row['disk_limit_tps']:7.1f}{link} {row['limit_share']:6.0%}"
     )
 
 
-DECODE_HEADER = (
-    f"{'share':>5} {'budget':>9} {'context':>7} {'cold':>7} {'warm':>7} {'hits':>6} {'read/token':>10} {'memory':>7} {'disk':>7} "
-    f"{'reach':>6}   (tokens per second; limits of memory and disk; reach: warm over the lower limit)"
-)
+def decode_header(gpu: bool) -> str:
+    """The heading of describe_decode()'s lines."""
+    link = f" {'link':>7}" if gpu else ""
+    what = "the GPU's memory, disk and link" if gpu else "memory and disk"
+    return (
+        f"{'share':>5} {'vram' if gpu else 'budget':>9} {'context':>7} {'cold':>7} {'warm':>7} {'hits':>6} {'read/token':>10} "
+        f"{'memory':>7} {'disk':>7}{link} {'reach':>6}   (tokens per second; limits of {what}; reach: warm over the lowest limit)"
+    )
 
 
 def describe_prefill(row: Row) -> str:
+    """A row as a line of text."""
+    link = f" {row['link_seconds']:7.2f} s" if "link_seconds" in row else ""
     return (
         f"{row['fraction']:5.0%} {format_bytes(row['budget_bytes']):>9} {row['tokens']:7,} {row['cold_tps']:7.1f} "
-        f"{row['warm_tps']:7.1f} {format_bytes(row['read_bytes']):>10} {row['disk_seconds']:7.2f} s "
+        f"{row['warm_tps']:7.1f} {format_bytes(row['read_bytes']):>10} {row['disk_seconds']:7.2f} s{link} "
         f"{row['multiply_adds_per_second'] / 1e9:7.0f} {row['peak_share']:6.0%}"
     )
 
 
-PREFILL_HEADER = (
-    f"{'share':>5} {'budget':>9} {'tokens':>7} {'cold':>7} {'warm':>7} {'read':>10} {'disk':>9} {'G mul/s':>7} {'peak':>6}"
-    "   (tokens per second; time for the disk alone; share of the arithmetic peak)"
-)
+def prefill_header(gpu: bool) -> str:
+    """The heading of describe_prefill()'s lines."""
+    link = f" {'link':>9}" if gpu else ""
+    alone, peak = (
+        ("the disk and the link alone", "the rate of one large product")
+        if gpu
+        else ("the disk alone", "the arithmetic peak")
+    )
+    return (
+        f"{'share':>5} {'vram' if gpu else 'budget':>9} {'tokens':>7} {'cold':>7} {'warm':>7} {'read':>10} {'disk':>9}{link} "
+        f"{'G mul/s':>7} {'peak':>6}   (tokens per second; time for {alone}; share of {peak})"
+    )

@@ -44,10 +44,20 @@ def add_bench(commands: Any, style: dict[str, Any]) -> None:
     )
     bench.add_argument("--threads", type=int, metavar="N", help="compute threads (one per available processor)")
     bench.add_argument(
+        "--device",
+        metavar="NAME",
+        help="decode, prefill: cpu, cuda or cuda:N (the first NVIDIA GPU if there is one, else the CPU)",
+    )
+    bench.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="decode, prefill: with a GPU, the budget of the host's memory (what is available)",
+    )
+    bench.add_argument(
         "--budgets",
         default="10,25,50,75,100",
         metavar="LIST",
-        help="percentages of the experts that fit in memory (10,25,50,75,100)",
+        help="percentages of the experts that fit in memory, or in the GPU's (10,25,50,75,100)",
     )
     bench.add_argument("--contexts", default="1024", metavar="LIST", help="decode: tokens of context (1024)")
     bench.add_argument("--lengths", default="512,2048", metavar="LIST", help="prefill: tokens of the prompt (512,2048)")
@@ -162,24 +172,32 @@ def _bench_kernels(options: argparse.Namespace, threads: int) -> list[dict[str, 
 
 
 def _shared_options(options: argparse.Namespace) -> dict[str, Any]:
-    given = {"threads": options.threads, "exact": options.exact or None}
+    from ..bench.card import card_of
+
+    given = {"threads": options.threads, "exact": options.exact or None, "memory": options.memory}
+    engine = EngineConfig.from_options({"device": options.device})
+    number = card_of(engine.device)
+    if options.memory is not None and number is None:
+        raise UsageError("--memory is for a GPU; on the CPU, --budgets sets the memory")
+    given["device"] = "cpu" if number is None else f"cuda:{number}"
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _bench_decode(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
-    from ..bench.speed import DECODE_HEADER, bench_decode, describe_decode
+    from ..bench.speed import bench_decode, decode_header, describe_decode
 
     budgets = [value / 100 for value in _numbers(options.budgets, "--budgets", 1, 100)]
     contexts = _numbers(options.contexts, "--contexts", 1, 1 << 20)
     if options.tokens < 1:
         raise UsageError(f"--tokens must be at least 1; got {options.tokens}")
-    print(DECODE_HEADER)
+    shared = _shared_options(options)
+    print(decode_header(shared["device"] != "cpu"))
     return bench_decode(
         options.path,
         budgets,
         contexts,
         options.tokens,
-        _shared_options(options),
+        shared,
         lambda row: print(describe_decode(row), flush=True),
         _say_skipped,
     )
@@ -190,16 +208,17 @@ def _say_skipped(fraction: float) -> None:
 
 
 def _bench_prefill(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
-    from ..bench.speed import PREFILL_HEADER, bench_prefill, describe_prefill
+    from ..bench.speed import bench_prefill, describe_prefill, prefill_header
 
     budgets = [value / 100 for value in _numbers(options.budgets, "--budgets", 1, 100)]
     lengths = _numbers(options.lengths, "--lengths", 1, 1 << 20)
-    print(PREFILL_HEADER)
+    shared = _shared_options(options)
+    print(prefill_header(shared["device"] != "cpu"))
     return bench_prefill(
         options.path,
         budgets,
         lengths,
-        _shared_options(options),
+        shared,
         lambda row: print(describe_prefill(row), flush=True),
         _say_skipped,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..config import DEFAULT_CHUNK, LEAST_CHUNK
 from ..errors import BudgetError
 from ..units import format_bytes
 
@@ -15,9 +16,16 @@ __all__ = [
     "chunk_beside_link",
     "default_budget",
     "for_conversations",
+    "plan_beside_vram",
     "plan_memory",
+    "plan_vram",
     "plan_with_chunk",
 ]
+
+_GPU_SCRATCH = 32 << 20  # bytes of a GPU's memory for what scratch_bytes() does not know
+_GPU_RING = 168  # slots through which experts pass to a GPU: the spare ones, and a prompt's buffers
+_GPU_CHUNK = 32768  # tokens of a prompt in one pass: a launch has at most 65,535 blocks in two of its dimensions
+_HOST_SCRATCH = 16 << 20  # bytes of host memory for logits and lists, where a GPU does the rest
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,56 @@ def chunk_beside_link(default: int, scratch_of: Callable[[int], int], left: int,
     if experts_bytes + scratch_of(default) <= left:
         return default
     return next((tokens for tokens in (4 * default, 2 * default) if 8 * scratch_of(tokens) <= left), default)
+
+
+def plan_vram(
+    scratch_of: Callable[[int], int],
+    context: int,
+    prefill_chunk: int,
+    *,
+    vram_bytes: int | None,
+    free_bytes: int,
+    trunk_bytes: int,
+    state_bytes: int,
+    slot_bytes: int,
+    layers: int,
+    num_experts: int,
+    top_k: int,
+) -> tuple[MemoryPlan, int]:
+    """The plan of a GPU's memory, and the tokens of a prompt that go through it at once. scratch_of: bytes for a number of tokens, as on a
+    CPU; prefill_chunk: tokens, 0 to choose. Raises BudgetError."""
+
+    def scratch(tokens: int) -> int:
+        return 2 * scratch_of(tokens) + _GPU_SCRATCH
+
+    left = (vram_bytes or default_budget(free_bytes)) - trunk_bytes - state_bytes
+    chunk = prefill_chunk or chunk_beside_link(DEFAULT_CHUNK, scratch, left, layers * num_experts * slot_bytes)
+    return plan_with_chunk(
+        scratch,
+        min(chunk, _GPU_CHUNK, -(-context // LEAST_CHUNK) * LEAST_CHUNK),
+        LEAST_CHUNK,
+        memory_bytes=vram_bytes,
+        available_bytes=free_bytes,
+        trunk_bytes=trunk_bytes,
+        state_bytes=state_bytes,
+        slot_bytes=slot_bytes,
+        layers=layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        residency="slots",
+        direct=True,
+        ring_slots=_GPU_RING,
+        name="vram",
+    )
+
+
+def plan_beside_vram(vram: MemoryPlan, **sizes: Any) -> MemoryPlan:
+    """The plan of the host's memory where a GPU has trunk, contexts and scratch; logits and lists pass through the host's. sizes:
+    plan_memory()'s. Raises BudgetError."""
+    plan = plan_memory(trunk_bytes=0, scratch_bytes=_HOST_SCRATCH, **sizes)
+    if vram.slots - vram.ring_slots >= plan.total_experts and plan.residency == "slots":
+        return replace(plan, slots=plan.ring_slots)  # experts only pass through on their way to the card
+    return plan
 
 
 def _whole_mib(count: int, up: bool) -> str:
