@@ -90,18 +90,24 @@ def measure_model(llm: Any, vram: str, rows: Rows, batches: bool, prompts: list[
 
         for _ in range(20 if batches else 300):  # until the experts that are used have come to the card
             one()
-        far = llm.experts.vram.far_reads
+        tier = llm.experts.vram
+        far = tier.far_reads + tier.host_computed
         took = seconds(one, 200)
         used = 201 * llm.top_k * llm.model_config.num_hidden_layers
         rows.add(vram, name, 1 / took, "tokens/s")
-        if not llm.experts.vram.holds_all:
+        if not tier.holds_all:
             rows.add(
                 vram,
                 "of 8 experts in host memory, the CPU's",
                 0 if llm.ops.split is None else llm.ops.split.share(8)[8],
                 "",
             )
-        rows.add(vram, f"{name}: experts found on the card", 100 * (1 - (llm.experts.vram.far_reads - far) / used), "%")
+        rows.add(
+            vram,
+            f"{name}: experts found on the card",
+            100 * (1 - (tier.far_reads + tier.host_computed - far) / used),
+            "%",
+        )
     for count in (2, 4, 8, 16) if batches else ():
         caches = [llm.session().cache for _ in range(count)]
         took = seconds(lambda n=count, c=caches: llm.model.forward(Batch(rng.integers(1, vocabulary, n), c)), 30)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Split", "measure"]
 
 _ROUND_TRIP = 15e-6  # seconds that a question to the host and its answer take besides the computation
-_ALWAYS = 10e-6  # seconds that a layer takes longer if it may ask at all
+_ALWAYS = 20e-6  # seconds that a layer takes longer if it may ask at all
 _USUAL = 0.25  # of a token's experts are in host memory, if the card is worth having
 _SECONDS = 0.1  # that measuring takes, about
 
