@@ -106,10 +106,11 @@ void moe(Engine& engine, const Arena& arena, const ExpertFormat& format, Ids off
 // Computes what a GPU asks for in a mailbox (cuda/kernels/exchange.cu), from the question after `step` + layer on,
 // until it has asked about the last layer. base: the address at which the GPU reads the arena. counts (layers) +=
 // experts. Returns the layer that it has asked about where an expert has no address: the caller is to answer; the
-// number of layers at the end; −1 if it has asked nothing for `patience` seconds.
+// number of layers at the end; −1 if it has asked nothing for `patience` seconds. answered: the layer that the caller
+// has answered meanwhile, or −1.
 int64_t answer(Engine& engine, const Arena& arena, int64_t base, const std::vector<const ExpertFormat*>& formats,
                IdsOut control, Ids addresses, Ids pair_start, Ids pair_token, In x, Out y, int64_t step,
-               double patience, IdsOut counts) {
+               double patience, IdsOut counts, int64_t answered) {
   constexpr int64_t kAsked = 0, kAnswered = 8, kExperts = 24, kPairs = 25;
   const auto layers = static_cast<int64_t>(formats.size());
   require(size_of(control) > kPairs && x.ndim() == 2 && y.ndim() == 2 && x.shape(1) == y.shape(1), "answer: shapes");
@@ -119,6 +120,8 @@ int64_t answer(Engine& engine, const Arena& arena, int64_t base, const std::vect
           "answer: room");
   nb::gil_scoped_release release;
   int64_t* words = control.data();
+  if (answered >= 0) __atomic_store_n(words + kAnswered, step + answered + 1, __ATOMIC_RELEASE);
+  if (answered == layers - 1) return layers;
   std::vector<int64_t> starts, tokens, offsets;
   for (int64_t done = __atomic_load_n(words + kAnswered, __ATOMIC_ACQUIRE);;) {
     const auto limit = std::chrono::steady_clock::now() + std::chrono::duration<double>(patience);
@@ -437,7 +440,7 @@ NB_MODULE(_native, m) {
       .def("experts", &experts)
       .def("answer", &answer, "arena"_a, "base"_a, "formats"_a, "control"_a.noconvert(), "addresses"_a.noconvert(),
            "pair_start"_a.noconvert(), "pair_token"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(), "step"_a,
-           "patience"_a, "counts"_a.noconvert())
+           "patience"_a, "counts"_a.noconvert(), "answered"_a = -1)
       .def("moe", &moe, "arena"_a, "format"_a, "offsets"_a, "x"_a, "pair_start"_a, "pair_token"_a, "weights"_a,
            "acc"_a.noconvert())
       .def("shared_expert", &shared_expert, "gate"_a, "up"_a, "down"_a, "scale"_a, "x"_a, "y"_a.noconvert())

@@ -52,19 +52,8 @@ class Exchange:
 
     def __init__(self, device: Device, tokens: int, top_k: int, hidden: int) -> None:
         self._device, self.tokens, self.top_k = device, tokens, top_k
-        pairs = self.pairs = tokens * top_k
-        n = pairs
-        sizes = (
-            8 * _WORDS,
-            8 * n,
-            8 * n * _PARTS,
-            8 * (n + 1),
-            8 * n,
-            4 * tokens * hidden,
-            4 * n * hidden,
-            8 * n,
-            4 * n,
-        )
+        n = pairs = self.pairs = tokens * top_k
+        sizes = (8 * _WORDS, 8 * n, 8 * n * _PARTS, 8 * (n + 1), 8 * n, 4 * tokens * hidden, 4 * n * hidden, 8 * n, 4 * n)  # fmt: skip
         starts = np.cumsum([0, *(-(-size // 128) * 128 for size in sizes)]).tolist()
         self.memory = device.pinned(starts[-1])
         views = [self.memory[at : at + size] for at, size in zip(starts, sizes, strict=False)]
@@ -129,20 +118,18 @@ class Exchange:
         return self.step
 
     def answer(self, engine: _native.Engine, arena: _native.Arena, base: int, compute: Compute) -> None:
-        """Computes what the card asks for until the step ends. base: the card's address of the arena. compute: computes a
-        layer's experts if some of them are elsewhere. Raises DeviceError, and what compute() raises."""
+        """Computes what the card asks for until the step ends. base: the card's address of the arena. compute: computes a layer's experts
+        if some of them are elsewhere. Raises DeviceError, and what compute() raises."""
+        layer = -1
         try:
             while True:
                 layer = engine.answer(
                     arena, base, self.formats, self.control, self.addresses, self.pair_start, self.pair_token, self.x, self.y, self.step,
-                    self._patience, self.computed,
+                    self._patience, self.computed, layer,
                 )  # fmt: skip
                 if not 0 <= layer < len(self.formats):
                     break
                 compute(self._layers[layer], self._question())
-                self.control[_ANSWERED] = self.step + layer + 1
-                if layer == len(self.formats) - 1:
-                    break
         except BaseException:
             self.give_up()
             raise

@@ -170,16 +170,17 @@ class Shares:
     def _fill_up(self, flat: Any, far: Any) -> Any:
         """Starts to copy experts that the host has into slots without one; which of the far ones (layers, n) may take another's place."""
         tier, vram = self._cache.tier, self._vram
-        movable = far & (self._heat[self._layers[: flat.shape[0]], flat] > 0)
+        movable, busy = far.copy(), {(move.layer, move.expert) for move in (*self._moves, *self._entered)}
         for layer, at in np.argwhere(far).tolist():
             expert = int(flat[layer, at])
             below = tier.resident[layer].get(expert)
-            if below is None or expert in self.copying(layer):
+            if below is None or (layer, expert) in busy:
                 movable[layer, at] = False
                 continue
             slot = vram.take(layer) if len(self._moves) < _FILL else None
             if slot is not None:
                 self._moves.append(_Move(layer, expert, None, slot, None))
+                busy.add((layer, expert))
                 vram.copy_beside(layer, below, slot)
                 movable[layer, at] = False
             elif vram.tier.owned[layer] < vram.tier.quotas[layer]:

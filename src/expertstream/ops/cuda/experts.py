@@ -97,7 +97,7 @@ class Experts(Products):
         self.recording.guess = selected, weights
 
     def rate(self, some: Sequence[tuple[DeviceArray, ExpertBlock]]) -> None:
-        if self.cpu_experts == "auto":
+        if self.cpu_experts == "auto" and self.split is None:
             self.split = measure(self, some)
 
     def shared_expert(self, x: DeviceArray, gate: Weight, up: Weight, down: Weight, scale: Weight) -> DeviceArray:
