@@ -30,14 +30,20 @@ TWIN = BitPolicy(4, 32, 8, symmetric=True)
 
 
 def test_geometries_have_the_published_sizes() -> None:
-    bytes_at_4_bits = {"qwen3.5-397b-a17b": 217e9, "qwen3.5-122b-a10b": 65e9, "qwen3.5-35b-a3b": 18e9}
+    bytes_at_4_bits = {
+        "qwen3.5-397b-a17b": 217e9,
+        "qwen3.5-122b-a10b": 65e9,
+        "qwen3.5-35b-a3b": 18e9,
+        "2.4t": 1.33e12,
+        "Qwen3.6-35B-A3B": 18e9,
+    }
     for name, expected in bytes_at_4_bits.items():
         c = read_config(geometry_config(name), name)
         experts = c.num_hidden_layers * c.num_experts * 3 * c.hidden_size * c.moe_intermediate_size * 4.5 / 8
         assert experts == pytest.approx(expected, rel=0.02)
     assert geometry_config("397b") == geometry_config("qwen3.5-397b-a17b")
     assert geometry_config("35b", 6)["layer_types"].count("full_attention") == 1
-    with pytest.raises(UsageError, match=r"unknown geometry 'qwen'; give one of qwen3\.5-397b-a17b"):
+    with pytest.raises(UsageError, match=r"unknown geometry 'qwen'; give one of qwen3\.8-2\.4t-a95b"):
         geometry_config("qwen")
     with pytest.raises(UsageError, match=r"--layers must be from 1 to 40, .*; got 41"):
         geometry_config("35b", 41)

@@ -51,6 +51,8 @@ _GPT_OSS: dict[str, Any] = {
 
 # From the config.json of the releases.
 GEOMETRIES: dict[str, dict[str, Any]] = {
+    # The width of its experts is what 2.4 T parameters leave for it.
+    "qwen3.8-2.4t-a95b": _sizes(8192, 92, 64, 128, 512, 10, 2048, num_key_value_heads=4),
     "qwen3.5-397b-a17b": _sizes(4096, 60, 32, 64, 512, 10, 1024),
     "qwen3.5-122b-a10b": _sizes(3072, 48, 32, 64, 256, 8, 1024),
     "qwen3.5-35b-a3b": _sizes(2048, 40, 16, 32, 256, 8, 512),
@@ -71,6 +73,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
+# Other names of the same sizes.
+_SAME = {"qwen3.6-35b-a3b": "qwen3.5-35b-a3b"}
+
 
 def geometry_config(name: str, layers: int = 0) -> dict[str, Any]:
     """The config of a named geometry (a unique part of a name is enough), or of a config.json or a folder with one; only the first
@@ -82,11 +87,14 @@ def geometry_config(name: str, layers: int = 0) -> dict[str, Any]:
         for key in ("quantization", "quantization_config"):
             config.pop(key, None)
     else:
+        name = _SAME.get(name.lower(), name)
         # A whole word of a name takes precedence over a part of one: 35b is not 235b.
         found = [known for known in GEOMETRIES if name.lower() in known.split("-")]
         found = found or [known for known in GEOMETRIES if name.lower() in known]
         if name not in GEOMETRIES and len(found) != 1:
-            raise UsageError(f"unknown geometry {name!r}; give one of {', '.join(GEOMETRIES)}, or a config.json")
+            raise UsageError(
+                f"unknown geometry {name!r}; give one of {', '.join([*GEOMETRIES, *_SAME])}, or a config.json"
+            )
         config = dict(GEOMETRIES[name if name in GEOMETRIES else found[0]])
     if layers:
         c = read_config(config, name)

@@ -21,10 +21,10 @@ def add_synth(commands: Any, style: dict[str, Any]) -> None:
         usage="expertstream synth [OPTIONS] GEOMETRY OUT",
         help="write a checkpoint with a model's sizes and random weights, for benchmarks",
         description=(
-            "Writes a pack with the sizes of a known model (qwen3.5-397b-a17b, qwen3.5-122b-a10b, qwen3.5-35b-a3b,\n"
-            "qwen3-next-80b, qwen3-235b-a22b, qwen3-30b-a3b, gpt-oss-120b, gpt-oss-20b, small; a unique part of a name\n"
-            "is enough) or of a config.json, and random weights, so that a machine can be measured before the real model is\n"
-            "downloaded. Its output is meaningless."
+            "Writes a pack with the sizes of a known model (qwen3.8-2.4t-a95b, qwen3.5-397b-a17b, qwen3.5-122b-a10b,\n"
+            "qwen3.6-35b-a3b, qwen3.5-35b-a3b, qwen3-next-80b, qwen3-235b-a22b, qwen3-30b-a3b, gpt-oss-120b, gpt-oss-20b,\n"
+            "small; a unique part of a name is enough) or of a config.json, and random weights, so that a machine can be\n"
+            "measured before the real model is downloaded. Its output is meaningless."
         ),
         **style,
     )
