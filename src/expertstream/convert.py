@@ -221,11 +221,13 @@ class _Conversion:
     def _fingerprint(self) -> str:
         """A hash of the source: its config and headers, and the size, time and a few blocks of each file."""
         digest = xxhash.xxh3_64(json.dumps(self.checkpoint.config, sort_keys=True).encode())
+        folder = self.checkpoint.path
         for name, info in sorted(self.checkpoint.tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape} {info.offset} {info.file.name}".encode())
+            file_name = info.file.relative_to(folder).as_posix()
+            digest.update(f"{name} {info.dtype} {info.shape} {info.offset} {file_name}".encode())
         for file in sorted({info.file for info in self.checkpoint.tensors.values()}):
             size = file.stat().st_size
-            digest.update(f"{file.name} {size} {file.stat().st_mtime_ns}".encode())
+            digest.update(f"{file.relative_to(folder).as_posix()} {size} {file.stat().st_mtime_ns}".encode())
             with file.open("rb") as opened:
                 for i in range(_SAMPLES):
                     opened.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))

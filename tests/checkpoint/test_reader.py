@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from expertstream import LLM, CheckpointError, RequestError
+from expertstream.bench.machine import disk_rates
+from expertstream.bench.plan import load_model
+from expertstream.bench.speed import drop_page_cache
+from expertstream.checkpoint.quantize import BitPolicy
 from expertstream.checkpoint.reader import open_checkpoint
+from expertstream.convert import convert
 from expertstream.summary import summarize
 
 from .. import oracle
@@ -151,14 +156,54 @@ def test_what_is_broken_is_named(request: pytest.FixtureRequest, tmp_path: Path,
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_shards_in_folders_below(pack_folder: Path, tmp_path: Path) -> None:
+    """As some converters write them; also behind a link, as in a hub's cache, and in folders that cannot be written."""
+    flat = oracle.save_mlx(tmp_path / "flat", pack_folder, SMALL, (4, 64), shards=3)
+    shutil.copytree(flat, deep := tmp_path / "deep")
+    index = deep / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    (deep / "weights" / "more").mkdir(parents=True)
+    (tmp_path / "blob").write_bytes((deep / names[0]).read_bytes())
+    (deep / names[0]).unlink()
+    (deep / "weights" / names[0]).symlink_to("../../blob")
+    (deep / names[1]).rename(deep / "weights" / "more" / names[1])
+    text = index.read_text().replace(names[0], f"weights/{names[0]}").replace(names[1], f"weights/more/{names[1]}")
+    index.write_text(text)
+    for folder in (deep, deep / "weights", deep / "weights" / "more"):
+        folder.chmod(0o555)
+    expected = logits(flat)
+    assert np.array_equal(logits(deep), expected)
+    before = open_checkpoint(deep).fingerprint()
+    os.utime(tmp_path / "blob", (1, 1))
+    assert open_checkpoint(deep).fingerprint() != before
+    assert load_model(str(deep), 0, BitPolicy()).model_bytes == load_model(str(flat), 0, BitPolicy()).model_bytes
+    assert disk_rates(deep, 4096, depths=(1,), splits=(), seconds=0.01)
+    drop_page_cache(deep)
+    convert(deep, tmp_path / "pack", BitPolicy(), threads=2)
+    assert np.array_equal(logits(tmp_path / "pack"), expected)
+    for folder in (deep, deep / "weights", deep / "weights" / "more"):
+        folder.chmod(0o755)
+
+
 def test_missing_shards_and_index(hf_folder: Path, pack_folder: Path, tmp_path: Path) -> None:
     sharded = oracle.save_mlx(tmp_path / "s", pack_folder, SMALL, (4, 64), shards=3)
     (sharded / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"missing shard model-00002-of-00003.safetensors \(1 of 3 are missing\)"):
         open_checkpoint(sharded)
-    (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
-    with pytest.raises(CheckpointError, match="weight_map must give a file name"):
-        open_checkpoint(sharded)
+    for name in (
+        '"../../etc/passwd"',
+        '"/etc/passwd"',
+        '"a//b"',
+        '"a/../../b"',
+        '""',
+        '"."',
+        "1",
+        "null",
+        '"a\\u0000b"',
+    ):
+        (sharded / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": {name}}}}}')
+        with pytest.raises(CheckpointError, match="weight_map must give a file of this folder"):
+            open_checkpoint(sharded)
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"2 \*.safetensors files but no model.safetensors.index.json"):
         open_checkpoint(sharded)

@@ -77,7 +77,7 @@ class DiskRate:
 def _files(path: Path, record_bytes: int) -> Iterator[list[Path]]:
     """Files to read: a pack's experts, a checkpoint's safetensors or a single file; otherwise a temporary file."""
     found = (
-        [path] if path.is_file() else sorted(path.glob("experts-*.safetensors")) or sorted(path.glob("*.safetensors"))
+        [path] if path.is_file() else sorted(path.glob("experts-*.safetensors")) or sorted(path.rglob("*.safetensors"))
     )
     found = [file for file in found if file.stat().st_size >= 64 * record_bytes]
     if found:

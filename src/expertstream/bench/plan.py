@@ -75,7 +75,7 @@ class Prediction:
 def load_model(name: str, layers: int, policy: BitPolicy) -> Model:
     """A checkpoint folder as it is, or a geometry as `convert` with this policy would write it. Raises UsageError, CheckpointError."""
     path = Path(name)
-    if (path / "config.json").is_file() and not layers and any(path.glob("*.safetensors")):
+    if (path / "config.json").is_file() and not layers and any(path.rglob("*.safetensors")):
         checkpoint = open_checkpoint(path)
         c = config_of(checkpoint)
         trunk, layouts = trunk_formats_of(checkpoint, c), expert_layouts(c, checkpoint)

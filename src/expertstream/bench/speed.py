@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 def drop_page_cache(folder: Path) -> None:
     """Drops a folder's files from the page cache, so that the next reads come from the disk."""
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         if file.is_file():
             fd = os.open(file, os.O_RDONLY)
             os.fsync(fd)

@@ -77,13 +77,14 @@ class Checkpoint:
         """A hash of the files, 40 hex digits: JSON files by content (a pack's manifest has checksums of all its weights), the others by
         name, size and, if there is no manifest, modification time."""
         digest = hashlib.blake2b(digest_size=20)
-        for file in sorted(self.path.iterdir()):
+        for file in sorted({*self.path.iterdir(), *(info.file for info in self.tensors.values())}):
+            name = file.relative_to(self.path).as_posix()
             if file.suffix == ".json":
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+                digest.update(name.encode() + b"\0" + file.read_bytes())
             elif file.suffix == ".safetensors":
                 stat = file.stat()
                 changed = 0 if self.manifest is not None else stat.st_mtime_ns
-                digest.update(f"{file.name}\0{stat.st_size} {changed}".encode())
+                digest.update(f"{name}\0{stat.st_size} {changed}".encode())
         return digest.hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
@@ -213,15 +214,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, kind, convention, config, tensors, skipped, _quantization(path, config), manifest)
 
 
+def _stays_inside(name: Any) -> bool:
+    """Whether a name of an index is that of a file in the folder or in a folder below it."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return all(part not in ("", ".", "..") and "\0" not in part for part in parts)
+
+
 def _files(path: Path) -> list[Path]:
     """The safetensors files of a folder: those named in its index, or the only one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(f, str) and Path(f).name == f for f in weight_map.values()
-        ):
-            raise CheckpointError(f"{index}: weight_map must give a file name for each tensor")
+        if not isinstance(weight_map, dict) or not all(map(_stays_inside, weight_map.values())):
+            raise CheckpointError(f"{index}: weight_map must give a file of this folder for each tensor")
         files = sorted({path / name for name in weight_map.values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
