@@ -54,6 +54,11 @@ def test_code_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(compiler, "_nvrtc", lambda *_: pytest.fail("compiled again"))
     assert compile_kernels("rows.cu", {}, 90) == first
     monkeypatch.setattr(compiler, "_nvrtc", lambda *_: b"other")
+    with monkeypatch.context() as newer:
+        newer.setattr(compiler, "nvrtc_version", lambda: "99")
+        assert compile_kernels("rows.cu", {}, 90) == b"other"
+    ptx = [compile_kernels("rows.cu", {}, 120, driver) for driver in ("580.1", "590.2", "580.1")]
+    assert ptx == [b"other"] * 3 and len(list(cache.iterdir())) == 4  # one for each driver
     assert compile_kernels("rows.cu", {"X": 1}, 90) == b"other" and compile_kernels("rows.cu", {}, 75) == b"other"
     cache.chmod(0o500)
     try:

@@ -1,5 +1,5 @@
-"""Compiles the kernels with NVRTC, and caches the result by source, options and architecture. Cards newer than NVRTC knows get PTX, which
-their driver compiles and caches.
+"""Compiles the kernels with NVRTC, and caches the result by source, options, architecture and NVRTC's version. Cards newer than NVRTC knows
+get PTX, which their driver compiles; it is cached by the driver's version too.
 
 A source file is compiled once for each set of macros: the format of a matrix, the size of a head. NVRTC needs no GPU.
 """
@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..errors import DeviceError
 from ..user_files import cache_folder
 
-__all__ = ["ARCHITECTURES", "SOURCES", "compile_kernels", "kernel_parameters", "source_of"]
+__all__ = ["ARCHITECTURES", "SOURCES", "compile_kernels", "kernel_parameters", "nvrtc_version", "source_of"]
 
 SOURCES = Path(__file__).parent / "kernels"
 # Compute capabilities that code is made for; a newer card gets PTX for the last one, which its driver compiles.
@@ -58,8 +59,17 @@ def kernel_parameters(name: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def compile_kernels(name: str, macros: Mapping[str, int], capability: int) -> bytes:
-    """Code for a card of this compute capability (90 for 9.0). Raises DeviceError."""
+@cache
+def nvrtc_version() -> str:
+    """The version of NVRTC's package, "" if it is not installed."""
+    try:
+        return version("nvidia-cuda-nvrtc-cu12")
+    except PackageNotFoundError:
+        return ""
+
+
+def compile_kernels(name: str, macros: Mapping[str, int], capability: int, driver: str = "") -> bytes:
+    """Code for a card of this compute capability (90 for 9.0); driver: its version. Raises DeviceError."""
     arch = max((a for a in ARCHITECTURES if a <= capability), default=0)
     if arch == 0:
         raise DeviceError(
@@ -69,7 +79,8 @@ def compile_kernels(name: str, macros: Mapping[str, int], capability: int) -> by
     kind = "sm" if capability // 10 == arch // 10 else "compute"
     options = [*_OPTIONS, f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in sorted(macros.items()))]
     source = source_of(name)
-    key = hashlib.blake2b(repr((source, options)).encode(), digest_size=16).hexdigest()
+    parts = source, options, nvrtc_version(), driver if kind == "compute" else ""
+    key = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
     file = cache_folder() / "cuda" / f"{Path(name).stem}-{arch}-{key}"
     try:
         return file.read_bytes()

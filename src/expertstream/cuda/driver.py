@@ -253,7 +253,7 @@ class NvidiaDriver:
 
     def load(self, name: str, macros: Mapping[str, int], kernels: list[str]) -> dict[str, Any]:
         self._enter()
-        code = compile_kernels(name, macros, self.capability)
+        code = compile_kernels(name, macros, self.capability, driver_version())
         module = self._do(self._cu.cuModuleLoadData(code))
         found = {kernel: self._do(self._cu.cuModuleGetFunction(module, kernel.encode())) for kernel in kernels}
         for function in found.values():
