@@ -130,6 +130,7 @@ class LLM:
                 self.plan.prefetch_slots,
                 MemoryWatch(available_bytes, self.plan.available_bytes),
                 self._vram_slots(),
+                self._vram_watch(),
             )
             ops = instrument(self.ops) if instrument is not None else self.ops
             weights, experts = LoadedWeights(self.checkpoint, ops), RoutedExperts(self.experts, ops)
@@ -225,6 +226,15 @@ class LLM:
         """A GPU's slots, its ring slots, and how many of these are spare: all but one token's experts, up to _GPU_SPARE."""
         plan = self.vram_plan
         return None if plan is None else (plan.slots, plan.ring_slots, min(_GPU_SPARE, plan.ring_slots - self.top_k))
+
+    def _vram_watch(self) -> Callable[[], int]:
+        """Says how much of the GPU's memory other programs need; with a budget that leaves little, only what it leaves."""
+        plan, ops = self.vram_plan, self.ops
+        if plan is None or not isinstance(ops, GpuOps):
+            return lambda: 0
+        watch = MemoryWatch(ops.free_bytes, plan.available_bytes)
+        watch.reserve_bytes = min(watch.reserve_bytes, max(0, plan.available_bytes - plan.used_bytes) // 4)
+        return watch
 
     def describe(self) -> str:
         """One line that describes how memory is divided and how experts are read."""

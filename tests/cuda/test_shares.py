@@ -64,7 +64,8 @@ def check_places(llm: LLM) -> None:
     cache.shares.abandon()
     cache.drain()
     on_card = [slot for layer in vram.tier.resident for slot in layer.values()]
-    assert sorted(on_card + vram.tier.free + vram.spares) == [*range(vram.tier.slots), *vram._spare_slots]
+    slots = on_card + vram.tier.free + vram.spares + sorted(vram.tier.withdrawn)
+    assert sorted(slots) == [*range(vram.tier.slots), *vram._spare_slots]
     below = [slot for layer in cache.tier.resident for slot in layer.values()]
     assert sorted(below + cache.tier.free + cache.tier.free_ring + cache.tier.parked) == list(range(cache.tier.slots))
     base = llm.ops.readable(cache.link.arena)  # type: ignore[attr-defined]
@@ -174,6 +175,45 @@ def test_under_memory_pressure_the_host_computes_what_it_reads_again(
             assert np.array_equal(generate(llm, tokens), logits)
             assert (vram.complete, vram.partial) == (complete, not complete)
             check_places(llm)
+
+
+@pytest.mark.parametrize("far", [None, 150, 30])
+def test_slots_are_given_back_to_a_card_that_others_need(
+    driver: Driver,
+    pack_folder: Path,
+    expected: tuple[np.ndarray, np.ndarray],
+    far: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under pressure some, then all of them; afterwards they are taken back. Logits stay what they are."""
+    tokens, logits = expected
+    with open_with(pack_folder, 40, far, "auto") as llm:
+        vram, cache = llm.experts.vram, llm.experts
+        assert vram is not None
+        monkeypatch.setattr(cache, "_pressure", lambda: 0)
+        assert np.array_equal(generate(llm, tokens), logits)
+        size, planned = vram.segment_bytes, vram.tier.planned
+        three = sum(map(len, vram._segments[:-3]))  # what is left without the last three, of which one may be smaller
+        for wanted, cached in ((2 * size + 1, three), (1 << 40, 0), (-(1 << 40), planned)):
+            free = driver.free_bytes()
+            left = [wanted, wanted]  # before what is not used is freed, and after
+            monkeypatch.setattr(cache, "_vram_pressure", lambda left=left: left.pop() if left else 0)
+            cache._next_look = 0.0
+            cache.adapt()
+            assert vram.tier.cached == cached == vram.tier.planned - len(vram.tier.withdrawn)
+            if wanted > 0:
+                assert driver.free_bytes() > free
+            assert np.array_equal(generate(llm, tokens), logits)
+            check_places(llm)
+        assert sum(map(len, vram.tier.resident)) > 0
+
+
+def test_a_card_is_watched(driver: Driver, pack_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_with(pack_folder, 40, 30, "auto") as llm:
+        watch, free = llm._vram_watch(), driver.free_bytes()
+        assert watch() <= 0
+        monkeypatch.setattr(driver, "free_bytes", lambda: free // 100)
+        assert watch() > 0
 
 
 def test_a_card_that_is_not_answered_goes_on(

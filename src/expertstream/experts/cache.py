@@ -45,11 +45,13 @@ class ExpertCache:
         prefetch_slots: int = 0,
         pressure: Callable[[], int] = lambda: 0,
         vram: tuple[int, int, int] | None = None,
+        vram_pressure: Callable[[], int] = lambda: 0,
     ) -> None:
         """slots: the total, including ring_slots for the ring, of which prefetch_slots are for prefetched experts. ops: converts experts to
         the layout of its kernels if a checkpoint has another. pressure: bytes to release (positive), or that can be taken back (negative);
-        0 for no change. vram: slots on a GPU, how many of them are ring slots, and how many of those are spare ones."""
-        self.store, self.residency, self._pressure = store, residency, pressure
+        0 for no change. vram: slots on a GPU, how many of them are ring slots, and how many of those are spare ones.
+        vram_pressure: as `pressure`, of the GPU's memory."""
+        self.store, self.residency, self._pressure, self._vram_pressure = store, residency, pressure, vram_pressure
         layers = [layout.num_experts for layout in store.layouts]
         self.stats = ExpertStats(len(layers))
         self.link = DiskLink(store, slots, reader, ops, self.stats, residency, verify)
@@ -234,9 +236,34 @@ class ExpertCache:
         if now < self._next_look or self._busy or self.residency != "slots":
             return
         self._next_look = now + 0.1
+        if self.vram is not None:
+            self._adapt_vram(self.vram)
         slots = -(-self._pressure() // self.store.slot_bytes)
         if slots > 0 or (slots < 0 and self.tier.cached < self.tier.planned):
             self.resize(self.tier.cached - slots)
+
+    def _adapt_vram(self, vram: Vram) -> None:
+        """Gives a GPU's slots back to it while other programs need its memory, or takes them back."""
+        bytes_ = self._vram_pressure()
+        if bytes_ > 0 and not vram.can_shrink:
+            return
+        if bytes_ > 0:
+            cast(GpuOps, self.link.ops).trim()  # perhaps that is enough
+            bytes_ = self._vram_pressure()
+        if bytes_ == 0 or (bytes_ < 0 and (not vram.tier.withdrawn or -bytes_ < vram.segment_bytes)):
+            return
+        self._busy = True  # an interrupt here is handled like one in a fetch
+        if self.shares is not None:
+            self.shares.abandon()
+        self.drain()
+        self.link.settle()
+        while bytes_ > 0 and (changed := vram.shrink()):
+            bytes_ -= changed
+        while bytes_ <= -vram.segment_bytes and (changed := vram.grow()):
+            bytes_ += changed
+        vram.rebuild()
+        self._incomplete = self.shares is not None
+        self._busy = False
 
     def resize(self, cached: int) -> None:
         """Sets the number of cached slots, at most the planned number: releases the memory of the others, or takes it back."""

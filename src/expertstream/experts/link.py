@@ -40,7 +40,7 @@ class DiskLink:
         self.memory = self.arena.view()
         reader.register_memory(self.arena)
         ops.attach(self.arena)
-        self._ops, self._stats, self._os, self._verify = ops, stats, residency == "os", verify
+        self.ops, self._stats, self._os, self._verify = ops, stats, residency == "os", verify
         self._parts = [len(layout.format.parts) for layout in store.layouts]
         self._offsets = np.zeros((slots, max(self._parts)), np.int64)
         self._loads: dict[int, Load] = {}  # by read tag
@@ -135,11 +135,11 @@ class DiskLink:
         """Registers the arena with the kernel, or unregisters it while parts of it are released."""
         if not whole:
             self.reader.unregister_memory()
-            self._ops.detach(self.arena)
+            self.ops.detach(self.arena)
             return
         if not self.reader.registered_buffers:
             self.reader.register_memory(self.arena)
-        self._ops.attach(self.arena)
+        self.ops.attach(self.arena)
 
     def room(self, layer: int, slot: int, sizes: Sequence[int]) -> list[Bytes]:
         """The memory of a slot for an expert's parts, as kernels read them."""
@@ -150,21 +150,21 @@ class DiskLink:
 
     def settle(self) -> None:
         """Waits until the backend has read what it was given: slots may then be written again."""
-        self._ops.wait()
+        self.ops.wait()
 
     def close(self) -> None:
         """Ends the backend's access to the arena."""
-        self._ops.detach(self.arena)
+        self.ops.detach(self.arena)
 
     def _arrange(self, layout: ExpertLayout, slot: int) -> None:
         """Converts an expert's parts to the kernels' layout: in place if possible, otherwise as a pack's record."""
         offsets = self._offsets[slot, : len(layout.format.parts)]
         if layout.in_place:
             if layout.format.quantized:
-                self._ops.tile(layout.format, self.arena, offsets)
+                self.ops.tile(layout.format, self.arena, offsets)
             return
         memory, begin = self.arena.view(), slot * self.store.slot_bytes
-        record = make_record(layout.format, layout.stored_parts(memory, offsets.tolist()), self._ops.tiled)
+        record = make_record(layout.format, layout.stored_parts(memory, offsets.tolist()), self.ops.tiled)
         memory[begin : begin + record.shape[0]] = record
         offsets[:] = record_pieces(layout.format)[0]
         offsets += begin

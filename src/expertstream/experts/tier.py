@@ -34,6 +34,7 @@ class Tier:
         self.free_ring = list(range(ring))[::-1]
         self.free = list(range(ring, slots))[::-1]
         self.parked: list[int] = []  # slots whose memory is released for now
+        self.withdrawn: set[int] = set()  # slots without memory, see withdraw()
         self.resident: list[dict[int, int]] = [{} for _ in num_experts]  # of each layer, expert → slot
         self.owned = [0] * len(num_experts)  # cached slots of each layer, resident or being read into
         self._policies = [make_policy(policy) for _ in num_experts]
@@ -101,6 +102,20 @@ class Tier:
             self.free.append(self.parked.pop())
         return evictions
 
+    def withdraw(self, slots: Sequence[int]) -> None:
+        """Removes slots, and the experts in them; rebuild() follows."""
+        gone = set(slots)
+        for layer in self.resident:
+            for expert in [expert for expert, slot in layer.items() if slot in gone]:
+                del layer[expert]
+        self.withdrawn |= gone
+        self.cached = self.planned - len(self.withdrawn)
+
+    def restore(self, slots: Sequence[int]) -> None:
+        """Undoes withdraw(); rebuild() follows."""
+        self.withdrawn -= set(slots)
+        self.cached = self.planned - len(self.withdrawn)
+
     def _park(self, slot: int) -> None:
         self.parked.append(slot)
         self._give_up(slot)
@@ -112,7 +127,7 @@ class Tier:
             while len(layer) > quota:
                 layer.popitem()
         used = {slot for layer in self.resident for slot in layer.values()}
-        free = [slot for slot in range(self.slots) if slot not in used]
+        free = [slot for slot in range(self.slots) if slot not in used and slot not in self.withdrawn]
         room = max(0, self.cached - len(used))
         self.free_ring, self.free = free[: self.ring][::-1], free[self.ring : self.ring + room][::-1]
         self.parked = []

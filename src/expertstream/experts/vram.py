@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.format import ExpertLayout
+from ..errors import BudgetError
 from ..formats.numbers import I64
 from ..ops import ExpertBlock, GpuOps
 from .link import DiskLink
@@ -21,6 +22,7 @@ __all__ = ["Vram"]
 
 _ALIGNMENT = 64
 _RATED, _TOGETHER = 12, 8  # layers, and experts of each, whose computation is timed
+_SEGMENTS = 16  # parts of the slots, of which some are given back when other programs need the card's memory
 _BUFFERS = 10  # of the ring, for prompts: copies go on while what is on the card is computed
 
 
@@ -37,7 +39,12 @@ class Vram:
         self.spares = list(self._spare_slots)
         self.tier = Tier(slots - ring, 0, num_experts, policy, lambda slot: None)
         self._room = max(map(_slot_room, link.store.layouts))
-        self._memory, self._host = ops.memory(slots * self._room), int(link.memory.ctypes.data)
+        self._host = int(link.memory.ctypes.data)
+        # The ring and the spare slots, and parts of the others that can be given back to the card one by one.
+        self._starts = np.zeros(slots, np.int64)
+        size = max(1, -(-(slots - ring) // _SEGMENTS))
+        self._segments = [range(at, min(at + size, slots - ring)) for at in range(0, slots - ring, size)]
+        self._held = [self._allocate(part) for part in (range(slots - ring, slots), *self._segments)]
         self._sizes = [[part.nbytes for part in layout.format.parts] for layout in link.store.layouts]  # computed once
         self._bytes = np.array([sum(sizes) for sizes in self._sizes])
         parts = max(map(len, self._sizes))
@@ -62,6 +69,47 @@ class Vram:
         self.table: list[Any] = []
         self._places = np.zeros((len(num_experts), max(num_experts), parts), np.uint64)
         self._changed: list[tuple[int, int]] = []
+
+    def _allocate(self, slots: range) -> Any:
+        memory = self._ops.memory(len(slots) * self._room)
+        self._starts[slots.start : slots.stop] = memory.address + np.arange(len(slots)) * self._room
+        return memory
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether there are slots that could be given back."""
+        return len(self._held) > 1
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes by which shrink() and grow() change the card's memory, at most."""
+        return len(self._segments[0]) * self._room if self._segments else 0
+
+    def shrink(self) -> int:
+        """Gives some slots back to the card, with the experts in them; their bytes, 0 if there are no more. rebuild() follows."""
+        if not self.can_shrink:
+            return 0
+        slots = self._segments[len(self._held) - 2]
+        self.tier.withdraw(slots)
+        self._held.pop()
+        self._ops.trim()
+        return len(slots) * self._room
+
+    def grow(self) -> int:
+        """Takes some slots back; their bytes, 0 if there are no more, or no memory. rebuild() follows."""
+        held = len(self._held) - 1
+        if held and self._segments[held - 1].start in self.tier.withdrawn:  # shrink() was interrupted
+            self.tier.restore(self._segments[held - 1])
+            return len(self._segments[held - 1]) * self._room
+        if held == len(self._segments):
+            return 0
+        slots = self._segments[held]
+        try:
+            self._held.append(self._allocate(slots))
+        except BudgetError:
+            return 0
+        self.tier.restore(slots)
+        return len(slots) * self._room
 
     def count_far(self, experts: I64, computed: I64) -> None:
         """Counts what a step needed of each layer besides what is on the card: experts, and how many of them the host computed. Kernels
@@ -120,7 +168,7 @@ class Vram:
         """What copies experts from slots of the arena to others on the card: addresses there, addresses in the arena, and sizes. Parts that
         follow one another are copied at once. Where they will be is entered."""
         sizes, offsets = self._sizes[layer], self._link.table(layer, slots)
-        begins = self._memory.address + np.array(to)[:, None] * self._room
+        begins = self._starts[list(to), None]
         self.bytes_copied += len(slots) * sum(sizes)
         within = offsets - offsets[:, :1]
         lengths = within[:, -1] + sizes[-1]
@@ -220,6 +268,7 @@ class Vram:
         self.complete = self.partial = False
         self.tier.rebuild()
         kept = {slot for resident in self.tier.resident for slot in resident.values()}.union(self.tier.free)
+        kept |= self.tier.withdrawn
         self.spares = [slot for slot in (*range(self.tier.slots), *self._spare_slots) if slot not in kept]
 
     def copy_beside(self, layer: int, slot: int, to: int) -> None:

@@ -258,6 +258,9 @@ class GpuOps(Protocol):
     def free_bytes(self) -> int:
         """Free memory of the card."""
 
+    def trim(self) -> None:
+        """Returns memory to the card that arrays no longer use."""
+
     def memory(self, size: int) -> Any:
         """Memory of the card, with its `address`."""
 

@@ -88,6 +88,9 @@ class CudaOps(Experts, Mixers):
     def free_bytes(self) -> int:
         return self.device.driver.free_bytes()
 
+    def trim(self) -> None:
+        self.device.trim()
+
     def memory(self, size: int) -> DeviceArray:
         return self.device.empty((size,), np.uint8)
 
