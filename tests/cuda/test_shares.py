@@ -122,7 +122,7 @@ def test_an_interrupt_anywhere_leaves_every_expert_in_place(
         assert llm.experts.vram is not None
         count = 0
         generate(llm, tokens)
-        for line in range(1 + 11 * twice, 180, 23):
+        for line in range(1 + 11 * twice, 180, 37):
             cache = llm.session().cache
             llm.model(tokens[:64], cache, prompt=True)
 
@@ -136,7 +136,7 @@ def test_an_interrupt_anywhere_leaves_every_expert_in_place(
             assert np.array_equal(np.concatenate(rows), logits[:5]), line
             assert llm.experts.vram.partial if far == 30 else llm.experts.vram.complete
             check_places(llm)
-        assert count > 4
+        assert count > 2
 
 
 def test_what_neither_memory_has_is_read_and_computed_on_the_host(
