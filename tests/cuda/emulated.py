@@ -159,6 +159,9 @@ class EmulatedDriver:
         self._running = threading.Thread(target=run)
         self._running.start()
 
+    def running(self) -> bool:
+        return self._running is not None and self._running.is_alive()
+
     def drop(self, graph: Any) -> None:
         graph.clear()
 

@@ -239,6 +239,22 @@ def test_a_card_that_is_not_answered_goes_on(
         assert np.array_equal(generate(llm, tokens), logits)
 
 
+def test_a_step_that_the_card_does_not_finish_is_an_error(
+    driver: Driver, pack_folder: Path, expected: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kernel's fault: the host asks the card soon, and does not wait for a question for long."""
+    tokens, logits = expected
+    with open_with(pack_folder, 40, 30, "all") as llm:
+        assert np.array_equal(generate(llm, tokens), logits)
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "replay", lambda graph: None)
+            begin = time.monotonic()
+            with pytest.raises(DeviceError, match="did not go on with a step"):
+                generate(llm, tokens)
+            assert time.monotonic() - begin < 15  # of 20 seconds that a kernel would wait
+        assert np.array_equal(generate(llm, tokens), logits)
+
+
 def test_a_read_that_fails_in_a_recorded_step_is_an_error(
     pack_folder: Path, expected: tuple[np.ndarray, np.ndarray]
 ) -> None:

@@ -15,6 +15,7 @@ from .compiler import compile_kernels
 __all__ = ["Driver", "NvidiaDriver", "device_count", "driver_version", "open_driver"]
 
 _POINTS = 64
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _STAGE = 8 << 20  # bytes of registered memory for stage()
 
 
@@ -69,6 +70,9 @@ class Driver(Protocol):
 
     def replay(self, graph: Any) -> None:
         """Does what was recorded."""
+
+    def running(self) -> bool:
+        """Whether work is under way. Where the system collects launches, they go to the card now. Raises DeviceError if it failed."""
 
     def drop(self, graph: Any) -> None:
         """Destroys a graph."""
@@ -304,6 +308,14 @@ class NvidiaDriver:
     def replay(self, graph: Any) -> None:
         self._enter()
         self._do(self._cu.cuGraphLaunch(graph, self._stream))
+
+    def running(self) -> bool:
+        self._enter()
+        (status,) = self._cu.cuStreamQuery(self._stream)
+        if int(status) == _NOT_READY:
+            return True
+        self._do((status, None))
+        return False
 
     def drop(self, graph: Any) -> None:
         self._enter()

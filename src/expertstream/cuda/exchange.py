@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from .device import Device, DeviceArray
 
 __all__ = ["Compute", "Exchange", "Question"]
 
-# As kAnswered, kFailed, kExperts and kParts in exchange.cu.
-_ANSWERED, _FAILED, _EXPERTS, _PARTS = 8, 16, 24, 12
+# As kAsked, kAnswered, kFailed, kExperts and kParts in exchange.cu.
+_ASKED, _ANSWERED, _FAILED, _EXPERTS, _PARTS = 0, 8, 16, 24, 12
 _WORDS = 32
 _NEVER = 1 << 62  # an answer to every question: the card is not to wait
 _THREADS, _BLOCKS = 256, 8
+_LOOK = 0.05  # seconds without a question after which the card is looked at
 _STEP = 4096  # more than the layers of a model: the distance between the questions of two steps
 
 
@@ -112,7 +114,7 @@ class Exchange:
     def begin(self) -> int:
         """Call before a replay; the number of its step."""
         self.step += _STEP
-        self.control[0] = self.control[_ANSWERED] = self.step
+        self.control[_ASKED] = self.control[_ANSWERED] = self.step
         self.control[_FAILED] = 0
         self.computed = np.zeros(len(self.formats), np.int64)
         return self.step
@@ -120,23 +122,29 @@ class Exchange:
     def answer(self, engine: _native.Engine, arena: _native.Arena, base: int, compute: Compute) -> None:
         """Computes what the card asks for until the step ends. base: the card's address of the arena. compute: computes a layer's experts
         if some of them are elsewhere. Raises DeviceError, and what compute() raises."""
-        layer = -1
+        layer, driver = -1, self._device.driver
         try:
+            driver.running()  # hands the step to the card
+            limit = time.monotonic() + self._patience
             while True:
                 layer = engine.answer(
                     arena, base, self.formats, self.control, self.addresses, self.pair_start, self.pair_token, self.x, self.y, self.step,
-                    self._patience, self.computed, layer,
+                    _LOOK, self.computed, layer,
                 )  # fmt: skip
-                if not 0 <= layer < len(self.formats):
-                    break
-                compute(self._layers[layer], self._question())
+                if layer == len(self.formats):
+                    return
+                if layer >= 0:
+                    compute(self._layers[layer], self._question())
+                    limit = time.monotonic() + self._patience
+                elif not (driver.running() or self._asks()) or time.monotonic() > limit:
+                    raise DeviceError("the GPU did not go on with a step; load the model again")
         except BaseException:
             self.give_up()
             raise
-        if layer < 0:
-            self.give_up()
-            self._device.wait()  # says what has failed, if the card knows
-            raise DeviceError(f"the GPU has not gone on for {self._patience:.0f} seconds; load the model again")
+
+    def _asks(self) -> bool:
+        """Whether there is a question without an answer."""
+        return bool(self.control[_ASKED] > self.control[_ANSWERED])
 
     def _question(self) -> Question:
         experts, pairs, guesses = self.control[_EXPERTS : _EXPERTS + 3].tolist()
