@@ -162,6 +162,21 @@ def test_what_neither_memory_has_is_read_and_computed_on_the_host(
             assert np.array_equal(rows, np.repeat(logits[t - 63 : t - 62], 3, 0))
 
 
+def test_many_sequences_of_which_several_share_each_expert(
+    pack_folder: Path, expected: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """So many pairs that without a recording they would be grouped by expert: what the card does not have is not left out."""
+    tokens, _ = expected
+    with LLM(pack_folder, memory="1GiB", device="cpu", **OPTIONS) as llm:
+        rows = llm.model.forward(Batch(tokens[:33], [llm.session().cache for _ in range(33)]))
+    with open_with(pack_folder, 40, 30, "auto") as llm:
+        assert 33 * llm.top_k > 4 * llm.model_config.num_experts
+        for _ in range(3):  # the second time it is recorded, and counted when the next one runs
+            caches = [llm.session().cache for _ in range(33)]
+            assert np.array_equal(llm.model.forward(Batch(tokens[:33], caches)), rows)
+        assert llm.experts.vram is not None and llm.experts.vram.host_computed > 0
+
+
 def test_under_memory_pressure_the_host_computes_what_it_reads_again(
     pack_folder: Path, expected: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,8 +183,9 @@ class Experts(Products):
         addresses."""
         tokens, top_k = selected.shape
         pairs, hidden, experts = tokens * top_k, acc.shape[1], table.shape[0]
-        # Hardly any expert has several tokens; or so few that no weights cross the link twice.
-        few = pairs <= _FEW * experts and tokens <= MOST_RECORDED
+        # Hardly any expert has several tokens; or so few that no weights cross the link twice; or the host computes what the table lacks.
+        asked = self.recording is not None and below is not None and below.partial
+        few = (asked or pairs <= _FEW * experts) and tokens <= MOST_RECORDED
         if few and (self.recording is not None or in_turn is None or tokens <= _FEW):
             pair_token, own = self._constant("pair_token", tokens, top_k), acc.taken(_Shared)
             if own is not None and not own.like(format):
