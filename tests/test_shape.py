@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others; `errors`, `config` and `files` may be imported by all.
 ARROWS = {
-    "cli": {"bench", "chat", "server", "checkpoint", "convert", "engine", "experts", "machine", "models", "responses", "sampling", "summary"},
+    "cli": {"bench", "chat", "cuda", "server", "checkpoint", "convert", "engine", "experts", "machine", "models", "responses", "sampling", "summary"},
     "bench": {
         "batch", "cuda", "engine", "generate", "models", "layers", "experts", "checkpoint", "kv_cache", "ops", "formats", "machine", "_native",
     },

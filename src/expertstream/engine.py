@@ -16,7 +16,7 @@ import numpy as np
 from . import _native
 from .checkpoint.reader import Checkpoint, open_checkpoint
 from .config import DEFAULT_CHUNK, DEFAULT_CONTEXT, LEAST_CHUNK, EngineConfig, EngineOptions
-from .cuda.driver import device_count
+from .cuda.driver import device_number
 from .errors import BudgetError, CheckpointError, ContextLengthError, RequestError, UsageError
 from .experts.budget import MemoryPlan, MemoryWatch, default_budget, plan_beside_vram, plan_vram, plan_with_chunk
 from .experts.cache import ExpertCache
@@ -162,9 +162,7 @@ class LLM:
     def _make_ops(self) -> Ops:
         """The ops of the device that is asked for; with "auto", the first GPU if there is one. Raises DeviceError."""
         c = self.config
-        gpu = int(c.device.partition(":")[2] or 0) if c.device.startswith("cuda") else None
-        if c.device == "auto" and c.ops == "cpu" and device_count():
-            gpu = 0
+        gpu = device_number(c.device) if c.ops == "cpu" else None
         if gpu is None and c.vram_bytes is not None:
             raise UsageError("vram needs a GPU; device is cpu, or no NVIDIA GPU can be used (device=cuda says why)")
         return make_ops(c.ops, c.thread_count, c.isa, c.activation_bits, gpu, c.cpu_experts)

@@ -129,7 +129,7 @@ def test_too_little_vram_names_what_would_do(
     with LLM(pack_folder, device="cuda", vram=least, **OPTIONS) as llm:
         tokens = oracle.random_tokens(llm.checkpoint.config, 70)
         on_gpu = answer(llm, llm.session(), tokens)
-    monkeypatch.setattr("expertstream.engine.device_count", lambda: 1)
+    monkeypatch.setattr("expertstream.cuda.driver.device_count", lambda: 1)
     with caplog.at_level(logging.WARNING), LLM(pack_folder, vram="1MiB", **OPTIONS) as llm:
         assert llm.vram_plan is None and "the GPU is not used: vram is 1.0 MiB" in caplog.text
         assert answer(llm, llm.session(), tokens) == on_gpu

@@ -13,11 +13,10 @@ from ..ops import Weight
 from ..ops.cuda import CudaOps
 from .machine import timed
 
-__all__ = ["Card", "card_of", "measure_card", "rates_of"]
+__all__ = ["Card", "measure_card", "rates_of"]
 
-_LAYER_KERNELS = (
-    16  # norms of one token that take as long as the kernels of a layer do besides reading weights (docs/log.md)
-)
+# Norms of one token that take as long as the kernels of a layer do besides reading weights (docs/log.md).
+_LAYER_KERNELS = 16
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,6 @@ class Card:
     link_rate: float  # from registered host memory
     arithmetic_rate: float  # of a prompt's products with 4-bit weights
     layer_seconds: float  # that the kernels of a layer take for one token, if their weights are small
-
-
-def card_of(device: str) -> int | None:
-    """The number of the GPU that an engine with this device uses; None for the CPU."""
-    if device.startswith("cuda"):
-        return int(device.partition(":")[2] or 0)
-    return 0 if device == "auto" and drivers.device_count() else None
 
 
 def measure_card(number: int, size: int = 256 << 20, width: int = 4096, tokens: int = 2048) -> Card:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..config import EngineConfig
+from ..cuda.driver import device_number
 from ..engine import LLM
 from ..errors import BudgetError, UsageError
 from ..formats import MatrixFormat
@@ -24,7 +25,7 @@ from ..models import config_of, weight_map
 from ..ops import Ops, Weight
 from ..ops.cuda import CudaOps
 from ..units import format_bytes
-from .card import Card, card_of, rates_of
+from .card import Card, rates_of
 from .costs import TokenCost, token_cost
 from .geometry import TRACE
 from .machine import arithmetic_peak, disk_rates, memory_bandwidth
@@ -150,7 +151,7 @@ def _with_trace(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     UsageError with a GPU, whose router is not asked."""
     if not (path / TRACE).is_file():
         return options
-    if card_of(EngineConfig.from_options({"device": options.get("device")}).device) is not None:
+    if device_number(EngineConfig.from_options({"device": options.get("device")}).device) is not None:
         raise UsageError(f"{path} follows a recorded trace, which is possible on the CPU only: use --device cpu")
     c = config_of(open_checkpoint(path))
     trace = read_trace(path / TRACE, c)

@@ -172,11 +172,11 @@ def _bench_kernels(options: argparse.Namespace, threads: int) -> list[dict[str, 
 
 
 def _shared_options(options: argparse.Namespace) -> dict[str, Any]:
-    from ..bench.card import card_of
+    from ..cuda.driver import device_number
 
     given = {"threads": options.threads, "exact": options.exact or None, "memory": options.memory}
     engine = EngineConfig.from_options({"device": options.device})
-    number = card_of(engine.device)
+    number = device_number(engine.device)
     if options.memory is not None and number is None:
         raise UsageError("--memory is for a GPU; on the CPU, --budgets sets the memory")
     given["device"] = "cpu" if number is None else f"cuda:{number}"

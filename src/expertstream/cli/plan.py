@@ -59,14 +59,15 @@ def add_plan(commands: Any, style: dict[str, Any]) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ..bench.card import card_of, measure_card
+    from ..bench.card import measure_card
     from ..bench.machine import arithmetic_peak, disk_rates, memory_bandwidth
     from ..bench.plan import Machine, advice, load_model, predict
+    from ..cuda.driver import device_number
     from ..experts.budget import default_budget
     from ..machine import available_bytes
 
     engine = EngineConfig.from_options({"threads": options.threads, "device": options.device, "vram": options.vram})
-    threads, number = engine.thread_count, card_of(engine.device)
+    threads, number = engine.thread_count, device_number(engine.device)
     if number is None and engine.vram_bytes is not None:
         raise UsageError("--vram needs a GPU; --device is cpu, or no NVIDIA GPU can be used (--device cuda says why)")
     if not (1 <= options.context <= 1 << 24 and 1 <= options.prompt <= options.context):

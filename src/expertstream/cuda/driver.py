@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ..errors import BudgetError, DeviceError
 from .compiler import compile_kernels
 
-__all__ = ["Driver", "NvidiaDriver", "device_count", "driver_version", "open_driver"]
+__all__ = ["Driver", "NvidiaDriver", "device_count", "device_number", "driver_version", "open_driver"]
 
 _POINTS = 64
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
@@ -130,6 +130,13 @@ def device_count() -> int:
         return 0
     status, count = driver.cuDeviceGetCount()
     return int(count) if int(status) == 0 else 0
+
+
+def device_number(device: str) -> int | None:
+    """The number of the GPU that "auto", "cuda" or "cuda:N" means; None for the CPU."""
+    if device.startswith("cuda"):
+        return int(device.partition(":")[2] or 0)
+    return 0 if device == "auto" and device_count() else None
 
 
 def open_driver(number: int) -> Driver:
